@@ -1,0 +1,46 @@
+"""Bucket-level multi-objective optimization (MOO) of multilingual gradients inside DeepSpeed's gradient reduction.
+
+Importing this package teaches DeepSpeed the `bucket_moo` section of its JSON; nothing changes for engines whose JSON
+has no such section.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from bucketmoo_ds.adapters.deepspeed import initialize
+    from bucketmoo_ds.aggregate import weights
+    from bucketmoo_ds.config import BucketMOOConfig
+    from bucketmoo_ds.sampler import LanguageBatchSampler
+    from bucketmoo_ds.schedule import LanguageSchedule
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BucketMOOConfig": "bucketmoo_ds.config",
+    "LanguageBatchSampler": "bucketmoo_ds.sampler",
+    "LanguageSchedule": "bucketmoo_ds.schedule",
+    "initialize": "bucketmoo_ds.adapters.deepspeed",
+    "weights": "bucketmoo_ds.aggregate",
+}
+
+__all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__version__", "initialize", "weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@wrapt.when_imported("deepspeed")
+def _install(deepspeed: ModuleType) -> None:
+    """DeepSpeed takes seconds to import: it is wrapped when somebody imports it, before or after this package."""
+    from bucketmoo_ds.adapters.deepspeed import install
+
+    install()

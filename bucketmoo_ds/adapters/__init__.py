@@ -1,0 +1,1 @@
+"""Adapters: each knows one framework, hands buckets to the engine and writes combined shards back."""

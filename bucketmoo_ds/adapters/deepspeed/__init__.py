@@ -1,0 +1,5 @@
+"""The DeepSpeed adapter: ZeRO-1 and ZeRO-2, switched on by the JSON's `bucket_moo` section."""
+
+from bucketmoo_ds.adapters.deepspeed.attach import attach, initialize, install, read_section
+
+__all__ = ["attach", "initialize", "install", "read_section"]

@@ -1,0 +1,117 @@
+"""Switches bucket_moo on for every DeepSpeed engine whose JSON has the section, however the engine is made.
+
+`install` wraps `DeepSpeedEngine.__init__`: so `deepspeed.initialize` works unchanged, also where it was imported by
+name before this package was, and where Accelerate or Trainer call it. An engine whose configuration has no
+`bucket_moo` section, or one with `"enabled": false`, is left exactly as DeepSpeed made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+import wrapt
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import log_dist
+
+from bucketmoo_ds.adapters.deepspeed import checks
+from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, Reduction
+from bucketmoo_ds.batch import LanguageTracker
+from bucketmoo_ds.blocks import Parameter, plan_blocks
+from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
+from bucketmoo_ds.engine import create_aggregator
+from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.ops import choose_backend
+
+
+def install() -> None:
+    """Wraps DeepSpeed's engine, once."""
+    if not isinstance(DeepSpeedEngine.__init__, wrapt.FunctionWrapper):
+        wrapt.wrap_function_wrapper(DeepSpeedEngine, "__init__", _initialize_engine)
+        wrapt.wrap_function_wrapper(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+
+
+def initialize(*args: Any, **kwargs: Any) -> Any:
+    """`deepspeed.initialize`, with the same arguments and the same four return values.
+
+    The engine resolves conflicts where the JSON's `bucket_moo` section asks for it.
+
+    Raises:
+        ConfigError: the section is invalid, or cannot be combined with another setting of the JSON.
+    """
+    import deepspeed
+
+    return deepspeed.initialize(*args, **kwargs)
+
+
+def read_section(raw: Mapping[str, Any]) -> BucketMOOConfig | None:
+    """Returns the settings of a DeepSpeed JSON, or `None` where bucket_moo is not switched on.
+
+    Raises:
+        ConfigError: a misspelt or invalid section.
+    """
+    check_section_name(raw)
+    config = BucketMOOConfig.from_section(raw.get(SECTION))
+    if config is not None:
+        create_aggregator(config)
+        choose_backend(config.backend)
+    return config
+
+
+def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
+    """Makes a finished engine resolve conflicts.
+
+    Raises:
+        ConfigError: the engine reduces gradients in a way that the adapter does not know.
+    """
+    checks.refuse_engine(engine, DeepSpeedZeroOptimizer, DeepSpeedEngine)
+    optimizer = engine.optimizer
+    engine.__class__ = BucketMOOEngine
+    engine.moo_config = config
+    engine.language_tracker = LanguageTracker(config)
+    engine._moo_states = {}
+    trainable = {id(param): name for param, name in optimizer.param_names.items()}
+    used = {id(param) for group in optimizer.bit16_groups for param in group if param.numel() > 0}
+    parameters = [
+        Parameter(trainable[id(param)], param.numel()) for param in engine.module.parameters() if id(param) in used
+    ]
+    plan = plan_blocks(parameters, int(optimizer.reduce_bucket_size), config.granularity)
+    exchange = Exchange(optimizer.dp_process_group, _control_group(optimizer))
+    optimizer.__class__ = BucketMOOZeroOptimizer
+    engine.reduction = optimizer.reduction = Reduction(engine, optimizer, plan, exchange)
+    log_dist(engine.moo.describe(), ranks=[0])
+    for bucket in plan.buckets:
+        log_dist(f"bucket_moo: {bucket.name}, {bucket.numel} elements", ranks=[0])
+
+
+def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    parsed = kwargs.get("config_class")
+    raw = getattr(parsed, "_param_dict", None)
+    config = read_section(raw) if isinstance(raw, Mapping) else None
+    if config is None:
+        wrapped(*args, **kwargs)
+        return
+    checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer)
+    checks.refuse_settings(parsed, SECTION)
+    wrapped(*args, **kwargs)
+    attach(engine, config)
+
+
+def _choose_optimizer(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """ZeRO-1 with bf16 and float32 accumulation: DeepSpeed would take BF16_Optimizer, which reduces gradients elsewhere
+    and in buckets of a fixed size; its ZeRO-1 optimizer does the same with the same settings."""
+    chosen = wrapped(*args, **kwargs)
+    if chosen == BFLOAT16 and engine.zero_optimization() and read_section(engine._config._param_dict) is not None:
+        return ZERO_OPTIMIZATION
+    return chosen
+
+
+def _control_group(optimizer: DeepSpeedZeroOptimizer) -> dist.ProcessGroup | None:
+    """Messages between hosts go over gloo, so that they never wait for an accelerator."""
+    group = optimizer.dp_process_group
+    if dist.get_backend(group) == "gloo":
+        return None
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")

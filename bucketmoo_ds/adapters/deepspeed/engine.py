@@ -1,0 +1,114 @@
+"""DeepSpeed's engine with a language for every micro-batch, and our state in its checkpoints.
+
+Read in DeepSpeed 0.19.8, `runtime/engine.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from bucketmoo_ds import checkpoint
+from bucketmoo_ds.adapters.deepspeed.zero12 import Reduction
+from bucketmoo_ds.batch import LanguageTracker
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.engine import BucketMOO
+from bucketmoo_ds.errors import BucketMOOError
+
+
+class BucketMOOEngine(DeepSpeedEngine):
+    """See the module. Made from a `DeepSpeedEngine` by `attach`."""
+
+    moo_config: BucketMOOConfig
+    language_tracker: LanguageTracker
+    reduction: Reduction
+
+    @property
+    def moo(self) -> BucketMOO:
+        """The pipeline: `engine.moo.last` is the latest window's resolution, `engine.moo.counters` what was skipped."""
+        return self.reduction.moo
+
+    def language(self, language: object, target_tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
+        """Sets the language of the forward passes inside the `with` block.
+
+        Args:
+            language: a name of `bucket_moo.languages`, or its index.
+            target_tokens: tokens that the loss is a mean over; counted from `labels` where left out.
+        """
+        return self.language_tracker.language(language, target_tokens)
+
+    def register_state(self, name: str, owner: checkpoint.Stateful) -> None:
+        """Saves and restores something of the run, such as its sampler, with every checkpoint.
+
+        Args:
+            owner: has `state_dict()`, which gives plain JSON values, and `load_state_dict(state)`.
+        """
+        self._moo_states[name] = owner
+
+    def at_boundary(self) -> bool:
+        """Whether this micro-step ends the window."""
+        return bool(self.is_gradient_accumulation_boundary()) and not self.inside_no_sync_ctxt
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, without our entries of the batch."""
+        inputs, kwargs, entries = self.language_tracker.strip(inputs, kwargs)
+        if self.training and torch.is_grad_enabled():
+            self.language_tracker.note(entries)
+        return super().forward(*inputs, **kwargs)
+
+    def _backward_prologue(self) -> None:
+        super()._backward_prologue()
+        self.reduction.begin_micro_step(self.at_boundary())
+
+    def _backward_epilogue(self) -> None:
+        super()._backward_epilogue()
+        self.reduction.close_local_micro_step()
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Refused: it adds up the gradients of several backwards before anything is exchanged."""
+        raise BucketMOOError(
+            "engine.coalesce_grad_reduction() adds up gradients of several languages before they are exchanged; with "
+            "bucket_moo use gradient_accumulation_steps"
+        )
+        yield
+
+    def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's checkpoint, with `bucket_moo.json` in the same folder.
+
+        Ours is written first, and `latest` last: a checkpoint that `latest` names is whole.
+
+        Raises:
+            BucketMOOError: in the middle of a window, or (on every rank) where rank 0 could not write.
+        """
+        if self.moo.in_window:
+            raise BucketMOOError(
+                "save_checkpoint in the middle of a gradient accumulation window would lose the gradients of its "
+                "languages; save after engine.step() at the boundary"
+            )
+        tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
+        states = {"moo": self.moo.state_dict()} | {
+            name: owner.state_dict() for name, owner in self._moo_states.items()
+        }
+        checkpoint.save(Path(save_dir) / tag, self.moo_config, self.moo.plan, states, self.moo.exchange)
+        return super().save_checkpoint(save_dir, tag, *args, **kwargs)
+
+    def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's `load_checkpoint`, and our state where the checkpoint has one.
+
+        Raises:
+            ConfigError: our state is of other languages or blocks.
+        """
+        path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
+        if path is not None:
+            states = checkpoint.load(Path(path).parent, self.moo_config)
+            if states is not None:
+                self.moo.load_state_dict(states["moo"])
+                for name, owner in self._moo_states.items():
+                    owner.load_state_dict(states[name])
+        return path, client_state

@@ -1,0 +1,1 @@
+"""Implementations of the ops, one module each; `bucketmoo_ds.ops` chooses among them."""

@@ -1,0 +1,224 @@
+"""Granularity: the static plan of buckets, blocks and segments.
+
+A *bucket* is the span of gradient that is reduced in one go, a *block* is the unit on which a conflict is resolved,
+and a *segment* is a contiguous run of one rank's shard of a bucket that belongs to one block. Grams add up: the Gram
+of a union of segments is the sum of theirs. So every granularity is only another way to number blocks.
+
+The plan depends on nothing but the names, sizes and order of the trainable parameters and on the bucket size: it is
+the same in every step, on every rank and stage, whatever order autograd delivers gradients in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter: its name in the model and its number of elements."""
+
+    name: str
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A run of consecutive parameters, flattened one after the other in the model's order.
+
+    Args:
+        parameters: indices into `BlockPlan.parameters`, ascending.
+        offsets: where each of them starts in the bucket, in elements.
+        numel: elements of the bucket, without padding.
+    """
+
+    name: str
+    parameters: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numel: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """The segments of one shard of a bucket.
+
+    Args:
+        spans: `[n, 2]` int64, the start of each segment in the shard and its length, in elements.
+        cells: `[n]` int64, the cell of each segment (see `BlockPlan`), counted from the bucket's first.
+        num_cells: cells of the bucket; some may have no segment in this shard.
+    """
+
+    spans: Tensor
+    cells: Tensor
+    num_cells: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """Which parameter lies in which bucket and block.
+
+    A *cell* is the part of a block that lies in one bucket. Grams are taken for each cell, so that a row that is not
+    finite can be traced to its bucket, and added up to blocks afterwards.
+
+    Args:
+        parameters: the trainable parameters in the model's order.
+        buckets: in the order in which they are reduced: from the model's last parameter to its first, as backward
+            delivers them.
+        blocks: the names of the blocks.
+        block_of: the block of each parameter.
+        granularity: how blocks were numbered.
+        cell_block: the block of each cell.
+        cell_bucket: the bucket of each cell; the cells of a bucket are consecutive.
+    """
+
+    parameters: tuple[Parameter, ...]
+    buckets: tuple[Bucket, ...]
+    blocks: tuple[str, ...]
+    block_of: tuple[int, ...]
+    granularity: str
+    cell_block: tuple[int, ...]
+    cell_bucket: tuple[int, ...]
+
+    @property
+    def spans_buckets(self) -> bool:
+        """Whether some block lies in more than one bucket, so that it cannot be resolved while streaming."""
+        return len(self.cell_block) > len(set(self.cell_block))
+
+    def first_cell(self, bucket: int) -> int:
+        """Returns the number of the first cell of a bucket."""
+        return self.cell_bucket.index(bucket)
+
+    def cells_of(self, bucket: int) -> tuple[int, ...]:
+        """Returns the numbers of the cells of a bucket."""
+        return tuple(cell for cell, of in enumerate(self.cell_bucket) if of == bucket)
+
+    def segments(self, bucket: int, start: int, stop: int) -> Segments:
+        """Returns the segments of the shard `[start, stop)` of a bucket; padding beyond the bucket has none."""
+        cells = self.cells_of(bucket)
+        number = {self.cell_block[cell]: cell - cells[0] for cell in cells}
+        spans: list[list[int]] = []
+        owners: list[int] = []
+        members = self.buckets[bucket]
+        for index, offset in zip(members.parameters, members.offsets, strict=True):
+            begin = max(offset, start)
+            end = min(offset + self.parameters[index].numel, stop)
+            if begin >= end:
+                continue
+            cell = number[self.block_of[index]]
+            if spans and owners[-1] == cell and sum(spans[-1]) == begin - start:
+                spans[-1][1] += end - begin
+            else:
+                spans.append([begin - start, end - begin])
+                owners.append(cell)
+        return Segments(
+            spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+            cells=torch.tensor(owners, dtype=torch.int64),
+            num_cells=len(cells),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain JSON values, for logs and checkpoints."""
+        return {
+            "granularity": self.granularity,
+            "buckets": [
+                {"name": bucket.name, "numel": bucket.numel, "parameters": len(bucket.parameters)}
+                for bucket in self.buckets
+            ],
+            "blocks": list(self.blocks),
+        }
+
+    def fingerprint(self) -> str:
+        """Returns a hash of everything in the plan: equal plans have equal fingerprints on every machine."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def plan_blocks(parameters: Sequence[Parameter], bucket_size: int, granularity: str) -> BlockPlan:
+    """Plans buckets and blocks.
+
+    Buckets are filled greedily from the last parameter to the first until the next one would exceed `bucket_size`; a
+    larger parameter has a bucket of its own. Inside a bucket the parameters keep the model's order.
+
+    Args:
+        parameters: the trainable parameters in the model's order, tied ones once.
+        bucket_size: elements a bucket may hold (DeepSpeed's `reduce_bucket_size`).
+        granularity: `bucket`: a block a bucket. `parameter`: a block a parameter. `layer`: a block for all parameters
+            below the same repeated layer (the name up to its first number, `model.layers.3`) or, outside of one, of
+            the same module. `model`: one block, which is classical full-gradient MOO.
+
+    Raises:
+        ConfigError: no trainable parameter, or a bucket size below 1.
+    """
+    if not parameters:
+        raise ConfigError("the model has no trainable parameter: nothing to resolve")
+    if bucket_size < 1:
+        raise ConfigError(f"zero_optimization.reduce_bucket_size = {bucket_size}: expected at least 1 element")
+    buckets = _fill_buckets(parameters, bucket_size)
+    if granularity == "bucket":
+        blocks = [bucket.name for bucket in buckets]
+        bucket_of = {index: number for number, bucket in enumerate(buckets) for index in bucket.parameters}
+        block_of = [bucket_of[index] for index in range(len(parameters))]
+    else:
+        labels = [_LABELS[granularity](parameter.name) for parameter in parameters]
+        blocks = list(dict.fromkeys(labels))
+        number_of = {text: number for number, text in enumerate(blocks)}
+        block_of = [number_of[text] for text in labels]
+    cells = [
+        (block, number)
+        for number, bucket in enumerate(buckets)
+        for block in sorted({block_of[index] for index in bucket.parameters})
+    ]
+    return BlockPlan(
+        parameters=tuple(parameters),
+        buckets=tuple(buckets),
+        blocks=tuple(blocks),
+        block_of=tuple(block_of),
+        granularity=granularity,
+        cell_block=tuple(block for block, _ in cells),
+        cell_bucket=tuple(number for _, number in cells),
+    )
+
+
+def layer_of(name: str) -> str:
+    """Returns the layer of a parameter: `model.layers.3.mlp.up.weight` -> `model.layers.3`, `model.norm.weight` ->
+    `model.norm`."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: position + 1])
+    return ".".join(parts[:-1]) or name
+
+
+_LABELS: dict[str, Callable[[str], str]] = {"parameter": str, "layer": layer_of, "model": lambda name: "model"}
+
+
+def _fill_buckets(parameters: Sequence[Parameter], bucket_size: int) -> list[Bucket]:
+    groups: list[list[int]] = []
+    filled = 0
+    for index in reversed(range(len(parameters))):
+        numel = parameters[index].numel
+        if not groups or filled + numel > bucket_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += numel
+    return [_bucket(number, parameters, group[::-1]) for number, group in enumerate(groups)]
+
+
+def _bucket(number: int, parameters: Sequence[Parameter], members: list[int]) -> Bucket:
+    offsets = []
+    numel = 0
+    for index in members:
+        offsets.append(numel)
+        numel += parameters[index].numel
+    first, last = parameters[members[0]].name, parameters[members[-1]].name
+    span = first if first == last else f"{first} .. {last}"
+    return Bucket(f"bucket {number} ({span})", tuple(members), tuple(offsets), numel)

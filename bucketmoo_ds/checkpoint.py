@@ -1,0 +1,85 @@
+"""Our part of a checkpoint: one JSON file, so that loading it can run no code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from bucketmoo_ds.blocks import BlockPlan
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.exchange import Exchange
+
+FILE = "bucket_moo.json"
+FORMAT = 1
+
+logger = logging.getLogger("bucketmoo_ds")
+
+
+class Stateful(Protocol):
+    """Something whose state is plain JSON values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save(
+    folder: Path, config: BucketMOOConfig, plan: BlockPlan, states: dict[str, dict[str, Any]], exchange: Exchange
+) -> None:
+    """Writes the file on rank 0, whole or not at all.
+
+    Raises:
+        BucketMOOError: on every rank, where rank 0 could not write.
+    """
+    problem = ""
+    if exchange.rank == 0:
+        content = {"format": FORMAT, SECTION: config.to_json(), "plan": plan.to_json(), "states": states}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / FILE, json.dumps(content, indent=1, allow_nan=False))
+        except OSError as error:
+            problem = f"{folder / FILE}: {error.strerror or error}"
+    found = exchange.gather_text(problem)[0]
+    if found:
+        raise BucketMOOError(f"the checkpoint was not saved: {found}")
+
+
+def load(folder: Path, config: BucketMOOConfig) -> dict[str, dict[str, Any]] | None:
+    """Returns the states of a checkpoint, or `None` (with a warning) for one of a run without bucket_moo.
+
+    Raises:
+        ConfigError: the file is damaged, of another format, or of other languages.
+    """
+    path = folder / FILE
+    if not path.exists():
+        logger.warning("%s has no %s: a checkpoint of a run without bucket_moo; windows count from 0", folder, FILE)
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, languages, states = content["format"], content[SECTION]["languages"], dict(content["states"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged, or not written by bucketmoo_ds ({error!r})") from error
+    if found != FORMAT:
+        raise ConfigError(f"{path}: format {found}, expected {FORMAT}; load it with the version that wrote it")
+    if languages != list(config.languages):
+        raise ConfigError(
+            f"{path}: saved with {SECTION}.languages = {languages}, here {list(config.languages)}; a resumed run "
+            "needs the same languages in the same order"
+        )
+    return states
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file by its new content, durably: a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""`BucketMOOConfig`: the one schema behind the DeepSpeed JSON section, the keyword arguments and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+
+SECTION = "bucket_moo"
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "granularity": ("bucket", "parameter", "layer", "model"),
+    "weighting": ("language", "token"),
+    "normalize": ("none", "unit"),
+    "rescale": ("none", "mean"),
+    "mode": ("auto", "streaming", "deferred"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketMOOConfig:
+    """What a run with bucket-level multi-objective optimization (MOO) needs to know.
+
+    Args:
+        languages: the K languages, in the order of their indices 0..K-1. Every micro-batch is of one of them.
+        enabled: `False` leaves the framework exactly as it is.
+        aggregator: the rule from a Gram to weights: `mean`, `mgda`, `pcgrad`, `cagrad`, `upgrad`, or a registered one.
+        aggregator_options: options of that rule, such as `{"c": 0.4}` for `cagrad`.
+        granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer` or `model`.
+        weighting: `language`: a row is the gradient of the mean loss per target token of its language. `token`: the
+            same row times its share of the window's tokens and the number of languages present, so that `mean` is
+            the average over all tokens whatever the counts.
+        normalize: `unit` scales the rows of a block to norm 1 before the rule sees them. `none`, the default, keeps
+            their norms: a norm carries information, and the methods' guarantees are stated for the plain gradients.
+        rescale: `mean` scales the combined gradient of a block to the norm of its mean row, so that a learning rate
+            tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
+        mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
+            window and resolves all blocks at the boundary; `auto` streams where that is possible.
+        backend: which implementation of the ops runs: `auto` or a name that `bucketmoo doctor` lists.
+        language_key: the entry of a batch that names its language; it is taken off before the model sees the batch.
+        shift_labels: whether the model predicts `labels[..., 1:]` (causal language models), for counting targets.
+        seed: seeds everything random in a method (PCGrad's orders), alike on all ranks.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range; the message names the setting.
+    """
+
+    languages: tuple[str, ...]
+    enabled: bool = True
+    aggregator: str = "mgda"
+    aggregator_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    granularity: str = "bucket"
+    weighting: str = "language"
+    normalize: str = "none"
+    rescale: str = "none"
+    mode: str = "auto"
+    backend: str = "auto"
+    language_key: str = "language"
+    shift_labels: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "languages", _languages(self.languages))
+        for name in ("enabled", "shift_labels"):
+            _expect(name, getattr(self, name), bool, "true or false")
+        for name in ("aggregator", "granularity", "weighting", "normalize", "rescale", "mode", "backend"):
+            _expect(name, getattr(self, name), str, "a name in quotes")
+        _expect("aggregator_options", self.aggregator_options, Mapping, "an object of option names and values")
+        _expect("language_key", self.language_key, str, "the name of an entry of a batch")
+        _expect("seed", self.seed, int, "a whole number")
+        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"{SECTION}.seed = {self.seed!r}: expected a whole number from 0 to 2^63 - 1")
+        if not self.language_key:
+            raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(
+                    f'{SECTION}.{name} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}'
+                )
+
+    @classmethod
+    def from_section(cls, section: object) -> BucketMOOConfig | None:
+        """Reads the value of the JSON's `bucket_moo` key.
+
+        Returns:
+            The configuration, or `None` where the section is absent (`None`) or says `"enabled": false`.
+
+        Raises:
+            ConfigError: unknown keys, wrong types, impossible values. A disabled section is checked all the same, so
+                that it does not break on the day it is switched on.
+        """
+        if section is None:
+            return None
+        if not isinstance(section, Mapping):
+            raise ConfigError(f'{SECTION} = {section!r}: expected an object, such as {{"languages": ["de", "fr"]}}')
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key, value in section.items():
+            if key not in known:
+                raise ConfigError(
+                    f"{SECTION}.{key}: unknown setting{did_you_mean(str(key), known)} (known: {', '.join(known)})"
+                )
+            if value == "auto" and key not in ("mode", "backend"):
+                raise ConfigError(f'{SECTION}.{key} = "auto": has no automatic value; write the value, or leave it out')
+        if "languages" not in section:
+            raise ConfigError(f'{SECTION}.languages: missing; expected the list of languages, such as ["de", "fr"]')
+        config = cls(**section)
+        return config if config.enabled else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the section as plain JSON values."""
+        return dataclasses.asdict(self) | {
+            "languages": list(self.languages),
+            "aggregator_options": dict(self.aggregator_options),
+        }
+
+
+def check_section_name(config: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` where a top-level key of a DeepSpeed JSON looks like a misspelt `bucket_moo`.
+
+    DeepSpeed accepts any unknown top-level key without a word, so that a misspelt section would train by averaging.
+    """
+    for key in config:
+        folded = "".join(ch for ch in str(key).lower() if ch.isalnum())
+        if key != SECTION and (folded in ("bucketmoo", "bucketmoods", "moobucket") or _one_typo(folded, "bucketmoo")):
+            raise ConfigError(f'"{key}": not a DeepSpeed setting; did you mean "{SECTION}"?')
+
+
+def _languages(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f'{SECTION}.languages = {value!r}: expected a list of names, such as ["de", "fr"]')
+    names = tuple(value)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{SECTION}.languages: {name!r} is not a name; expected strings that are not empty")
+    if not names:
+        raise ConfigError(f"{SECTION}.languages = []: expected at least one language")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f'{SECTION}.languages: "{name}" stands there {names.count(name)} times; name it once')
+    return names
+
+
+def _expect(name: str, value: object, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{SECTION}.{name} = {value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _one_typo(word: str, target: str) -> bool:
+    """Whether one insertion, deletion, replacement or swap of neighbours turns `word` into `target`."""
+    if abs(len(word) - len(target)) > 1 or word == target:
+        return False
+    head = 0
+    while head < min(len(word), len(target)) and word[head] == target[head]:
+        head += 1
+    rest, rest_target = word[head:], target[head:]
+    return (
+        rest[1:] == rest_target[1:]
+        or rest[1:] == rest_target
+        or rest == rest_target[1:]
+        or (rest[:2] == rest_target[:2][::-1] and rest[2:] == rest_target[2:])
+    )

@@ -1,0 +1,446 @@
+"""The pipeline of a window: exchange, gram, solve, combine. Knows rows and ranks, and no framework.
+
+An adapter drives it: `begin_micro_step`, `ingest` for every bucket (in the plan's order, the same on all ranks),
+`end_micro_step`, and, at the boundary, `finish`. Each combined shard goes to the adapter's sink.
+
+*Streaming* resolves a bucket as soon as it has arrived and keeps nothing. *Deferred* keeps the rows of the window;
+`finish` then does one all-reduce of all Grams, one batched solve, and combines. Both use the same Grams and the same
+weights: with one exchange a window and blocks within buckets their results are equal to the bit.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds import aggregate, ops
+from bucketmoo_ds.blocks import BlockPlan, Segments
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.errors import (
+    BucketMOOError,
+    ConfigError,
+    DisagreementError,
+    LanguageError,
+    did_you_mean,
+    one_of,
+)
+from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.store import RowStore
+from bucketmoo_ds.window import Slot, Window
+
+logger = logging.getLogger("bucketmoo_ds")
+
+Sink = Callable[[int, Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """What was decided in one window. `B` blocks, `K` languages; entries of absent languages are 0.
+
+    Args:
+        window: number of the window, from 0.
+        gram: `[B, K, K]` float64, of the rows as the aggregator saw them (means per target token).
+        weights: `[B, K]` float64: the combined gradient of block b is the sum of `weights[b, l] row_l`.
+        present: the languages that took part.
+        target_tokens: tokens that each of the K languages fed to the window.
+        nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
+    """
+
+    window: int
+    gram: Tensor
+    weights: Tensor
+    present: tuple[int, ...]
+    target_tokens: tuple[int, ...]
+    nonfinite: tuple[tuple[str, str], ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, K]` bool: which languages took part."""
+        mask = torch.zeros(self.weights.shape, dtype=torch.bool)
+        mask[:, list(self.present)] = True
+        return mask
+
+
+@dataclasses.dataclass
+class _Pending:
+    bucket: int
+    received: Received
+    sources: list[Slot]
+
+
+class BucketMOO:
+    """Resolves the gradients of one data-parallel group, window by window.
+
+    Args:
+        config: the settings.
+        plan: buckets and blocks.
+        exchange: the group's collectives.
+        sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
+        micro_steps: M, micro-steps between two optimizer steps.
+        local: whether each rank adds up its micro-steps before one exchange at the boundary (ZeRO-1).
+        result_dtype: dtype of the combined shards.
+        overlap: whether a bucket's exchange may run while backward goes on.
+
+    Raises:
+        ConfigError: an unknown aggregator, option or backend, or `streaming` where it cannot be.
+    """
+
+    def __init__(
+        self,
+        config: BucketMOOConfig,
+        plan: BlockPlan,
+        exchange: Exchange,
+        sink: Sink,
+        *,
+        micro_steps: int,
+        local: bool,
+        result_dtype: torch.dtype = torch.float32,
+        overlap: bool = False,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.exchange = exchange
+        self.micro_steps = micro_steps
+        self.result_dtype = result_dtype
+        self.aggregator = create_aggregator(config)
+        self.backend = ops.choose_backend(config.backend)
+        self.streaming = choose_streaming(config, plan, exchanges=1 if local else micro_steps)
+        self.window = Window(len(config.languages), config.weighting, local)
+        self.windows = 0
+        self.counters: collections.Counter[str] = collections.Counter()
+        self.last: Resolution | None = None
+        self._sink = sink
+        self._depth = 1 if overlap else 0
+        self._store = RowStore()
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self._boundary = False
+        self._contributed: list[bytes] = []
+        self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
+        self._segments = [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
+        self._fingerprint = _digest((json.dumps(config.to_json(), sort_keys=True) + plan.fingerprint()).encode())
+        self._reset_results()
+
+    # --- the four calls of an adapter, in their order -----------------------------------------------------------
+
+    def begin_micro_step(self, slot: Slot | LanguageError, boundary: bool) -> None:
+        """Tells all ranks what this rank trains on in this micro-step, and learns what the others do.
+
+        Args:
+            slot: this rank's micro-batch, or the error that finding its language gave; every rank then raises.
+            boundary: whether this is the window's last micro-step.
+
+        Raises:
+            LanguageError: on every rank, if one of them has no valid micro-batch.
+            DisagreementError: on every rank, if their positions, plans or settings differ.
+        """
+        error = slot if isinstance(slot, LanguageError) else None
+        mine = slot if isinstance(slot, Slot) else Slot(-1, 0, 0.0)
+        position = [self.windows, len(self.window.table), int(boundary), self._fingerprint]
+        header = [int(error is not None), mine.language, mine.target_tokens, _as_bits(mine.scale), *position]
+        headers = self.exchange.gather_numbers(header)
+        if any(row[0] for row in headers):
+            texts = self.exchange.gather_text(str(error) if error else "")
+            raise LanguageError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
+        for name, column in (("window", 4), ("micro-step", 5), ("boundary", 6), ("settings or blocks", 7)):
+            if len({row[column] for row in headers}) > 1:
+                values = ", ".join(f"rank {rank}: {row[column]}" for rank, row in enumerate(headers))
+                raise DisagreementError(f"ranks disagree about the {name} ({values}): run one script on all")
+        slots = [Slot(row[1], row[2], _as_float(row[3])) for row in headers]
+        self._check_languages(slots)
+        self.window.add(slots)
+        self._boundary = boundary
+        if boundary and not self.window.present:
+            raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
+
+    def ingest(self, bucket: int, flat: Tensor) -> None:
+        """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot that `Window.sources` gives.
+
+        `flat` belongs to the engine from here on.
+        """
+        self._pending.append(_Pending(bucket, self.exchange.scatter(flat), self.window.sources()))
+        self._receive(self._depth)
+
+    def end_micro_step(self, contributed: Sequence[bool]) -> None:
+        """Waits for this micro-step's buckets.
+
+        Args:
+            contributed: for each parameter of the plan, whether this rank had a gradient for it.
+        """
+        self._receive(0)
+        self._contributed.append(_pack(contributed))
+
+    def finish(self) -> Resolution:
+        """Resolves what is not resolved yet and closes the window.
+
+        Raises:
+            DisagreementError: on every rank, if the ranks had gradients of different parameters, or other weights.
+            BucketMOOError: a bucket was not resolved.
+        """
+        self._check_contents()
+        if not self.streaming:
+            buckets = range(len(self.plan.buckets))
+            partial = torch.cat([self._grams[bucket] for bucket in buckets])
+            weights = self._resolve(partial, range(len(self.plan.cell_block)))
+            for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
+                self._combine(bucket, self._store.rows(bucket, self.window.present), of_bucket)
+        self._check_resolved()
+        resolution = Resolution(
+            window=self.windows,
+            gram=self._block_gram,
+            weights=self._block_weights,
+            present=tuple(self.window.present),
+            target_tokens=tuple(self.window.target_tokens),
+            nonfinite=tuple(self._nonfinite),
+        )
+        self._close(resolution)
+        return resolution
+
+    # --- state that a checkpoint keeps --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, as plain JSON values.
+
+        Random orders are derived from (seed, window), so the number of windows is all the random state there is.
+        """
+        return {"windows": self.windows, "counters": dict(self.counters), "fingerprint": self.plan.fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ConfigError: the state is of another model, bucket size or granularity.
+        """
+        if state["fingerprint"] != self.plan.fingerprint():
+            raise ConfigError(
+                f"the checkpoint's blocks are not this run's (fingerprint {state['fingerprint']}, here "
+                f"{self.plan.fingerprint()}): use the same model, zero_optimization.reduce_bucket_size and "
+                f"{SECTION}.granularity"
+            )
+        self.windows = int(state["windows"])
+        self.counters = collections.Counter({str(key): int(value) for key, value in state["counters"].items()})
+
+    @property
+    def in_window(self) -> bool:
+        """Whether micro-steps have been taken that no optimizer step has used yet."""
+        return bool(self.window.table)
+
+    def describe(self) -> str:
+        """Returns the line that is logged at start-up."""
+        config = self.config
+        return (
+            f"bucket_moo: aggregator {config.aggregator}, granularity {config.granularity} "
+            f"({len(self.plan.blocks)} blocks in {len(self.plan.buckets)} buckets), "
+            f"{len(config.languages)} languages ({', '.join(config.languages)}), "
+            f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
+            f"{'streaming' if self.streaming else 'deferred'}, "
+            f"exchange flat all-to-all {'once a window' if self.window.local else 'every micro-step'}, "
+            f"backend {self.backend}"
+        )
+
+    # --- how it is done -----------------------------------------------------------------------------------------
+
+    def _receive(self, depth: int) -> None:
+        """Takes in arrived buckets until at most `depth` are under way. The order is the same on every rank."""
+        while len(self._pending) > depth:
+            pending = self._pending.popleft()
+            slices = pending.received.wait()
+            if self.streaming:
+                self._stream(pending.bucket, slices, pending.sources)
+                continue
+            for piece, slot in zip(slices, pending.sources, strict=True):
+                if slot.target_tokens > 0:
+                    scale = slot.scale / self.window.reference_scale(slot.language)
+                    self._store.add(pending.bucket, slot.language, piece, scale)
+            if self._boundary:
+                rows = self._store.rows(pending.bucket, self.window.present)
+                self._grams[pending.bucket] = self._gram(pending.bucket, rows)
+
+    def _stream(self, bucket: int, slices: Tensor, sources: list[Slot]) -> None:
+        rows = []
+        for language in self.window.present:
+            parts = [
+                (piece, slot.scale / self.window.reference_scale(language))
+                for piece, slot in zip(slices, sources, strict=True)
+                if slot.language == language and slot.target_tokens > 0
+            ]
+            row, _ = parts[0]  # its scale is the reference: no copy where a language comes from one rank
+            if len(parts) > 1:
+                row = row.to(torch.float32, copy=True)
+                for piece, scale in parts[1:]:
+                    row.add_(piece, alpha=scale)
+            rows.append(row)
+        weights = self._resolve(self._gram(bucket, rows), self._cells[bucket])
+        self._combine(bucket, rows, weights)
+
+    def _gram(self, bucket: int, rows: list[Tensor]) -> Tensor:
+        segments = self._segments[bucket]
+        return ops.gram(rows, segments.spans, segments.cells, segments.num_cells, backend=self.backend)
+
+    def _resolve(self, partial: Tensor, cells: Sequence[int]) -> Tensor:
+        """This rank's part `[C, K', K']` of the Grams of some cells, to the weights `[C, K']` of the stored rows; K'
+        languages are present."""
+        coefficients = torch.tensor(self.window.coefficients(), dtype=torch.float64)
+        gram = self.exchange.all_reduce(partial).cpu() * torch.outer(coefficients, coefficients)
+        self._note_nonfinite(gram, cells)
+        blocks = torch.tensor([self.plan.cell_block[cell] for cell in cells])
+        used, position = blocks.unique(return_inverse=True)
+        summed = torch.zeros(len(used), *gram.shape[1:], dtype=torch.float64).index_add_(0, position, gram)
+        weights = aggregate.solve(
+            summed,
+            torch.ones(summed.shape[:2], dtype=torch.bool),
+            self.aggregator,
+            normalize=self.config.normalize,
+            rescale=self.config.rescale,
+            generator=self._generator(),
+        )
+        present = torch.tensor(self.window.present)
+        self._block_gram[used[:, None, None], present[:, None], present] = summed
+        self._block_weights[used[:, None], present] = weights
+        return (weights * coefficients)[position]
+
+    def _combine(self, bucket: int, rows: list[Tensor], weights: Tensor) -> None:
+        if not self._nonfinite:
+            segments = self._segments[bucket]
+            out = torch.empty_like(rows[0], dtype=self.result_dtype)
+            ops.combine(rows, weights, segments.spans, segments.cells, out, backend=self.backend)
+            self._sink(bucket, out)
+        self._resolved.add(bucket)
+
+    def _note_nonfinite(self, gram: Tensor, cells: Sequence[int]) -> None:
+        bad = ~torch.isfinite(gram.diagonal(dim1=1, dim2=2))
+        for cell, index in bad.nonzero().tolist():
+            language = self.config.languages[self.window.present[index]]
+            where = (language, self.plan.buckets[self.plan.cell_bucket[cells[cell]]].name)
+            if where not in self._nonfinite:
+                self._nonfinite.append(where)
+
+    def _close(self, resolution: Resolution) -> None:
+        self.counters["windows"] += 1
+        if resolution.nonfinite:
+            self.counters["skipped_windows"] += 1
+            for language in {language for language, _ in resolution.nonfinite}:
+                self.counters[f"nonfinite.{language}"] += 1
+            if self.exchange.rank == 0:
+                found = "; ".join(f"language {language} in {bucket}" for language, bucket in resolution.nonfinite)
+                logger.warning("window %d: rows that are not finite, step skipped: %s", self.windows, found)
+        self.windows += 1
+        self.last = resolution
+        self.window.clear()
+        self._store.clear()
+        self._contributed = []
+        self._reset_results()
+
+    def _reset_results(self) -> None:
+        blocks, languages = len(self.plan.blocks), len(self.config.languages)
+        self._grams: dict[int, Tensor] = {}
+        self._resolved: set[int] = set()
+        self._nonfinite: list[tuple[str, str]] = []
+        self._block_gram = torch.zeros(blocks, languages, languages, dtype=torch.float64)
+        self._block_weights = torch.zeros(blocks, languages, dtype=torch.float64)
+
+    def _check_languages(self, slots: list[Slot]) -> None:
+        rank = self.window.changed_language(slots)
+        if rank is not None:
+            first, now = self.window.table[0][rank].language, slots[rank].language
+            languages = self.config.languages
+            raise LanguageError(
+                f'rank {rank} went from language "{languages[first]}" to "{languages[now]}" within a window, but '
+                "ZeRO-1 reduces only at the boundary and would mix them: keep one language a rank and window "
+                '(LanguageBatchSampler(affinity="window")), or use zero_optimization.stage = 2'
+            )
+
+    def _check_contents(self) -> None:
+        """Stops where ranks had gradients of different parameters, which plain ZeRO-1/2 adds up silently wrong."""
+        words = [word for bits in self._contributed for word in struct.unpack(f"<{len(bits) // 8}q", bits)]
+        digest = _digest(struct.pack(f"<{len(words)}q", *words))
+        if len({row[0] for row in self.exchange.gather_numbers([digest])}) == 1:
+            return
+        table = self.exchange.gather_numbers(words)
+        column = next(index for index in range(len(words)) if len({row[index] for row in table}) > 1)
+        per_step = len(words) // len(self._contributed)
+        differing = table[0][column] ^ next(row[column] for row in table if row[column] != table[0][column])
+        bit = ((differing & -differing) & (2**64 - 1)).bit_length() - 1
+        parameter = 64 * (column % per_step) + bit
+        having = [rank for rank, row in enumerate(table) if row[column] >> bit & 1]
+        raise DisagreementError(
+            f'parameter "{self.plan.parameters[parameter].name}" got a gradient in micro-step {column // per_step} on '
+            f"rank(s) {having} only. Ranks must use the same parameters in the same micro-step (ZeRO-1/2 would mix up "
+            "gradients of different parameters): use every parameter on every rank, or freeze it"
+        )
+
+    def _check_resolved(self) -> None:
+        missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in self._resolved]
+        if missing:
+            total = len(self.plan.buckets)
+            raise BucketMOOError(f"{len(missing)} of {total} buckets were not resolved, first {missing[0]}")
+        weights = _digest(self._block_weights.numpy().tobytes())
+        if len({row[0] for row in self.exchange.gather_numbers([weights])}) > 1:
+            raise DisagreementError("the ranks reached different weights from the same Grams")
+
+    def _shard_segments(self, bucket: int) -> Segments:
+        numel = self.exchange.shard_numel(self.plan.buckets[bucket].numel)
+        return self.plan.segments(bucket, self.exchange.rank * numel, (self.exchange.rank + 1) * numel)
+
+    def _generator(self) -> torch.Generator:
+        seed = _digest(struct.pack("<qq", self.config.seed, self.windows))
+        return torch.Generator().manual_seed(seed & (2**63 - 1))
+
+
+def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
+    """Returns the aggregator that the settings name.
+
+    Raises:
+        ConfigError: an unknown name or option, or an option out of range.
+    """
+    known = aggregate.names()
+    if config.aggregator not in known:
+        hint = did_you_mean(config.aggregator, known)
+        raise ConfigError(f'{SECTION}.aggregator = "{config.aggregator}": unknown, expected {one_of(known)}{hint}')
+    try:
+        return aggregate.create(config.aggregator, **config.aggregator_options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{SECTION}.aggregator_options: {error}") from error
+
+
+def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -> bool:
+    """Returns whether buckets are resolved as they arrive: with one exchange a window and no block across buckets.
+
+    Raises:
+        ConfigError: `streaming` was asked for where it cannot be.
+    """
+    obstacle = ""
+    if exchanges > 1:
+        obstacle = f"a window has {exchanges} exchanges (gradient_accumulation_steps)"
+    elif plan.spans_buckets:
+        obstacle = f'blocks of granularity "{config.granularity}" span several buckets'
+    if config.mode == "streaming" and obstacle:
+        raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
+    return config.mode != "deferred" and not obstacle
+
+
+def _as_bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _as_float(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def _pack(flags: Sequence[bool]) -> bytes:
+    words = bytearray(8 * -(-len(flags) // 64))
+    for index, flag in enumerate(flags):
+        words[index // 8] |= flag << (index % 8)
+    return bytes(words)

@@ -1,0 +1,108 @@
+"""The window: which language every (micro-step, rank) slot trained on, and what a row's mean over it is.
+
+A *row* is the gradient of the mean loss per target token of one language over the whole window. With `n_b` target
+tokens in micro-batch b, `g_b` its gradient as the framework hands it over (the mean loss, divided by the M micro-steps
+of a window) and `N_l` the target tokens of language l in the window,
+
+    row_l = sum over b in l of (n_b / N_l) M g_b.
+
+So `mean` over the rows equals plain averaging, to rounding, when all languages fed equally many tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One micro-batch of the window.
+
+    Args:
+        language: index of its language.
+        target_tokens: tokens that its loss is a mean over.
+        scale: `s_b`, such that the sum of `s_b g_b` over the language's micro-batches is `N_l row_l`.
+    """
+
+    language: int
+    target_tokens: int
+    scale: float
+
+
+class Window:
+    """The table (micro-step, rank) -> slot of the current window, equal on all ranks.
+
+    Args:
+        num_languages: K.
+        weighting: `language` or `token`, see `BucketMOOConfig`.
+        local: whether each rank adds up its micro-steps before they are exchanged once (ZeRO-1), so that a rank must
+            keep one language for the window.
+    """
+
+    def __init__(self, num_languages: int, weighting: str, local: bool) -> None:
+        self.num_languages = num_languages
+        self.weighting = weighting
+        self.local = local
+        self.table: list[list[Slot]] = []
+
+    def clear(self) -> None:
+        """Starts the next window."""
+        self.table = []
+
+    def add(self, slots: Sequence[Slot]) -> None:
+        """Appends a micro-step: the slots of all ranks."""
+        self.table.append(list(slots))
+
+    def changed_language(self, slots: Sequence[Slot]) -> int | None:
+        """Returns the first rank whose language differs from its earlier micro-steps where that is not allowed."""
+        if not self.local or not self.table:
+            return None
+        pairs = enumerate(zip(self.table[0], slots, strict=True))
+        return next((rank for rank, (first, now) in pairs if first.language != now.language), None)
+
+    @property
+    def present(self) -> list[int]:
+        """The languages that fed at least one target token to this window, ascending."""
+        return [language for language, tokens in enumerate(self.target_tokens) if tokens > 0]
+
+    @property
+    def target_tokens(self) -> list[int]:
+        """The target tokens of every language in this window."""
+        tokens = [0] * self.num_languages
+        for slots in self.table:
+            for slot in slots:
+                tokens[slot.language] += slot.target_tokens
+        return tokens
+
+    def local_factor(self, rank: int) -> float:
+        """Returns by what a rank's latest gradient is multiplied where it adds up micro-steps itself; 1 for its first
+        gradient, whose scale then holds for the sum."""
+        slots = [slots[rank] for slots in self.table]
+        first = next((slot for slot in slots if slot.target_tokens > 0), slots[-1])
+        return slots[-1].scale / first.scale if first.scale else 0.0
+
+    def sources(self) -> list[Slot]:
+        """Returns, rank by rank, the slot that stands for what the rank exchanges now."""
+        if not self.local:
+            return self.table[-1]
+        ranks = range(len(self.table[0]))
+        by_rank = [[slots[rank] for slots in self.table] for rank in ranks]
+        return [next((slot for slot in slots if slot.target_tokens > 0), slots[-1]) for slots in by_rank]
+
+    def reference_scale(self, language: int) -> float:
+        """Returns the scale of the language's first slot. Rows are kept in its units, so that equal micro-batches are
+        added without a single rounding beyond the sum's own."""
+        slots = (slot for step in self.table for slot in step)
+        return next(slot.scale for slot in slots if slot.language == language and slot.target_tokens > 0)
+
+    def coefficients(self) -> list[float]:
+        """Returns, for each language present, what its stored row has to be multiplied by (see the module)."""
+        tokens = self.target_tokens
+        present = self.present
+        total = sum(tokens)
+        share = {
+            "language": lambda language: 1.0 / tokens[language],
+            "token": lambda language: len(present) / total,
+        }[self.weighting]
+        return [self.reference_scale(language) * share(language) for language in present]
