@@ -41,6 +41,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("deepspeed")
 def _install(deepspeed: ModuleType) -> None:
     """DeepSpeed takes seconds to import: it is wrapped when somebody imports it, before or after this package."""
-    from bucketmoo_ds.adapters.deepspeed import install
-
-    install()
+    importlib.import_module("bucketmoo_ds.adapters.deepspeed")

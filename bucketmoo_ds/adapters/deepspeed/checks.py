@@ -99,11 +99,12 @@ def refuse_engine(engine: Any, optimizer_class: type, engine_class: type) -> Non
             f"bucket_moo works with {engine_class.__name__}, DeepSpeed built {found.__name__} (pipeline and "
             "hybrid engines reduce gradients elsewhere); use a plain module"
         )
-    optimizer = engine.optimizer
-    if type(optimizer) is not optimizer_class:
+    optimizer: Any = engine.optimizer
+    built: type = type(optimizer)
+    if built is not optimizer_class:
         raise ConfigError(
             f"bucket_moo works with DeepSpeed's {optimizer_class.__name__}, this configuration built "
-            f"{type(optimizer).__name__}; pass an optimizer, and use ZeRO stage 1 or 2"
+            f"{built.__name__}; pass an optimizer, and use ZeRO stage 1 or 2"
         )
     for what, is_on in (
         ("mixture-of-experts layers", engine.has_moe_layers),

@@ -1,0 +1,1 @@
+"""The `bucketmoo` command, one module a sub-command."""
