@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +11,10 @@ from bucketmoo_ds.blocks import BlockPlan
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.logs import logger
 
 FILE = "bucket_moo.json"
 FORMAT = 1
-
-logger = logging.getLogger("bucketmoo_ds")
 
 
 class Stateful(Protocol):

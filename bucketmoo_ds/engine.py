@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import logging
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,10 +33,9 @@ from bucketmoo_ds.errors import (
     one_of,
 )
 from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.logs import logger
 from bucketmoo_ds.store import RowStore
 from bucketmoo_ds.window import Slot, Window
-
-logger = logging.getLogger("bucketmoo_ds")
 
 Sink = Callable[[int, Tensor], None]
 

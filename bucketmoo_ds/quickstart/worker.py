@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from bucketmoo_ds import __version__, checkpoint
 from bucketmoo_ds.corpus.pages import ENGLISH
-from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.quickstart import prepare
 from bucketmoo_ds.quickstart.plan import BASELINE, QuickstartPlan
-from bucketmoo_ds.training.environment import prepare_rank
+from bucketmoo_ds.training.environment import run_rank
 from bucketmoo_ds.training.loop import RunResult, train
 from bucketmoo_ds.training.models import load_model
 from bucketmoo_ds.training.settings import ModelSettings, TrainingSettings
@@ -30,15 +29,7 @@ from bucketmoo_ds.training.settings import ModelSettings, TrainingSettings
 def main() -> None:
     """Trains the base and every run; rank 0 writes `results.json` anew after each."""
     folder = Path(sys.argv[1])
-    prepare_rank()
-    try:
-        run(folder)
-    except BucketMOOError as error:
-        if dist.get_rank() == 0:
-            print(f"bucketmoo: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
-    finally:
-        dist.destroy_process_group()
+    run_rank(lambda: run(folder), quiet=True)
 
 
 def run(folder: Path) -> None:

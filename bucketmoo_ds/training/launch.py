@@ -15,6 +15,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.training.environment import SETTINGS_STATUS
+
 
 class RunFailedError(RuntimeError):
     """A rank failed; the others were ended. The message says which, and what it printed last."""
@@ -28,12 +31,13 @@ def already_launched() -> bool:
 def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, threads: int) -> None:
     """Runs `python -m module arguments` on `processes` ranks until all have ended.
 
-    Rank 0 writes to the terminal; what every rank prints to its standard error also goes to a file below `logs`.
+    Rank 0 writes to the terminal, the others to files below `logs`.
 
     Args:
         threads: for each rank's arithmetic.
 
     Raises:
+        BucketMOOError: a bad setting, which rank 0 has told already.
         RunFailedError: a rank failed. All others have ended.
         KeyboardInterrupt: Ctrl-C, or a request to terminate. All ranks have ended.
     """
@@ -41,7 +45,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, th
     for name in ("torch.distributed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logs.mkdir(parents=True, exist_ok=True)
-    quiet: dict[int, Std] = {rank: Std.ALL if rank else Std.NONE for rank in range(processes)}
+    redirects: dict[int, Std] = {rank: Std.ALL if rank else Std.NONE for rank in range(processes)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -51,12 +55,14 @@ def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, th
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=quiet, tee={0: Std.ERR}),
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects),
     )
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == SETTINGS_STATUS:
+            raise BucketMOOError("stopped by the error above") from error
         raise RunFailedError(_explain(rank, failure.exitcode, logs)) from error
     except SignalException as error:
         raise KeyboardInterrupt(signal.Signals(error.sigval).name) from error
@@ -69,5 +75,5 @@ def _explain(rank: int, status: int, logs: Path) -> str:
         for path in sorted(logs.glob(f"**/{rank}/stderr.log"), key=lambda path: path.stat().st_mtime)[-1:]
         for line in path.read_text(errors="replace").strip().splitlines()
     ]
-    tail = "\n".join(f"    {line}" for line in lines[-6:])
-    return f"rank {rank} {how}; the other ranks were ended.\n{tail}\nAll output: {logs}"
+    tail = [f"    {line}" for line in lines[-6:]]
+    return "\n".join([f"rank {rank} {how}; the other ranks were ended", *tail, f"    output of the ranks: {logs}"])

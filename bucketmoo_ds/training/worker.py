@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,18 @@ import torch.distributed as dist
 
 from bucketmoo_ds.corpus import evaluate
 from bucketmoo_ds.corpus.load import DataSpec, load_texts, load_training_data
-from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.training.environment import prepare_rank
+from bucketmoo_ds.training.environment import run_rank
 from bucketmoo_ds.training.settings import RunSettings, read_settings
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs this rank; a bad setting is told by rank 0 alone, in one line."""
+    """Runs this rank."""
     parser = argparse.ArgumentParser(prog="bucketmoo train")
     parser.add_argument("config", type=Path)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     settings = read_settings(options.config)
-    prepare_rank()
-    try:
-        run(settings, resume=options.resume)
-    except BucketMOOError as error:
-        if dist.get_rank() == 0:
-            print(f"bucketmoo: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
-    finally:
-        dist.destroy_process_group()
+    run_rank(lambda: run(settings, resume=options.resume))
 
 
 def run(settings: RunSettings, resume: bool) -> None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import wrapt
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import log_dist
 
 from bucketmoo_ds.adapters.deepspeed import checks
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
@@ -24,6 +23,7 @@ from bucketmoo_ds.blocks import Parameter, plan_blocks
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
 from bucketmoo_ds.engine import create_aggregator
 from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
 
 
@@ -82,9 +82,11 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     exchange = Exchange(optimizer.dp_process_group, _control_group(optimizer))
     optimizer.__class__ = BucketMOOZeroOptimizer
     engine.reduction = optimizer.reduction = Reduction(engine, optimizer, plan, exchange)
-    log_dist(engine.moo.describe(), ranks=[0])
-    for bucket in plan.buckets:
-        log_dist(f"bucket_moo: {bucket.name}, {bucket.numel} elements", ranks=[0])
+    show_by_default()
+    if exchange.rank == 0:
+        logger.info(engine.moo.describe())
+        for bucket in plan.buckets:
+            logger.debug("bucket_moo: %s, %d elements", bucket.name, bucket.numel)
 
 
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

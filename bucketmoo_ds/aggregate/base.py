@@ -1,0 +1,89 @@
+"""What an aggregator is, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+
+
+class Aggregator(ABC):
+    """A rule from the Grams of blocks to the weights of their languages.
+
+    A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`. It is registered with
+    `@register("name")` and lives in a file of its own in this package, or anywhere that is imported before use.
+    """
+
+    @abstractmethod
+    def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the weights of every block, all blocks at once.
+
+        Args:
+            gram: `[B, K, K]` float64, symmetric positive semidefinite up to rounding, finite, and 0 in the rows and
+                columns of languages that the mask leaves out.
+            mask: `[B, K]` bool, the languages that count; at least one a block.
+            generator: the only source of randomness, in the same state on every rank.
+
+        Returns:
+            `[B, K]` float64, 0 where the mask is false. In the averaging convention: 1/K each is plain averaging.
+        """
+
+
+AggregatorClass = TypeVar("AggregatorClass", bound=type[Aggregator])
+
+_REGISTRY: dict[str, type[Aggregator]] = {}
+
+
+def register(name: str) -> Callable[[AggregatorClass], AggregatorClass]:
+    """Returns the class decorator that makes an aggregator known under `name`.
+
+    Raises:
+        ValueError: the name is taken by another class, or the class is no dataclass derived from `Aggregator`.
+    """
+
+    def decorate(cls: AggregatorClass) -> AggregatorClass:
+        if not (isinstance(cls, type) and issubclass(cls, Aggregator) and dataclasses.is_dataclass(cls)):
+            raise ValueError(f'register("{name}"): expected a frozen dataclass derived from Aggregator, got {cls!r}')
+        known = _REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f'register("{name}"): the name already belongs to {known.__qualname__}; choose another')
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all registered aggregators, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def create(name: str, **options: Any) -> Aggregator:
+    """Returns the aggregator called `name` with these options.
+
+    Raises:
+        ConfigError: (a ValueError) an unknown name, an unknown option, or an option's value of a wrong type or range.
+    """
+    cls = _REGISTRY.get(name)
+    if cls is None:
+        raise ConfigError(f'aggregator = "{name}": unknown, expected {one_of(names())}{did_you_mean(name, names())}')
+    allowed = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in allowed:
+            expected = f"expected {one_of(allowed)}" if allowed else "it has no options"
+            meant = did_you_mean(option, allowed)
+            raise ConfigError(f'aggregator "{name}": unknown option "{option}", {expected}{meant}')
+    return cls(**options)
+
+
+def check_number(aggregator: str, option: str, value: object, low: float, high: float) -> None:
+    """Raises a ConfigError unless `value` is a number with `low <= value < high`; `True` is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        expected = f"expected a number from {low} to below {high}"
+        raise ConfigError(f'aggregator "{aggregator}": {option} = {value!r}: {expected}')

@@ -1,0 +1,159 @@
+"""`solve` and `weights`: what holds for every aggregator (masks, non-finite Grams, normalisation), in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.aggregate._scaling import ZERO_ROW
+from bucketmoo_ds.aggregate.base import Aggregator, create
+from bucketmoo_ds.aggregate.mean import uniform
+from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+
+NORMALIZE = ("none", "unit")
+RESCALE = ("none", "mean")
+
+# `rescale="mean"` leaves a combined row alone whose norm is below this times the sum of the norms of its parts: what
+# is left after such a cancellation is rounding, and blowing it up to the norm of the mean would be a random step.
+CANCELLED = 1e-6
+# How much of the largest entry of a Gram may be lost to its rounding: a few units of its own precision, times K.
+ASYMMETRY = {torch.bfloat16: 1e-1, torch.float16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+def solve(
+    gram: Tensor,
+    mask: Tensor,
+    aggregator: Aggregator,
+    *,
+    normalize: str = "none",
+    rescale: str = "none",
+    generator: torch.Generator,
+) -> Tensor:
+    """Returns the weights of the languages in every block, all blocks at once.
+
+    Multiplying all weights of a block by a positive number keeps its direction: a combined row that harms no language
+    still harms none after `rescale`. After `normalize="unit"` a method's guarantees hold for the unit rows: signs of
+    inner products, and so descent, carry over to the rows themselves; MGDA's `<g_i, d> >= ||d||^2` does not.
+
+    Args:
+        gram: `[B, K, K]` float64, symmetric, summed over all ranks.
+        mask: `[B, K]` bool, the languages that count in a block. The others get exactly 0, and their entries of the
+            Gram, NaN included, influence nothing.
+        aggregator: the rule; see `create`.
+        normalize: `unit` scales the rows to norm 1 before the rule is applied (zero rows stay zero) and maps the
+            weights back to the rows as they are.
+        rescale: `mean` scales the combined row to the norm of the block's mean row, unless it has cancelled to
+            rounding.
+        generator: the only source of randomness, in the same state on every rank.
+
+    Returns:
+        `[B, K]` float64. Blocks whose unmasked Gram is not finite get uniform weights (whether to skip the step is
+        the caller's decision), a single language gets 1, no language at all zeros.
+
+    Raises:
+        ConfigError: an unknown `normalize` or `rescale`.
+    """
+    for option, value, known in (("normalize", normalize, NORMALIZE), ("rescale", rescale, RESCALE)):
+        if value not in known:
+            raise ConfigError(f'{option} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}')
+    pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+    gram = torch.where(pairs, gram, 0.0)
+    finite = gram.isfinite().flatten(1).all(-1)
+    hard = finite & (mask.sum(-1) > 1)
+    result = uniform(mask)
+    # A rule that draws random numbers must draw as many on each call, whatever the data: it is called even for nothing.
+    result[hard] = _apply(gram[hard], mask[hard], aggregator, normalize, generator)
+    if rescale == "mean":
+        result[hard] = _to_norm_of_mean(result[hard], gram[hard], mask[hard])
+    return result
+
+
+def weights(
+    gram: Tensor,
+    aggregator: str = "mgda",
+    mask: Tensor | None = None,
+    *,
+    normalize: str = "none",
+    rescale: str = "none",
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """Returns the weights that an aggregator gives to the rows of which `gram` holds the inner products.
+
+    >>> import torch
+    >>> rows = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> weights(rows @ rows.T, "mgda")
+    tensor([0.2000, 0.8000], dtype=torch.float64)
+
+    Args:
+        gram: `[B, K, K]`, or `[K, K]` for one block; float16, bfloat16, float32 or float64.
+        aggregator: a name that `names()` lists.
+        mask: `[B, K]` (or `[K]`) bool, the languages that count; all by default.
+        normalize: see `solve`.
+        rescale: see `solve`.
+        seed: seeds the random orders of `pcgrad`.
+        options: options of the aggregator, such as `c=0.4` for `cagrad`.
+
+    Returns:
+        `[B, K]` (or `[K]`) float64 on the Gram's device.
+
+    Raises:
+        ConfigError: (a ValueError) an unknown aggregator or option, or a bad value of one.
+        ValueError: a Gram or mask of the wrong shape or dtype, or a Gram that is not symmetric, or whose diagonal is
+            negative, where it is finite.
+    """
+    rule = create(aggregator, **options)
+    if mask is None:
+        mask = torch.ones(gram.shape[:-1], dtype=torch.bool, device=gram.device)
+    _check(gram, mask)
+    blocks, masks = gram.to(torch.float64).reshape(-1, *gram.shape[-2:]), mask.reshape(-1, mask.shape[-1])
+    generator = torch.Generator().manual_seed(seed)
+    result = solve(blocks, masks, rule, normalize=normalize, rescale=rescale, generator=generator)
+    return result.reshape(mask.shape)
+
+
+def _apply(gram: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator) -> Tensor:
+    """Returns the rule's weights, in terms of the rows as they are also where it was shown unit rows."""
+    # The rules do not depend on the scale of a block; near 1 nothing overflows.
+    gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+    if normalize == "none":
+        return aggregator.weights(gram, mask, generator)
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+    divisor = torch.where(norms > ZERO_ROW, norms, 1.0)
+    return aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator) / divisor
+
+
+def _to_norm_of_mean(weights: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
+    """Returns the weights times the norm of the mean row over the norm of the combined row."""
+    wanted, got = _norm(uniform(mask), gram), _norm(weights, gram)
+    parts = (weights.abs() * gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()).sum(-1, keepdim=True)
+    cancelled = got <= CANCELLED * parts
+    return weights * torch.where(cancelled, 1.0, wanted / torch.where(cancelled, 1.0, got))
+
+
+def _norm(weights: Tensor, gram: Tensor) -> Tensor:
+    """Returns the norms `[B, 1]` of the combined rows."""
+    return (weights * (gram * weights.unsqueeze(-2)).sum(-1)).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
+
+
+def _check(gram: Tensor, mask: Tensor) -> None:
+    """Raises a ValueError that says what is wrong with a Gram or mask handed in from outside."""
+    if gram.ndim not in (2, 3) or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
+        raise ValueError(f"gram: shape {list(gram.shape)}: expected [B, K, K] or [K, K] with K at least 1")
+    if gram.dtype not in ASYMMETRY:
+        raise ValueError(f"gram: dtype {gram.dtype}: expected {', '.join(str(dtype) for dtype in ASYMMETRY)}")
+    if mask.dtype != torch.bool or mask.shape != gram.shape[:-1]:
+        raise ValueError(
+            f"mask: {mask.dtype} of shape {list(mask.shape)}: expected torch.bool of shape {list(gram.shape[:-1])}"
+        )
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    used = (mask.unsqueeze(-1) & mask.unsqueeze(-2)) & gram.isfinite()
+    entries = torch.where(used, gram, 0.0).to(torch.float64)
+    if bool((torch.where(mask & diagonal.isfinite(), diagonal, 0.0) < 0.0).any()):
+        raise ValueError("gram: a negative diagonal entry: expected the inner products of rows, gram = rows @ rows.T")
+    size = entries.abs().amax((-2, -1), keepdim=True)
+    difference = torch.where(used & used.mT, entries - entries.mT, 0.0)
+    if bool((difference.abs() > ASYMMETRY[gram.dtype] * size).any()):
+        raise ValueError("gram: not symmetric: expected the inner products of rows, gram = rows @ rows.T")

@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, installed as `bucketmoo_ds.kernels` (see setup.py for why not as `kernels`)."""

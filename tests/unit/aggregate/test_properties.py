@@ -1,0 +1,234 @@
+"""What must hold for every aggregator, or for one by its definition, on Grams of every hard kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from unit.aggregate.grams import KINDS, combined_error, gram_of, make_rows, rows, times
+
+from bucketmoo_ds.aggregate import create, names, solve, weights
+
+RULES = ("mean", "mgda", "upgrad", "cagrad", "pcgrad")
+UNORDERED = ("mean", "mgda", "upgrad", "cagrad")
+# Rows whose answers agree to rounding; where near-parallel or badly scaled rows cancel, Grams keep fewer digits.
+PLAIN = ("random", "common direction", "rank deficient", "duplicate rows")
+# Two solves of one problem in another order or batch: both stop at a gap of 1e-14 or better of a squared norm, so
+# their combined rows differ by the square root of that at the most.
+SAME = 1e-6
+seeds = st.integers(0, 2**32 - 1)
+
+
+def test_the_five_rules_are_registered() -> None:
+    assert set(RULES) <= set(names())
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows())
+def test_mgda_is_optimal(rows: Tensor) -> None:
+    gram = gram_of(rows)
+    w = weights(gram, "mgda")
+    products, trace = times(gram, w), gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gap = (w * products).sum(-1) - products.amin(-1)
+    assert bool((w >= 0).all())
+    torch.testing.assert_close(w.sum(-1), torch.ones(len(w), dtype=torch.float64), rtol=0, atol=1e-12)
+    assert float((gap / trace).max()) <= 1e-10
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=("random", "common direction", "badly scaled")))
+def test_mgda_lets_every_language_descend(rows: Tensor) -> None:
+    gram = gram_of(rows)
+    w = weights(gram, "mgda")
+    combined = (w.unsqueeze(-1) * rows).sum(-2)
+    square = combined.square().sum(-1, keepdim=True)
+    # <g_i, d> and ||d||^2 are sums of products of rows, each with the rounding of its own terms: 1e-12 of their sizes.
+    rounding = rows.norm(dim=-1) * (w * rows.norm(dim=-1)).sum(-1, keepdim=True)
+    least = (rows * combined.unsqueeze(-2)).sum(-1) - square * (1 - 1e-6)
+    assert float((least / rounding).min()) >= -1e-12
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows())
+def test_upgrad_harms_no_language(rows: Tensor) -> None:
+    gram, norms = gram_of(rows), rows.norm(dim=-1)
+    w = weights(gram, "upgrad")
+    parts = norms * (w * norms).sum(-1, keepdim=True)
+    # The ridge of 1e-12, and float64's rounding of the cancelled sum.
+    assert float((times(gram, w) / parts).min()) >= -1e-10
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(), st.floats(0.05, 0.95))
+def test_cagrad_stays_in_its_ball_and_is_optimal_in_it(rows: Tensor, c: float) -> None:
+    gram = gram_of(rows)
+    w = weights(gram, "cagrad", c=c)
+    present = torch.full_like(w, 1.0 / w.shape[-1])
+    mean = rows.mean(-2)
+    radius = c * mean.norm(dim=-1)
+    point = ((w - present).unsqueeze(-1) * rows).sum(-2)
+    size = rows.norm(dim=-1).sum(-1)
+    moving = (w != 0.0).any(-1)
+    off = (point.norm(dim=-1) - radius).abs() / size
+    # The multipliers of g_w are what is added to the mean's 1/K; stationary blocks give weight 0 to all.
+    added = (w - present).clamp(min=0.0)
+    share = added / added.sum(-1, keepdim=True)
+    products = times(gram, w)
+    gap = ((share * products).sum(-1) - products.amin(-1)) / gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Rounding of a sum that cancels down to norm_eps = 1e-4 of its parts: 1e-16 / 1e-4^2.
+    assert float(torch.where(moving, off, 0.0).max()) <= 1e-7
+    assert float(torch.where(moving, gap, 0.0).max()) <= 1e-7
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(), st.sampled_from(RULES))
+def test_weights_do_not_depend_on_the_scale_of_the_gram(rows: Tensor, rule: str) -> None:
+    gram = gram_of(rows)
+    # Powers of two change no digit, so that the answers are the same bits.
+    assert torch.equal(weights(gram, rule), weights(gram * 2.0**60, rule))
+    assert torch.equal(weights(gram, rule), weights(gram * 2.0**-60, rule))
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=PLAIN), st.sampled_from(UNORDERED), seeds)
+def test_the_order_of_the_languages_does_not_matter(rows: Tensor, rule: str, seed: int) -> None:
+    order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    straight, permuted = weights(gram_of(rows), rule), weights(gram_of(rows[:, order]), rule)
+    assert combined_error(rows[:, order], straight[:, order], permuted) <= SAME
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=PLAIN, least=3), st.sampled_from(UNORDERED), seeds)
+def test_masking_a_language_equals_deleting_it(rows: Tensor, rule: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gone = int(torch.randint(rows.shape[1], (), generator=generator))
+    left = [index for index in range(rows.shape[1]) if index != gone]
+    mask = torch.ones(rows.shape[:2], dtype=torch.bool)
+    mask[:, gone] = False
+    gram = gram_of(rows)
+    poisoned = gram.clone()
+    poisoned[:, gone], poisoned[:, :, gone] = float("nan"), float("inf")
+    masked = weights(gram, rule, mask)
+    assert torch.equal(masked[:, gone], torch.zeros(len(rows), dtype=torch.float64))
+    assert torch.equal(masked, weights(poisoned, rule, mask))
+    assert combined_error(rows[:, left], masked[:, left], weights(gram_of(rows[:, left]), rule)) <= SAME
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(least=3), seeds)
+def test_pcgrad_with_a_masked_language_ignores_it(rows: Tensor, seed: int) -> None:
+    gram = gram_of(rows)
+    mask = torch.ones(rows.shape[:2], dtype=torch.bool)
+    mask[:, 0] = False
+    poisoned = gram.clone()
+    poisoned[:, 0], poisoned[:, :, 0] = float("nan"), float("nan")
+    result = weights(poisoned, "pcgrad", mask, seed=seed)
+    assert torch.equal(result, weights(gram, "pcgrad", mask, seed=seed))
+    assert bool((result[:, 0] == 0).all())
+    assert bool((result[:, 1:].sum(-1) >= 1 - 1e-12).all())  # A projection only ever adds multiples of other rows.
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=PLAIN), st.sampled_from(RULES), seeds)
+def test_all_blocks_at_once_equal_one_at_a_time(rows: Tensor, rule: str, seed: int) -> None:
+    gram = gram_of(rows)
+    together = weights(gram, rule, seed=seed)
+    alone = torch.stack([weights(block, rule, seed=seed) for block in gram])
+    assert combined_error(rows, together, alone) <= SAME
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(), st.sampled_from(RULES), seeds)
+def test_the_same_call_gives_the_same_bits(rows: Tensor, rule: str, seed: int) -> None:
+    gram = gram_of(rows)
+    assert torch.equal(weights(gram, rule, seed=seed), weights(gram.clone(), rule, seed=seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_blocks_of_many_languages(kind: str) -> None:
+    rows = make_rows(kind, 128, 16, torch.Generator().manual_seed(torch.seed() % 2**32))
+    gram = gram_of(rows)
+    for rule in RULES:
+        w = weights(gram, rule)
+        assert bool(w.isfinite().all()), rule
+    products, trace = times(gram, weights(gram, "mgda")), gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = (weights(gram, "mgda") * products).sum(-1)
+    assert float(((square - products.amin(-1)) / trace).max()) <= 1e-10
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(), st.sampled_from(RULES))
+def test_weights_are_finite_and_without_conflict_upgrad_and_pcgrad_average(rows: Tensor, rule: str) -> None:
+    assert bool(weights(gram_of(rows), rule).isfinite().all())
+    friendly = gram_of(rows.abs())
+    average = weights(friendly, "mean")
+    for projecting in ("upgrad", "pcgrad"):
+        torch.testing.assert_close(weights(friendly, projecting), average, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gram_that_is_not_finite_gives_uniform_weights_and_touches_no_other_block(rule: str) -> None:
+    gram = gram_of(make_rows("random", 4, 3, torch.Generator().manual_seed(torch.seed() % 2**32)))
+    healthy = weights(gram, rule)
+    broken = gram.clone()
+    broken[1, 0, 2], broken[3, 1, 1] = float("inf"), float("nan")
+    result = weights(broken, rule)
+    third = torch.full((3,), 1.0 / 3.0, dtype=torch.float64)
+    assert torch.equal(result[1], third)
+    assert torch.equal(result[3], third)
+    assert combined_error(torch.eye(3, dtype=torch.float64).expand(2, 3, 3), result[[0, 2]], healthy[[0, 2]]) <= SAME
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_language_gets_everything_and_none_gets_nothing(rule: str, kind: str) -> None:
+    gram = gram_of(make_rows(kind, 2, 4, torch.Generator().manual_seed(torch.seed() % 2**32)))
+    mask = torch.tensor([[False, False, True, False], [False] * 4])
+    assert torch.equal(weights(gram, rule, mask), mask.to(torch.float64))
+
+
+@pytest.mark.parametrize("rule", ["mgda", "cagrad"])
+def test_a_zero_row_freezes_the_block(rule: str) -> None:
+    rows = make_rows("random", 3, 4, torch.Generator().manual_seed(torch.seed() % 2**32)).abs()
+    rows[:, 1] = 0.0
+    assert float((weights(gram_of(rows), rule).unsqueeze(-1) * rows).sum(-2).norm(dim=-1).max()) == 0.0
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=("random", "common direction", "badly scaled"), least=2), st.sampled_from(RULES))
+def test_normalize_unit_equals_the_rule_on_unit_rows(rows: Tensor, rule: str) -> None:
+    unit = rows / rows.norm(dim=-1, keepdim=True)
+    shown = weights(gram_of(rows), rule, normalize="unit") * rows.norm(dim=-1)
+    direct = weights(gram_of(unit), rule)
+    # The mapping back is relative to the block's largest row: only the direction is the rule's own.
+    shown = shown / shown.sum(-1, keepdim=True).clamp(min=1e-300)
+    direct = direct / direct.sum(-1, keepdim=True).clamp(min=1e-300)
+    assert combined_error(unit, shown, direct) <= SAME
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=("random", "common direction")), st.sampled_from(RULES))
+def test_rescale_gives_the_norm_of_the_mean_row_and_keeps_the_direction(rows: Tensor, rule: str) -> None:
+    gram = gram_of(rows)
+    plain, scaled = weights(gram, rule), weights(gram, rule, rescale="mean")
+    combined = (plain.unsqueeze(-1) * rows).sum(-2)
+    result = (scaled.unsqueeze(-1) * rows).sum(-2)
+    lasting = combined.norm(dim=-1) > 1e-4 * (plain.abs() * rows.norm(dim=-1)).sum(-1)
+    wanted = rows.mean(-2).norm(dim=-1)
+    # 1e-4 squared leaves 8 of float64's 16 digits.
+    torch.testing.assert_close(result.norm(dim=-1)[lasting], wanted[lasting], rtol=1e-7, atol=0)
+    factor = (wanted / combined.norm(dim=-1))[lasting].unsqueeze(-1)
+    torch.testing.assert_close(scaled[lasting], plain[lasting] * factor, rtol=1e-7, atol=1e-12)
+
+
+def test_solve_draws_alike_whatever_the_data() -> None:
+    gram = gram_of(make_rows("random", 2, 3, torch.Generator().manual_seed(torch.seed() % 2**32)))
+    states = []
+    for blocks, mask in ((gram, True), (gram[:1] * float("nan"), True), (gram, False)):
+        generator = torch.Generator().manual_seed(7)
+        solve(blocks, torch.full(blocks.shape[:2], mask), create("pcgrad"), generator=generator)
+        states.append(generator.get_state())
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])
