@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,8 @@ class LanguageTracker:
             return error
         tokens = sum(batch.target_tokens for batch in batches)
         items = batches[0].loss_items
+        if items is not None and not (math.isfinite(items) and (items > 0 or tokens == 0)):
+            return LanguageError(f"num_items_in_batch = {items} with {tokens} target tokens: expected more than 0")
         scale = float(micro_steps * tokens) if items is None else items / world_size
         return Slot(batches[0].language, tokens, scale)
 

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -184,13 +184,15 @@ class BucketMOO:
             BucketMOOError: a bucket was not resolved.
         """
         self._check_contents()
+        self._check_complete(self._resolved if self.streaming else self._grams)
         if not self.streaming:
             buckets = range(len(self.plan.buckets))
             partial = torch.cat([self._grams[bucket] for bucket in buckets])
             weights = self._resolve(partial, range(len(self.plan.cell_block)))
             for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
                 self._combine(bucket, self._store.rows(bucket, self.window.present), of_bucket)
-        self._check_resolved()
+        self._check_complete(self._resolved)
+        self._check_weights()
         resolution = Resolution(
             window=self.windows,
             gram=self._block_gram,
@@ -270,9 +272,9 @@ class BucketMOO:
                 for piece, slot in zip(slices, sources, strict=True)
                 if slot.language == language and slot.target_tokens > 0
             ]
-            row, _ = parts[0]  # its scale is the reference: no copy where a language comes from one rank
-            if len(parts) > 1:
-                row = row.to(torch.float32, copy=True)
+            row, first_scale = parts[0]
+            if len(parts) > 1 or first_scale != 1.0:  # no copy where a language comes from one rank
+                row = row.to(torch.float32, copy=True).mul_(first_scale)
                 for piece, scale in parts[1:]:
                     row.add_(piece, alpha=scale)
             rows.append(row)
@@ -375,11 +377,13 @@ class BucketMOO:
             "gradients of different parameters): use every parameter on every rank, or freeze it"
         )
 
-    def _check_resolved(self) -> None:
-        missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in self._resolved]
+    def _check_complete(self, done: Container[int]) -> None:
+        missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in done]
         if missing:
             total = len(self.plan.buckets)
             raise BucketMOOError(f"{len(missing)} of {total} buckets were not resolved, first {missing[0]}")
+
+    def _check_weights(self) -> None:
         weights = _digest(self._block_weights.numpy().tobytes())
         if len({row[0] for row in self.exchange.gather_numbers([weights])}) > 1:
             raise DisagreementError("the ranks reached different weights from the same Grams")

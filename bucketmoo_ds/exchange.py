@@ -68,7 +68,7 @@ class Exchange:
 
     def gather_text(self, text: str, limit: int = 1024) -> list[str]:
         """Returns the text of every rank, cut to `limit` bytes of UTF-8."""
-        data = bytearray(text.encode()[:limit].ljust(limit, b"\0"))
+        data = bytearray(text.encode(errors="backslashreplace")[:limit].ljust(limit, b"\0"))
         rows = self._gather(torch.frombuffer(data, dtype=torch.uint8))
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
 

@@ -30,6 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     defaults = QuickstartPlan(seen=sources.SEEN_LANGUAGES, unseen=sources.UNSEEN_LANGUAGES)
     parser.add_argument("--data", type=Path, help="folder of text by language, instead of the fetched one")
+    parser.add_argument("--base", default=defaults.base, help="language of the base model")
     parser.add_argument("--languages", type=_names, default=defaults.seen, help="seen languages, comma-separated")
     parser.add_argument("--unseen", type=_names, default=defaults.unseen, help="languages for evaluation only")
     parser.add_argument("--aggregators", type=_names, default=defaults.methods[1:], help="compared with averaging")
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if min(options.seeds, options.steps, options.base_steps, options.processes) < 1:
         raise ConfigError("--seeds, --steps, --base-steps and --processes: expected at least 1")
     plan = QuickstartPlan(
+        base=options.base,
         seen=tuple(options.languages),
         unseen=tuple(options.unseen),
         methods=(BASELINE, *options.aggregators),
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     sizes = ", ".join(f"{name} {size / 1000:.0f} kB" for name, size in corpus["training_bytes"].items())
     console.print(f"Text: {corpus['source']} {corpus['version']} ({corpus['licence']}). {sizes}")
     runs = len(plan.methods) * len(plan.seeds)
-    console.print(f"Training a base on English, then {runs} runs on {plan.processes} processes, ZeRO-2 ...")
+    console.print(f"Training a base ({plan.base}), then {runs} runs on {plan.processes} processes, ZeRO-2 ...")
     threads = max((os.cpu_count() or 1) // plan.processes, 1)
     launch(WORKER, [str(folder)], plan.processes, folder / "logs", threads)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bucketmoo_ds.corpus.pages import ENGLISH
 from bucketmoo_ds.training.settings import TrainingSettings
 
 BASELINE = "averaging"
@@ -21,17 +22,19 @@ class QuickstartPlan:
     """All settings of a quickstart; kept as `plan.json` in its folder.
 
     Args:
+        base: the language that the base model is trained on, before it is fine-tuned.
         seen: languages of the fine-tuning, each in every window.
         unseen: languages that neither the tokenizer nor the training sees.
         methods: `averaging` (plain DeepSpeed) and aggregators of bucket MOO.
         seeds: each method runs once with each; a seed decides the order of the data.
-        steps: of fine-tuning. base_steps: of the English training before it.
+        steps: of fine-tuning. base_steps: of the base's training before it.
         learning_rate: of fine-tuning, chosen for averaging (see docs/tuning.md). base_learning_rate: of the base.
         sequences: of `sequence_length` tokens in a micro-batch.
         processes: ranks.
         bucket_size: elements of a bucket, `reduce_bucket_size`.
     """
 
+    base: str = ENGLISH
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
     methods: tuple[str, ...] = (BASELINE, "mgda", "cagrad")
@@ -101,7 +104,7 @@ class QuickstartPlan:
         )
 
     def base_training(self) -> TrainingSettings:
-        """Returns the settings of the English base."""
+        """Returns the settings of the base's training."""
         return TrainingSettings(
             steps=self.base_steps,
             sequence_length=self.sequence_length,

@@ -18,16 +18,16 @@ from bucketmoo_ds.quickstart.plan import QuickstartPlan
 def prepare(plan: QuickstartPlan, data: Path | None, cache: Path, folder: Path) -> dict[str, Any]:
     """Writes everything the ranks read below `folder`; returns where the text came from and how much there is.
 
-    The tokenizer is trained on English and the seen languages; of the unseen ones only held-out pages are kept.
+    The tokenizer is trained on the base's and the seen languages; of the unseen ones only held-out pages are kept.
     """
-    wanted = list(dict.fromkeys([pages.ENGLISH, *plan.seen, *plan.unseen]))
+    wanted = list(dict.fromkeys([plan.base, *plan.seen, *plan.unseen]))
     corpus, provenance = sources.quickstart_corpus(data, cache, wanted)
     split = pages.split(corpus, plan.held_out)
-    trained = [pages.ENGLISH, *plan.seen]
+    trained = list(dict.fromkeys([plan.base, *plan.seen]))
     texts = pages.texts(split.training, trained)
     tokens = tokenizer.train(texts, plan.vocabulary)
     tokenizer.save(tokens, folder / "tokenizer")
-    for name, languages in (("english", [pages.ENGLISH]), ("seen", list(plan.seen))):
+    for name, languages in (("base", [plan.base]), ("seen", list(plan.seen))):
         chosen = {language: texts[language] for language in languages}
         pack(chosen, tokens, plan.sequence_length).save_to_disk(str(folder / "data" / name))
     held_out = pages.texts(split.held_out, [*plan.seen, *plan.unseen])
@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_data(folder: Path, name: str) -> Dataset:
-    """Returns packed training data, `english` or `seen`."""
+    """Returns packed training data, `base` or `seen`."""
     return load_from_disk(str(folder / "data" / name))
 
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from bucketmoo_ds import __version__, checkpoint
-from bucketmoo_ds.corpus.pages import ENGLISH
 from bucketmoo_ds.quickstart import prepare
 from bucketmoo_ds.quickstart.plan import BASELINE, QuickstartPlan
 from bucketmoo_ds.training.environment import run_rank
@@ -60,12 +59,12 @@ def run(folder: Path) -> None:
 def _train_base(plan: QuickstartPlan, sets: list[Any], folder: Path) -> RunResult:
     vocabulary = len(prepare.load_tokenizer(folder))
     model: Any = load_model(ModelSettings(config=plan.model_config(vocabulary)), seed=0)
-    # English fills every slot of a window that is half as long as the fine-tuning's.
-    deepspeed = plan.deepspeed(BASELINE, (ENGLISH,), max(plan.micro_steps // 2, 1))
+    # One language fills every slot, so that a window half as long as the fine-tuning's will do.
+    deepspeed = plan.deepspeed(BASELINE, (plan.base,), max(plan.micro_steps // 2, 1))
     settings: TrainingSettings = plan.base_training()
-    data = prepare.load_data(folder, "english")
+    data = prepare.load_data(folder, "base")
     output = folder / "base-run"
-    result = train(model, data, sets, settings, deepspeed_json=deepspeed, output=output, title="base (English)")
+    result = train(model, data, sets, settings, deepspeed_json=deepspeed, output=output, title=f"base ({plan.base})")
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "base")
     dist.barrier()

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -68,6 +69,8 @@ def prepare_rank(quiet: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     logger.setLevel("WARNING")
+    # DeepSpeed 0.19 calls functions of torch.distributed that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if quiet:
         logging.getLogger("bucketmoo_ds").setLevel(logging.WARNING)
     deepspeed.init_distributed()

@@ -1,0 +1,223 @@
+"""The `bucketmoo` command as a user runs it: in processes of its own, on small made-up text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bucketmoo_ds.corpus import tokenizer
+from bucketmoo_ds.monitor.reader import read
+
+LANGUAGES = ("aa", "bb", "cc")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text in four made-up languages, each with words of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    for language in (*LANGUAGES, "en"):
+        source = random.Random(language)
+        words = ["".join(source.choices("abcdefghijklmnoprstuvwyz", k=source.randint(2, 8))) for _ in range(150)]
+        (folder / language).mkdir()
+        for page in range(30):
+            paragraphs = [" ".join(source.choices(words, k=40)) for _ in range(12)]
+            (folder / language / f"page{page}.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `bucketmoo train` reads; a test adds its output folder."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = {name: [path.read_text() for path in sorted((text / name).iterdir())] for name in LANGUAGES}
+    tokenizer.save(tokenizer.train(texts, 512), folder)
+    return {
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "vocab_size": 512,
+                "hidden_size": 24,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "attention_dropout": 0.1,
+                "tie_word_embeddings": True,
+            },
+            "tokenizer": str(folder),
+        },
+        "data": {"path": str(text)},
+        "evaluation": {"data": {"path": str(text)}, "max_bytes": 2000},
+        "training": {
+            "steps": 6,
+            "sequence_length": 32,
+            "learning_rate": "4e-3",
+            "checkpoint_every": 3,
+            "evaluate_every": 3,
+        },
+        "deepspeed": {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000},
+            "bucket_moo": {"languages": list(LANGUAGES), "aggregator": "pcgrad"},
+        },
+        "processes": 2,
+    }
+
+
+def bucketmoo(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", *map(str, words)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def write(folder: Path, settings: dict, name: str, **training: object) -> tuple[Path, Path]:
+    output = folder / name
+    changed = settings | {"output": str(output), "training": settings["training"] | training}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(changed))
+    return path, output
+
+
+def test_doctor_names_what_runs() -> None:
+    done = bucketmoo("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+    assert "deepspeed" in done.stdout
+
+
+def test_unknown_backend_is_reported_by_doctor() -> None:
+    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", "doctor"]
+    environment = ENVIRONMENT | {"BUCKETMOO_BACKEND": "refrence", "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert 'did you mean "reference"' in done.stdout
+
+
+def test_quickstart_on_own_text(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", 2, "--steps", 3, "--base-steps", 2]
+    done = bucketmoo("quickstart", "--data", text, *words, "--aggregators", "mgda,upgrad", "--out", out, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["methods"] == ["averaging", "mgda", "upgrad"]
+    for method in results["methods"]:
+        assert set(results["values"][method]) == {"0", "1"}
+        assert set(results["values"][method]["0"]) == {"aa", "bb", "cc"}
+        assert (out / "runs" / f"{method}-seed1" / "checkpoints" / "latest").exists()
+    page = (out / "report.html").read_text()
+    assert "upgrad" in page
+    assert "--aggregators" in (out / "command.txt").read_text()
+    assert "averaging" in done.stdout
+    assert bucketmoo("quickstart", "--out", out).returncode == 2, "a second run must not overwrite the first"
+
+
+def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, tmp_path: Path) -> None:
+    """A run that is killed after its first checkpoint and resumed ends with the same metrics and weights, bit for bit.
+
+    Dropout is on, and PCGrad draws random orders: both must continue where they were.
+    """
+    whole, whole_output = write(tmp_path, settings, "whole")
+    done = bucketmoo("train", whole)
+    assert done.returncode == 0, done.stderr
+    cut, cut_output = write(tmp_path, settings, "cut", steps=6)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(cut)],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(cut_output / "checkpoints" / "latest", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    subprocess.run(["pkill", "-9", "-f", f"training.worker {cut}"], check=False)
+    resumed = bucketmoo("train", cut, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(cut_output) == losses(whole_output)
+    assert weights(cut_output) == weights(whole_output)
+    assert "report.html" in resumed.stdout
+
+
+def test_ctrl_c_ends_all_ranks_with_a_message(settings: dict, tmp_path: Path) -> None:
+    path, output = write(tmp_path, settings, "long", steps=5000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(output / "checkpoints" / "latest", process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert "interrupted; all ranks have ended" in err
+    assert "--resume" in out
+    assert "Traceback" not in err
+    assert workers(path) == []
+
+
+def test_a_dead_rank_ends_the_others_with_a_message(settings: dict, tmp_path: Path) -> None:
+    path, output = write(tmp_path, settings, "dies", steps=5000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(output / "checkpoints" / "latest", process)
+    os.kill(workers(path)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "killed by SIGKILL; the other ranks were ended" in err
+    assert workers(path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainning": {}}, 'trainning: unknown setting; did you mean "training"?'),
+        ({"data": {"path": "/nowhere"}}, "/nowhere"),
+        ({"training": {"steps": 6, "sequence_length": 32, "learning_rate": "fast"}}, "training.learning_rate"),
+        ({"deepspeed": {"bucketmoo": {}}}, 'did you mean "bucket_moo"?'),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, change: dict, message: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(settings | {"output": str(tmp_path / "out")} | change))
+    done = bucketmoo("train", path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"ended early: {process.communicate()}"
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.05)
+
+
+def workers(path: Path) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", f"training.worker {path}"], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def losses(output: Path) -> dict[int, float | None]:
+    return {record["step"]: record["loss"] for record in read(output / "metrics.jsonl") if record["event"] == "step"}
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model" / "model.safetensors").read_bytes()

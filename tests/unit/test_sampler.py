@@ -1,0 +1,316 @@
+"""The sampler: every batch of one language, no sample twice, any world size, resumable, with real datasets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import types
+
+import datasets
+import numpy as np
+import pytest
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.sampler import LanguageBatchSampler
+
+LANGUAGES = ("de", "fr", "ru", "pl", "ja")
+
+
+@st.composite
+def cases(draw):
+    """Labels in random order, with options for which at least one window can be filled."""
+    world_size, micro_steps, batch = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    k = draw(st.integers(1, len(LANGUAGES)))
+    least = batch * micro_steps
+    sizes = [draw(st.integers(least, least + 40)) for _ in range(k)]
+    # A unit of a rank (batch x micro_steps) each for `world_size` ranks, with each language's remainder lost.
+    sizes[0] += least * world_size
+    labels = np.repeat(np.arange(k), sizes)
+    np.random.default_rng(draw(st.integers(0, 2**32))).shuffle(labels)
+    return {
+        "sample_languages": labels,
+        "languages": LANGUAGES[:k],
+        "world_size": world_size,
+        "micro_steps": micro_steps,
+        "micro_batch_size": batch,
+        "temperature": draw(st.floats(1, 8)),
+        "seed": draw(st.integers(0, 2**32)),
+        "affinity": draw(st.sampled_from(["micro_step", "window"])),
+        "epoch_end": draw(st.sampled_from(["longest", "shortest"])),
+    }
+
+
+def small(**changes):
+    """A case of 3 languages, 2 ranks and 2 micro-steps; 60 rows."""
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [30, 20, 10]))
+    options = {"languages": LANGUAGES[:3], "micro_batch_size": 2, "micro_steps": 2, "world_size": 2, "seed": 7}
+    return LanguageBatchSampler(**({"sample_languages": labels} | options | changes))
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 3))
+def test_an_epoch_takes_no_sample_twice_and_the_tail_is_the_rest(case, epoch):
+    sampler = LanguageBatchSampler(**case)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    rows = list(itertools.chain(*batches))
+    labels = case["sample_languages"]
+    assert len(batches) == len(sampler)
+    assert all(len(batch) == case["micro_batch_size"] for batch in batches)
+    assert len(set(rows)) == len(rows)
+    left = np.delete(labels, rows)
+    assert sampler.tail == {name: int((left == index).sum()) for index, name in enumerate(case["languages"])}
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 3))
+def test_every_batch_is_of_the_language_its_slot_names(case, epoch):
+    sampler = LanguageBatchSampler(**case)
+    sampler.set_epoch(epoch)
+    for index, batch in enumerate(sampler):
+        assert {int(label) for label in case["sample_languages"][batch]} == {sampler.language_of(epoch, index)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.integers(0, 3))
+def test_ranks_and_accelerate_take_the_global_order_in_strides(case, epoch):
+    world_size = case["world_size"]
+    sampler = LanguageBatchSampler(**case)
+    sampler.set_epoch(epoch)
+    everything = list(sampler)
+    for rank in range(world_size):
+        own = LanguageBatchSampler(**case, rank=rank)
+        own.set_epoch(epoch)
+        batches = list(own)
+        assert batches == everything[rank::world_size]
+        assert len(batches) == len(own)
+        labels = [own.language_of(epoch, index) for index in range(len(own))]
+        assert labels == [sampler.language_of(epoch, index * world_size + rank) for index in range(len(own))]
+        sampler.set_epoch(epoch)
+        shard = BatchSamplerShard(sampler, world_size, rank, split_batches=False, even_batches=True)
+        assert list(shard) == batches
+        assert len(shard) == len(batches)
+
+
+@settings(deadline=None)
+@given(cases(), st.data())
+def test_resuming_equals_not_stopping(case, data):
+    sampler = LanguageBatchSampler(**case)
+    per_window = case["world_size"] * case["micro_steps"]
+    uninterrupted = [*sampler, *sampler]
+    stop = data.draw(st.integers(0, len(sampler)))
+    stopped = LanguageBatchSampler(**case)
+    for _ in itertools.islice(stopped, stop):
+        pass
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = LanguageBatchSampler(**case)
+    resumed.load_state_dict(state)
+    # A window that was stopped half-way is trained again.
+    begin = stop // per_window * per_window
+    rest = [*resumed, *resumed] if begin < len(sampler) else list(resumed)
+    assert rest == uninterrupted[begin:]
+
+    epoch, window = divmod(begin // per_window, sampler.windows_per_epoch)
+    assert state == sampler.state_dict(epoch=epoch, window=window)
+    sought = LanguageBatchSampler(**case)
+    sought.seek(epoch, window)
+    assert list(sought) == rest[: len(sampler) - begin % len(sampler)]
+
+
+def test_iterating_again_after_a_break_begins_where_the_last_iteration_began():
+    sampler = small()
+    sampler.seek(2, 1)
+    first = list(itertools.islice(sampler, 6))
+    assert list(itertools.islice(sampler, 6)) == first
+
+
+def test_epochs_shuffle_differently_and_follow_each_other():
+    sampler = small()
+    epochs = [list(sampler) for _ in range(3)]
+    assert not any(a == b for a, b in itertools.combinations(epochs, 2))
+    sampler.set_epoch(1)
+    assert list(sampler) == epochs[1]
+
+
+def test_set_epoch_keeps_a_position_within_that_epoch_only():
+    sampler = small()
+    sampler.set_epoch(3)
+    epoch = list(sampler)
+    sampler.seek(3, 2)
+    sampler.set_epoch(3)
+    assert list(sampler) == epoch[2 * 4 :]
+    sampler.seek(3, 2)
+    sampler.set_epoch(4)
+    sampler.set_epoch(3)
+    assert list(sampler) == epoch
+
+
+def test_a_window_past_the_last_is_the_next_epoch():
+    sampler = small()
+    sampler.seek(0, sampler.windows_per_epoch)
+    assert sampler.state_dict() == sampler.state_dict(epoch=1, window=0)
+    for position in ((0, sampler.windows_per_epoch + 1), (-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match=f"epoch = {position[0]}, window = {position[1]}: expected"):
+            sampler.seek(*position)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_a_data_loader_the_trainers_count_is_the_position(workers):
+    dataset = hugging_face(["de", "fr", "ru"] * 20)
+    options = {"languages": LANGUAGES[:3], "micro_batch_size": 2, "micro_steps": 2, "world_size": 1}
+    sampler = LanguageBatchSampler(dataset, **options)
+    seen = [batch["id"].tolist() for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=workers)]
+    assert len(seen) == len(sampler)
+    sampler = LanguageBatchSampler(dataset, **options)
+    iterator = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers))
+    for _ in range(3 * 2):
+        next(iterator)
+    resumed = LanguageBatchSampler(dataset, **options)
+    resumed.load_state_dict(sampler.state_dict(epoch=0, window=3))
+    loader = DataLoader(dataset, batch_sampler=resumed, num_workers=workers)
+    assert [batch["id"].tolist() for batch in loader] == seen[3 * 2 :]
+    for batch in DataLoader(dataset, batch_sampler=sampler):
+        assert len(set(batch["language"])) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_accelerate_prepares_and_skips_it(rank):
+    dataset = hugging_face(["de", "fr", "ru"] * 20)
+    options = {"languages": LANGUAGES[:3], "micro_batch_size": 2, "micro_steps": 2, "world_size": 2}
+    expected = list(LanguageBatchSampler(dataset, **options, rank=rank))
+    loader = DataLoader(dataset, batch_sampler=LanguageBatchSampler(dataset, **options))
+    prepared = prepare_data_loader(loader, num_processes=2, process_index=rank, put_on_device=False)
+    assert len(prepared) == len(expected)
+    skipped = skip_first_batches(prepared, 4)
+    assert [batch["id"].tolist() for batch in skipped] == expected[4:]
+    prepared.batch_sampler.batch_sampler.set_epoch(0)
+    assert [batch["id"].tolist() for batch in prepared] == expected
+
+
+def hugging_face(languages, **features):
+    features = {"id": datasets.Value("int64"), "language": features.get("language", datasets.Value("string"))}
+    rows = {"id": list(range(len(languages))), "language": languages}
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def rows_by_language(dataset, languages=("de", "fr")):
+    """Returns the rows that one epoch of micro-batches of one sample yields for each language."""
+    sampler = LanguageBatchSampler(dataset, languages=languages, micro_batch_size=1, world_size=1)
+    found = {name: set() for name in languages}
+    for index, (row,) in enumerate(sampler):
+        found[languages[sampler.language_of(0, index)]].add(row)
+    return found
+
+
+def test_columns_of_names_indices_and_class_labels():
+    languages = np.random.default_rng().choice(["de", "fr"], 40).tolist()
+    languages[:2] = ["de", "fr"]
+    expected = {name: {row for row, language in enumerate(languages) if language == name} for name in ("de", "fr")}
+    # The label's own order is not that of `languages`: names count, not numbers.
+    label = datasets.ClassLabel(names=["fr", "xx", "de"])
+    indices = [("de", "fr").index(language) for language in languages]
+    assert rows_by_language(hugging_face(languages)) == expected
+    assert rows_by_language(hugging_face(indices, language=datasets.Value("int32"))) == expected
+    assert rows_by_language(hugging_face(languages, language=label)) == expected
+    assert rows_by_language([{"language": language} for language in languages]) == expected
+    torch_formatted = hugging_face(indices, language=datasets.Value("int32")).with_format("torch")
+    assert rows_by_language(torch_formatted) == expected
+    transformed = hugging_face(languages).with_transform(lambda rows: {"nothing": rows["id"]})
+    assert rows_by_language(transformed) == expected
+
+
+def test_selected_shuffled_and_concatenated_datasets():
+    parts = [hugging_face(["de"] * 9 + ["fr"] * 4), hugging_face(["fr"] * 5 + ["de"] * 2)]
+    dataset = datasets.concatenate_datasets(parts).shuffle(seed=3).select(range(2, 19))
+    languages = dataset["language"][:]
+    assert rows_by_language(dataset) == {
+        name: {row for row, language in enumerate(languages) if language == name} for name in ("de", "fr")
+    }
+
+
+def test_configuration_gives_defaults_and_keywords_win():
+    dataset = hugging_face(["de", "fr"] * 20).rename_column("language", "lang")
+    config = BucketMOOConfig(languages=["fr", "de"], language_key="lang", seed=5)
+    sampler = LanguageBatchSampler(dataset, config, micro_batch_size=2)
+    assert (sampler.languages, sampler.schedule.seed, sampler.schedule.world_size) == (("fr", "de"), 5, 1)
+    assert LanguageBatchSampler(dataset, config, micro_batch_size=2, seed=0).schedule.seed == 0
+    other = types.SimpleNamespace(languages=["de"], language_key="no", seed=1)
+    sampler = LanguageBatchSampler(dataset, other, languages=["de", "fr"], language_column="lang", micro_batch_size=2)
+    assert sampler.languages == ("de", "fr")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 8}, {"world_size": 1}, {"temperature": 2.0}, {"languages": ("fr", "de", "ru")}]
+)
+def test_a_state_of_other_settings_is_refused_by_name(changes):
+    name = next(iter(changes))
+    with pytest.raises(ValueError, match=f"another schedule: {name} = "):
+        small(**changes).load_state_dict(small().state_dict())
+
+
+def test_a_state_of_other_rows_is_refused():
+    labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 2], [30, 20, 10]))
+    with pytest.raises(ValueError, match="languages of the rows"):
+        small(sample_languages=labels).load_state_dict(small().state_dict())
+
+
+def test_rank_does_not_change_the_fingerprint():
+    assert small(rank=0).fingerprint() == small(rank=1).fingerprint() == small().fingerprint()
+
+
+def test_half_a_position_is_refused():
+    with pytest.raises(ValueError, match="both or neither"):
+        small().state_dict(window=3)
+
+
+class Unmapped(TorchDataset):
+    """Rows that are tuples."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return row, "de"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (None, "dataset: missing"),
+        (hugging_face(["de", "fr"]).to_iterable_dataset(), "dataset = IterableDataset: .* without streaming=True"),
+        (hugging_face(["de", "fr"]).rename_column("language", "lang"), 'no such column; did you mean "lang".*id, lang'),
+        ([{"langage": "de"}], 'did you mean "langage"'),
+        (Unmapped(), "its rows are no mappings"),
+        (hugging_face(["de", "fr", "de_"] * 3), "column \"language\", row 2: 'de_' is no language.*did you mean"),
+        (hugging_face(["de", None] * 3), "row 1: None is no language"),
+        (hugging_face([0, 1, 2, 2], language=datasets.Value("int8")), "row 2: 2 is no language"),
+        (hugging_face([True, False], language=datasets.Value("bool")), "row 0: True is no language"),
+        (hugging_face([0, -1], language=datasets.ClassLabel(names=["de", "fr"])), "row 1: None is no language"),
+        (hugging_face(["de"] * 9, language=datasets.ClassLabel(names=["fr", "de"])), 'language "fr" has 0 samples'),
+        (hugging_face([["de"]], language=datasets.List(datasets.Value("string"))), "holds List"),
+        (hugging_face([]), 'language "de" has 0 samples'),
+    ],
+)
+def test_errors_of_the_data(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageBatchSampler(dataset, languages=["de", "fr"], micro_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"languages": None}, "languages: missing"),
+        ({"rank": 2}, "rank = 2: expected 0 to 1, as world_size = 2"),
+        ({"rank": -1}, "rank = -1"),
+        ({"dataset": [1, 2, 3]}, "sample_languages has 60 entries; expected 3"),
+        ({"sample_languages": [0, 1, 2.5]}, "sample_languages, row 2: 2.5 is no language"),
+    ],
+)
+def test_errors_of_the_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
