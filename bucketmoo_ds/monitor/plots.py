@@ -385,4 +385,6 @@ def _diverging() -> Any:
 
 
 def _short(name: str, length: int = 26) -> str:
-    return name if len(name) <= length else "…" + name[1 - length :]
+    """Cuts a long name in its middle: the number of a bucket stands in front, what tells parameters apart behind."""
+    head = length // 3
+    return name if len(name) <= length else f"{name[:head].rstrip()}…{name[head + 1 - length :]}"

@@ -302,7 +302,7 @@ def _runs(run_dir: Path, methods: Iterable[str], seeds: Iterable[int]) -> tuple[
 def _texts(run_dir: Path, record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     texts = [("Command", record["command"])] if record.get("command") else []
     for title, file in (("Command", "command.txt"), ("Configuration", "config.json")):
-        if (run_dir / file).is_file():
+        if (run_dir / file).is_file() and title not in dict(texts):
             texts.append((title, (run_dir / file).read_text(encoding="utf-8")))
     texts += [
         (title, "\n".join(f"{key}: {value}" for key, value in record[name].items()))
