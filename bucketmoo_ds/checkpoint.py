@@ -40,6 +40,8 @@ def save(
             write_atomically(folder / FILE, json.dumps(content, indent=1, allow_nan=False))
         except OSError as error:
             problem = f"{folder / FILE}: {error.strerror or error}"
+        except (TypeError, ValueError) as error:
+            problem = f"{folder / FILE}: a state is not plain JSON values ({error})"
     found = exchange.gather_text(problem)[0]
     if found:
         raise BucketMOOError(f"the checkpoint was not saved: {found}")
@@ -57,7 +59,9 @@ def load(folder: Path, config: BucketMOOConfig) -> dict[str, dict[str, Any]] | N
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found, languages, states = content["format"], content[SECTION]["languages"], dict(content["states"])
+        found = content["format"]
+        if found == FORMAT:
+            languages, states = content[SECTION]["languages"], dict(content["states"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: damaged, or not written by bucketmoo_ds ({error!r})") from error
     if found != FORMAT:

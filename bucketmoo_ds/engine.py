@@ -191,7 +191,6 @@ class BucketMOO:
             weights = self._resolve(partial, range(len(self.plan.cell_block)))
             for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
                 self._combine(bucket, self._store.rows(bucket, self.window.present), of_bucket)
-        self._check_complete(self._resolved)
         self._check_weights()
         resolution = Resolution(
             window=self.windows,

@@ -1,0 +1,231 @@
+"""The language and the target tokens of a micro-batch, wherever the user wrote them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BatchEncoding
+
+from bucketmoo_ds.batch import LanguageTracker
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.errors import LanguageError
+from bucketmoo_ds.window import Slot
+
+LANGUAGES = ["de", "fr", "pt_BR"]
+
+
+def tracker(**changes: Any) -> LanguageTracker:
+    return LanguageTracker(BucketMOOConfig(languages=LANGUAGES, **changes))
+
+
+def slot_of(tracker: LanguageTracker, *args: Any, micro_steps: int = 1, world_size: int = 1, **kwargs: Any) -> Any:
+    *_, entries = tracker.strip(args, kwargs)
+    tracker.note(entries)
+    return tracker.slot(micro_steps, world_size)
+
+
+def error_of(tracker: LanguageTracker, *args: Any, **kwargs: Any) -> str:
+    found = slot_of(tracker, *args, **kwargs)
+    assert isinstance(found, LanguageError), f"expected an error, got {found}"
+    return str(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "index"),
+    [
+        ("fr", 1),
+        (1, 1),
+        (["fr"], 1),
+        (["de", "de", "de"], 0),
+        (("pt_BR", "pt_BR"), 2),
+        ([2, 2], 2),
+        (torch.tensor(2), 2),
+        (torch.tensor([0, 0, 0]), 0),
+        (torch.tensor([1], dtype=torch.int32), 1),
+    ],
+)
+def test_forms_of_a_language(value: object, index: int) -> None:
+    found = slot_of(tracker(), {"language": value})
+    assert isinstance(found, Slot)
+    assert found.language == index
+    assert slot_of(tracker(), language=value) == found
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("xx", 'language "xx" is not in bucket_moo.languages (de, fr, pt_BR)'),
+        ("pt_br", 'did you mean "pt_BR"?'),
+        (["fr", "frr"], "several languages (fr, frr)"),
+        (["de", "fr", "de"], "several languages (de, fr)"),
+        (torch.tensor([0, 1]), "several languages (0, 1)"),
+        ([], "several languages (none)"),
+        (torch.empty(0, dtype=torch.int64), "several languages (none)"),
+        (3, "language 3: expected a name, or an index from 0 to 2"),
+        (-1, "language -1: expected a name, or an index from 0 to 2"),
+        (True, "language True: expected a name"),
+        (1.0, "language 1.0: expected a name"),
+        (torch.tensor(1.0), "language 1.0: expected a name"),
+        (torch.tensor([True]), "language True: expected a name"),
+        (torch.tensor([[0], [0]]), "language [0]: expected a name"),
+        (b"de", "language 100: expected a name"),
+    ],
+)
+def test_bad_languages_are_error_values(value: object, expected: str) -> None:
+    if value == b"de":
+        expected = "several languages"  # bytes are numbers, and these two differ
+    assert expected in error_of(tracker(), {"language": value})
+
+
+def test_missing_language() -> None:
+    message = error_of(tracker(language_key="lang"), {"input_ids": torch.ones(2, 3)})
+    assert 'add the entry "lang" to the batch' in message
+    assert 'engine.language("de")' in message
+
+
+def test_no_forward_at_all_is_a_missing_language() -> None:
+    found = tracker().slot(1, 1)
+    assert isinstance(found, LanguageError)
+    assert "names no language" in str(found)
+
+
+def test_context_gives_the_language() -> None:
+    one = tracker()
+    with one.language("fr", target_tokens=9):
+        assert slot_of(one, {"input_ids": 0}) == Slot(1, 9, 9.0)
+        assert slot_of(one, {"language": "fr", "target_tokens": 4}) == Slot(1, 4, 4.0), "the batch knows better"
+        with one.language(0):
+            assert slot_of(one, {}).language == 0
+        assert slot_of(one, {}).language == 1
+        assert one.slot(1, 1).language == 1, "without any forward the context still counts"
+    assert "names no language" in error_of(one, {})
+
+
+def test_context_and_batch_that_contradict() -> None:
+    one = tracker()
+    with one.language("fr"):
+        message = error_of(one, {"language": "de"})
+        assert slot_of(one, {"language": 1}).language == 1, "the same one by index"
+    assert message == "the batch says 'de', but engine.language(...) says 'fr'; name it in one place"
+
+
+def test_context_survives_an_exception() -> None:
+    one = tracker()
+    with pytest.raises(ZeroDivisionError), one.language("fr"):
+        raise ZeroDivisionError
+    assert "names no language" in error_of(one, {})
+
+
+def test_language_holds_for_the_forward_not_the_backward() -> None:
+    one = tracker()
+    with one.language("fr"):
+        *_, entries = one.strip((), {})
+        one.note(entries)
+    with one.language("de"):
+        assert one.slot(1, 1).language == 1
+
+
+def test_an_error_of_one_forward_is_not_lost_in_the_next() -> None:
+    one = tracker()
+    for language in ("xx", "de"):
+        *_, entries = one.strip(({"language": language},), {})
+        one.note(entries)
+    found = one.slot(1, 1)
+    assert isinstance(found, LanguageError)
+    assert '"xx"' in str(found)
+    assert slot_of(one, {"language": "de"}).language == 0, "the next micro-step starts clean"
+
+
+def test_two_forwards_of_one_backward() -> None:
+    one = tracker()
+    for tokens in (3, 4):
+        *_, entries = one.strip(({"language": "fr", "target_tokens": tokens},), {})
+        one.note(entries)
+    assert one.slot(2, 1) == Slot(1, 7, 14.0)
+    for language in ("fr", "de"):
+        *_, entries = one.strip(({"language": language},), {})
+        one.note(entries)
+    found = one.slot(2, 1)
+    assert isinstance(found, LanguageError)
+    assert "several languages (de, fr)" in str(found)
+
+
+@pytest.mark.parametrize("kind", [dict, BatchEncoding])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_callers_batch_stays_and_the_model_sees_the_rest(kind: type, named: bool) -> None:
+    ids = torch.randint(9, (2, 3))
+    batch = kind({"input_ids": ids, "language": "de", "target_tokens": 5, "labels": ids})
+    one = tracker()
+    args, kwargs, entries = one.strip(() if named else (7, batch), dict(batch) if named else {"flag": True})
+    assert set(batch) == {"input_ids", "language", "target_tokens", "labels"}
+    seen = kwargs if named else args[1]
+    assert set(seen) == {"input_ids", "labels"}
+    assert seen["input_ids"] is ids
+    assert named or (args[0] == 7 and kwargs == {"flag": True})
+    one.note(entries)
+    assert one.slot(1, 1) == Slot(0, 5, 5.0)
+
+
+def test_language_key_is_configurable() -> None:
+    one = tracker(language_key="lang")
+    args, _, _ = one.strip(({"lang": "de", "language": "model's own"},), {})
+    assert args == ({"language": "model's own"},)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rows=st.integers(1, 4),
+    length=st.integers(1, 9),
+    shift=st.booleans(),
+    micro_steps=st.integers(1, 4),
+)
+def test_tokens_are_counted_from_labels(seed: int, rows: int, length: int, shift: bool, micro_steps: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(50, (rows, length), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < 0.4] = -100
+    seen = labels.tolist()
+    expected = sum(token != -100 for row in seen for token in (row[1:] if shift else row))
+    found = slot_of(tracker(shift_labels=shift), language="de", labels=labels, micro_steps=micro_steps)
+    assert found == Slot(0, expected, float(micro_steps * expected))
+
+
+def test_labels_of_one_dimension_are_not_shifted() -> None:
+    assert slot_of(tracker(), language="de", labels=torch.tensor([1, -100, 3])).target_tokens == 2
+
+
+@pytest.mark.parametrize("labels", [None, torch.randn(3, 4), [[1, 2]], "text"])
+def test_without_countable_labels_micro_batches_count_alike(labels: object) -> None:
+    assert slot_of(tracker(), {"language": "de", "labels": labels}, micro_steps=3) == Slot(0, 1, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "tokens"), [(0, 0), (7, 7), (torch.tensor(7), 7), (torch.tensor([3, 4]), 7), (torch.tensor([[2]]), 2)]
+)
+def test_target_tokens_win_over_labels(value: object, tokens: int) -> None:
+    found = slot_of(tracker(), language="de", labels=torch.ones(4, 9, dtype=torch.int64), target_tokens=value)
+    assert found.target_tokens == tokens
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "7", True, torch.tensor(2.0)])
+def test_bad_target_tokens(value: object) -> None:
+    assert "expected a whole number, 0 or more" in error_of(tracker(), language="de", target_tokens=value)
+
+
+@pytest.mark.parametrize("items", [12, torch.tensor(12)])
+def test_num_items_in_batch_makes_the_loss_a_sum(items: object) -> None:
+    one = tracker()
+    _, kwargs, entries = one.strip((), {"language": "de", "target_tokens": 5, "num_items_in_batch": items})
+    assert kwargs == {"num_items_in_batch": items}, "the model needs it"
+    one.note(entries)
+    assert one.slot(3, 4) == Slot(0, 5, 12 / 4)
+
+
+@pytest.mark.parametrize("items", [0, -3, float("nan"), float("inf")])
+def test_impossible_num_items_in_batch(items: float) -> None:
+    message = error_of(tracker(), language="de", target_tokens=5, num_items_in_batch=items)
+    assert f"num_items_in_batch = {float(items)}" in message

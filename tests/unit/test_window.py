@@ -1,0 +1,126 @@
+"""The window: what is stored and what it is multiplied by give the row that the module's docstring defines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bucketmoo_ds.window import Slot, Window
+
+ELEMENTS = 7
+
+
+def row_by_definition(
+    tokens: list[list[int]], languages: list[list[int]], token_gradients: list[list[Tensor]], weighting: str
+) -> dict[int, Tensor]:
+    """`row_l`: the sum of the gradients of all of the language's token losses, over its number of tokens.
+
+    With `token`: times its share of the window's tokens and the number of languages present.
+    """
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
+    for step, row in enumerate(languages):
+        for rank, language in enumerate(row):
+            if tokens[step][rank]:
+                sums[language] = sums.get(language, 0) + token_gradients[step][rank]
+                counts[language] = counts.get(language, 0) + tokens[step][rank]
+    total = sum(counts.values())
+    factor = {"language": lambda _: 1.0, "token": lambda language: counts[language] / total * len(counts)}[weighting]
+    return {language: sums[language] / counts[language] * factor(language) for language in sums}
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[bool, str, int, list[list[int]], list[list[int]], list[list[float | None]], int]:
+    local = draw(st.booleans())
+    micro_steps, world_size, count = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    language = st.integers(0, count - 1)
+    first = draw(st.lists(language, min_size=world_size, max_size=world_size))
+    rows = [first if local else [draw(language) for _ in first] for _ in range(micro_steps)]
+    number = st.one_of(st.just(0), st.integers(1, 500))
+    tokens = [[draw(number) for _ in first] for _ in range(micro_steps)]
+    if not any(map(any, tokens)):
+        tokens[0][0] = 1
+    # Trainer tells the model num_items_in_batch: the loss is then a sum over it, and DeepSpeed does not divide by M.
+    items = draw(st.none() | st.integers(1, 1000))
+    return local, draw(st.sampled_from(["language", "token"])), count, rows, tokens, items, draw(st.integers(0, 2**32))
+
+
+@settings(deadline=None)
+@given(case=windows())
+def test_rows_are_what_the_definition_says(case: tuple) -> None:
+    local, weighting, count, languages, tokens, items, seed = case
+    micro_steps, world_size = len(tokens), len(tokens[0])
+    generator = torch.Generator().manual_seed(seed)
+    # The gradient of the sum of each micro-batch's token losses.
+    sums = [[torch.randn(ELEMENTS, generator=generator, dtype=torch.float64) * n for n in row] for row in tokens]
+
+    def handed_over(step: int, rank: int) -> Tensor:
+        if items is not None:
+            return sums[step][rank] * world_size / items
+        return sums[step][rank] / tokens[step][rank] / micro_steps
+
+    def slot(step: int, rank: int) -> Slot:
+        scale = items / world_size if items is not None else float(micro_steps * tokens[step][rank])
+        return Slot(languages[step][rank], tokens[step][rank], scale)
+
+    window = Window(count, weighting, local)
+    stored: dict[int, Tensor] = {}
+    local_sums = [torch.zeros(ELEMENTS, dtype=torch.float64) for _ in range(world_size)]
+    for step in range(micro_steps):
+        assert window.changed_language([slot(step, rank) for rank in range(world_size)]) is None
+        window.add([slot(step, rank) for rank in range(world_size)])
+        gradients = [
+            handed_over(step, rank) if tokens[step][rank] else torch.zeros(ELEMENTS, dtype=torch.float64)
+            for rank in range(world_size)
+        ]
+        if local:
+            for rank, gradient in enumerate(gradients):
+                local_sums[rank] += window.local_factor(rank) * gradient
+            if step < micro_steps - 1:
+                continue
+            gradients = local_sums
+        for gradient, source in zip(gradients, window.sources(), strict=True):
+            if source.target_tokens > 0:
+                scaled = source.scale / window.reference_scale(source.language) * gradient
+                stored[source.language] = stored.get(source.language, 0) + scaled
+    expected = row_by_definition(tokens, languages, sums, weighting)
+    assert window.present == sorted(expected)
+    for language, coefficient in zip(window.present, window.coefficients(), strict=True):
+        # float64, at most 16 terms and a handful of factors; signs may cancel, so relative to the largest element.
+        size = float(expected[language].abs().max())
+        torch.testing.assert_close(coefficient * stored[language], expected[language], rtol=0, atol=1e-12 * size)
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.integers(1, 10**6),
+    slots=st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=4),
+)
+def test_equal_micro_batches_are_added_without_any_factor(tokens: int, slots: list[list[int]]) -> None:
+    window = Window(3, "language", local=False)
+    for row in slots:
+        window.add([Slot(language, tokens, float(len(slots) * tokens)) for language in row])
+        assert all(slot.scale / window.reference_scale(slot.language) == 1.0 for slot in window.sources())
+
+
+def test_absent_languages_are_left_out() -> None:
+    window = Window(4, "token", local=False)
+    window.add([Slot(3, 5, 5.0), Slot(1, 0, 0.0), Slot(0, 10, 10.0)])
+    assert window.target_tokens == [10, 0, 0, 5]
+    assert window.present == [0, 3]
+    assert window.coefficients() == [10.0 * 2 / 15, 5.0 * 2 / 15]
+    window.clear()
+    assert window.present == []
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_changed_language(local: bool) -> None:
+    window = Window(3, "language", local)
+    window.add([Slot(0, 1, 1.0), Slot(1, 1, 1.0)])
+    assert window.changed_language([Slot(0, 2, 2.0), Slot(1, 2, 2.0)]) is None
+    assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == (1 if local else None)
+    window.clear()
+    assert window.changed_language([Slot(2, 2, 2.0), Slot(0, 2, 2.0)]) is None
