@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class LanguageTracker:
         entries = Entries()
         kwargs = entries.take(kwargs, self._config.language_key)
         stripped = tuple(
-            entries.take(arg, self._config.language_key) if isinstance(arg, Mapping) else arg for arg in args
+            entries.take(arg, self._config.language_key) if isinstance(arg, MutableMapping) else arg for arg in args
         )
         return stripped, kwargs, entries
 
@@ -117,7 +118,7 @@ class LanguageTracker:
         return MicroBatch(indices.pop(), self._count(tokens, entries.labels), entries.loss_items)
 
     def _index(self, value: object) -> int:
-        if isinstance(value, torch.Tensor):
+        if hasattr(value, "tolist"):  # tensors, and NumPy's arrays and numbers
             value = value.tolist()
         if isinstance(value, Sequence) and not isinstance(value, str):
             different = sorted({str(item) for item in value})
@@ -160,9 +161,9 @@ class Entries:
     labels: object = None
     loss_items: float | None = None
 
-    def take(self, batch: Mapping[str, Any], language_key: str) -> dict[str, Any]:
-        """Returns a copy of the batch without the language and the token count, and keeps those."""
-        rest = dict(batch)
+    def take(self, batch: Any, language_key: str) -> Any:
+        """Returns a copy of the batch, of the same type, without the language and the token count, and keeps those."""
+        rest = copy.copy(batch)
         self.language = rest.pop(language_key, self.language)
         self.target_tokens = rest.pop(TOKENS_KEY, self.target_tokens)
         self.labels = rest.get("labels", self.labels)

@@ -92,10 +92,6 @@ class BlockPlan:
         """Whether some block lies in more than one bucket, so that it cannot be resolved while streaming."""
         return len(self.cell_block) > len(set(self.cell_block))
 
-    def first_cell(self, bucket: int) -> int:
-        """Returns the number of the first cell of a bucket."""
-        return self.cell_bucket.index(bucket)
-
     def cells_of(self, bucket: int) -> tuple[int, ...]:
         """Returns the numbers of the cells of a bucket."""
         return tuple(cell for cell, of in enumerate(self.cell_bucket) if of == bucket)

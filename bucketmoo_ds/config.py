@@ -9,6 +9,7 @@ from typing import Any
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 SECTION = "bucket_moo"
+OTHER_SPELLINGS = ("bucketmoo", "bucketmoods", "bucketlevelmoo", "moobucket")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": ("bucket", "parameter", "layer", "model"),
@@ -63,6 +64,8 @@ class BucketMOOConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", _languages(self.languages))
+        if isinstance(self.aggregator_options, Mapping):
+            object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
         for name in ("enabled", "shift_labels"):
             _expect(name, getattr(self, name), bool, "true or false")
         for name in ("aggregator", "granularity", "weighting", "normalize", "rescale", "mode", "backend"):
@@ -113,7 +116,6 @@ class BucketMOOConfig:
         """Returns the section as plain JSON values."""
         return dataclasses.asdict(self) | {
             "languages": list(self.languages),
-            "aggregator_options": dict(self.aggregator_options),
         }
 
 
@@ -124,7 +126,7 @@ def check_section_name(config: Mapping[str, Any]) -> None:
     """
     for key in config:
         folded = "".join(ch for ch in str(key).lower() if ch.isalnum())
-        if key != SECTION and (folded in ("bucketmoo", "bucketmoods", "moobucket") or _one_typo(folded, "bucketmoo")):
+        if key != SECTION and (folded in OTHER_SPELLINGS or _one_typo(folded, "bucketmoo")):
             raise ConfigError(f'"{key}": not a DeepSpeed setting; did you mean "{SECTION}"?')
 
 

@@ -55,12 +55,26 @@ class Exchange:
         return Received(flat, received.view(self.world_size, -1), work)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sums `tensor` over the ranks in place. Every rank ends with the same bytes."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.group)
-            share = 2 * (self.world_size - 1) / self.world_size
-            self._count("all_reduce (Grams)", round(tensor.numel() * tensor.element_size() * share))
-        return tensor
+        """Returns the sum of `tensor` over the ranks: an all-reduce that adds in the order of the ranks.
+
+        The order inside a library's all-reduce depends on where an element lies in the buffer. Here every element is
+        added up alike by one rank: so all ranks get the same bytes, and the same bytes whether Grams are reduced one
+        by one or all at once. It sends what a ring all-reduce sends.
+        """
+        if self.world_size == 1:
+            return tensor
+        part = -(-tensor.numel() // self.world_size)
+        send = torch.nn.functional.pad(tensor.flatten(), (0, part * self.world_size - tensor.numel()))
+        received = torch.empty_like(send)
+        dist.all_to_all_single(received, send, group=self.group)
+        first, *others = received.view(self.world_size, part)
+        total = first.clone()
+        for other in others:
+            total += other
+        everyone = [torch.empty_like(total) for _ in range(self.world_size)]
+        dist.all_gather(everyone, total, group=self.group)
+        self._count("all_reduce (Grams)", 2 * (self.world_size - 1) * part * tensor.element_size())
+        return torch.cat(everyone)[: tensor.numel()].view_as(tensor)
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Returns the numbers (64-bit, signed) of every rank, rank by rank."""

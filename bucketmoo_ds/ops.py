@@ -24,7 +24,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int,
 
     Args:
         rows: K tensors `[S]` of one dtype (float32, bfloat16, float16 or float64).
-        spans: `[n, 2]` int64 on the CPU: start and length of each segment, in elements.
+        spans: `[n, 2]` int64 on the CPU: start and length of each segment, in elements, ascending, none overlapping.
         blocks: `[n]` int64 on the CPU: the block of each segment.
         num_blocks: B.
 

@@ -31,9 +31,9 @@ class Finding:
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
     ("deepspeed", "the DeepSpeed adapter", "pip install 'deepspeed>=0.19.8,<0.20'"),
-    ("transformers", "train, quickstart", "pip install 'bucketmoo-ds[train]'"),
-    ("datasets", "train, quickstart", "pip install 'bucketmoo-ds[train]'"),
-    ("matplotlib", "report", "pip install 'bucketmoo-ds[train]'"),
+    ("transformers", "train, quickstart", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
+    ("datasets", "train, quickstart", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
+    ("matplotlib", "report", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
 )
 NEEDED = ("torch", "deepspeed")
 

@@ -61,7 +61,7 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("bucketmoo_ds"):
             raise
-        print(f"bucketmoo: {name} needs {error.name}: pip install 'bucketmoo-ds[train]'", file=sys.stderr)
+        print(f"bucketmoo: {name} needs {error.name}: pip install 'bucketmoo-ds[train]' (a clone: '.[train]')", file=sys.stderr)
         raise SystemExit(2) from error
 
 

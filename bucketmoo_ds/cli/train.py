@@ -16,6 +16,7 @@ WORKER = "bucketmoo_ds.training.worker"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("config", type=Path, help="YAML or JSON; configs/train.yaml is a commented example")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in the output folder")
 
 

@@ -40,6 +40,18 @@ class ModelSettings:
             raise ConfigError("model.config.model_type: missing; name a model of transformers, such as llama")
 
 
+_AT_LEAST = {
+    "steps": 1,
+    "sequence_length": 2,
+    "warmup_steps": 0,
+    "final_share": 0,
+    "weight_decay": 0,
+    "temperature": 1,
+    "evaluate_every": 0,
+    "checkpoint_every": 0,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
     """How it is trained.
@@ -80,9 +92,11 @@ class TrainingSettings:
                 f'training.schedule = "{self.schedule}": expected {one_of(LEARNING_RATE_SCHEDULES)}'
                 f"{did_you_mean(self.schedule, LEARNING_RATE_SCHEDULES)}"
             )
-        for name, low in (("steps", 1), ("sequence_length", 2), ("warmup_steps", 0), ("evaluate_every", 0)):
+        for name, low in _AT_LEAST.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"training.{name} = {getattr(self, name)}: expected at least {low}")
+        if len(self.betas) != 2 or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"training.betas = {list(self.betas)}: expected two numbers from 0 to below 1")
         if not self.learning_rate > 0:
             raise ConfigError(f"training.learning_rate = {self.learning_rate}: expected a number above 0")
 
@@ -135,6 +149,8 @@ class RunSettings:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ConfigError(f"processes = {self.processes}: expected at least 1")
         check_section_name(self.deepspeed)
         if SECTION not in self.deepspeed:
             raise ConfigError(

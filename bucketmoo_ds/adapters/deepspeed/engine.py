@@ -18,7 +18,7 @@ from bucketmoo_ds.adapters.deepspeed.zero12 import Reduction
 from bucketmoo_ds.batch import LanguageTracker
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
 
 class BucketMOOEngine(DeepSpeedEngine):
@@ -103,13 +103,14 @@ class BucketMOOEngine(DeepSpeedEngine):
         """DeepSpeed's `load_checkpoint`, and our state where the checkpoint has one.
 
         Raises:
-            ConfigError: our state is of other languages or blocks.
+            ConfigError: our state is of other languages or blocks, or lacks something that was registered.
         """
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is not None:
             states = checkpoint.load(Path(path).parent, self.moo_config)
             if states is not None:
-                self.moo.load_state_dict(states["moo"])
-                for name, owner in self._moo_states.items():
+                for name, owner in {"moo": self.moo, **self._moo_states}.items():
+                    if name not in states:
+                        raise ConfigError(f'{path}: the checkpoint has no state "{name}" (it has {", ".join(states)})')
                     owner.load_state_dict(states[name])
         return path, client_state
