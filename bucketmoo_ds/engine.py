@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Container, Sequence
@@ -22,12 +21,12 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import aggregate, ops
+from bucketmoo_ds.agreement import Contributions, check_equal, digest, exchange_slots
 from bucketmoo_ds.blocks import BlockPlan, Segments
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.errors import (
     BucketMOOError,
     ConfigError,
-    DisagreementError,
     LanguageError,
     did_you_mean,
     one_of,
@@ -121,10 +120,10 @@ class BucketMOO:
         self._store = RowStore()
         self._pending: collections.deque[_Pending] = collections.deque()
         self._boundary = False
-        self._contributed: list[bytes] = []
+        self._contributions = Contributions(plan.parameters)
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
-        self._fingerprint = _digest((json.dumps(config.to_json(), sort_keys=True) + plan.fingerprint()).encode())
+        self._fingerprint = digest((json.dumps(config.to_json(), sort_keys=True) + plan.fingerprint()).encode())
         self._reset_results()
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
@@ -140,19 +139,13 @@ class BucketMOO:
             LanguageError: on every rank, if one of them has no valid micro-batch.
             DisagreementError: on every rank, if their positions, plans or settings differ.
         """
-        error = slot if isinstance(slot, LanguageError) else None
-        mine = slot if isinstance(slot, Slot) else Slot(-1, 0, 0.0)
-        position = [self.windows, len(self.window.table), int(boundary), self._fingerprint]
-        header = [int(error is not None), mine.language, mine.target_tokens, _as_bits(mine.scale), *position]
-        headers = self.exchange.gather_numbers(header)
-        if any(row[0] for row in headers):
-            texts = self.exchange.gather_text(str(error) if error else "")
-            raise LanguageError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
-        for name, column in (("window", 4), ("micro-step", 5), ("boundary", 6), ("settings or blocks", 7)):
-            if len({row[column] for row in headers}) > 1:
-                values = ", ".join(f"rank {rank}: {row[column]}" for rank, row in enumerate(headers))
-                raise DisagreementError(f"ranks disagree about the {name} ({values}): run one script on all")
-        slots = [Slot(row[1], row[2], _as_float(row[3])) for row in headers]
+        position = {
+            "window": self.windows,
+            "micro-step": len(self.window.table),
+            "boundary": int(boundary),
+            "settings or blocks": self._fingerprint,
+        }
+        slots = exchange_slots(self.exchange, slot, position)
         self._check_languages(slots)
         self.window.add(slots)
         self._boundary = boundary
@@ -174,7 +167,7 @@ class BucketMOO:
             contributed: for each parameter of the plan, whether this rank had a gradient for it.
         """
         self._receive(0)
-        self._contributed.append(_pack(contributed))
+        self._contributions.add(contributed)
 
     def finish(self) -> Resolution:
         """Resolves what is not resolved yet and closes the window.
@@ -183,7 +176,7 @@ class BucketMOO:
             DisagreementError: on every rank, if the ranks had gradients of different parameters, or other weights.
             BucketMOOError: a bucket was not resolved.
         """
-        self._check_contents()
+        self._contributions.check(self.exchange)
         self._check_complete(self._resolved if self.streaming else self._grams)
         if not self.streaming:
             buckets = range(len(self.plan.buckets))
@@ -191,7 +184,11 @@ class BucketMOO:
             weights = self._resolve(partial, range(len(self.plan.cell_block)))
             for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
                 self._combine(bucket, self._store.rows(bucket, self.window.present), of_bucket)
-        self._check_weights()
+        check_equal(
+            self.exchange,
+            self._block_weights.numpy().tobytes(),
+            "the ranks reached different weights from the same Grams",
+        )
         resolution = Resolution(
             window=self.windows,
             gram=self._block_gram,
@@ -335,7 +332,7 @@ class BucketMOO:
         self.last = resolution
         self.window.clear()
         self._store.clear()
-        self._contributed = []
+        self._contributions.clear()
         self._reset_results()
 
     def _reset_results(self) -> None:
@@ -357,42 +354,18 @@ class BucketMOO:
                 '(LanguageBatchSampler(affinity="window")), or use zero_optimization.stage = 2'
             )
 
-    def _check_contents(self) -> None:
-        """Stops where ranks had gradients of different parameters, which plain ZeRO-1/2 adds up silently wrong."""
-        words = [word for bits in self._contributed for word in struct.unpack(f"<{len(bits) // 8}q", bits)]
-        digest = _digest(struct.pack(f"<{len(words)}q", *words))
-        if len({row[0] for row in self.exchange.gather_numbers([digest])}) == 1:
-            return
-        table = self.exchange.gather_numbers(words)
-        column = next(index for index in range(len(words)) if len({row[index] for row in table}) > 1)
-        per_step = len(words) // len(self._contributed)
-        differing = table[0][column] ^ next(row[column] for row in table if row[column] != table[0][column])
-        bit = ((differing & -differing) & (2**64 - 1)).bit_length() - 1
-        parameter = 64 * (column % per_step) + bit
-        having = [rank for rank, row in enumerate(table) if row[column] >> bit & 1]
-        raise DisagreementError(
-            f'parameter "{self.plan.parameters[parameter].name}" got a gradient in micro-step {column // per_step} on '
-            f"rank(s) {having} only. Ranks must use the same parameters in the same micro-step (ZeRO-1/2 would mix up "
-            "gradients of different parameters): use every parameter on every rank, or freeze it"
-        )
-
     def _check_complete(self, done: Container[int]) -> None:
         missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in done]
         if missing:
             total = len(self.plan.buckets)
             raise BucketMOOError(f"{len(missing)} of {total} buckets were not resolved, first {missing[0]}")
 
-    def _check_weights(self) -> None:
-        weights = _digest(self._block_weights.numpy().tobytes())
-        if len({row[0] for row in self.exchange.gather_numbers([weights])}) > 1:
-            raise DisagreementError("the ranks reached different weights from the same Grams")
-
     def _shard_segments(self, bucket: int) -> Segments:
         numel = self.exchange.shard_numel(self.plan.buckets[bucket].numel)
         return self.plan.segments(bucket, self.exchange.rank * numel, (self.exchange.rank + 1) * numel)
 
     def _generator(self) -> torch.Generator:
-        seed = _digest(struct.pack("<qq", self.config.seed, self.windows))
+        seed = digest(struct.pack("<qq", self.config.seed, self.windows))
         return torch.Generator().manual_seed(seed & (2**63 - 1))
 
 
@@ -426,22 +399,3 @@ def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -
     if config.mode == "streaming" and obstacle:
         raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
     return config.mode != "deferred" and not obstacle
-
-
-def _as_bits(number: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def _as_float(bits: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def _pack(flags: Sequence[bool]) -> bytes:
-    words = bytearray(8 * -(-len(flags) // 64))
-    for index, flag in enumerate(flags):
-        words[index // 8] |= flag << (index % 8)
-    return bytes(words)

@@ -61,7 +61,8 @@ def _module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("bucketmoo_ds"):
             raise
-        print(f"bucketmoo: {name} needs {error.name}: pip install 'bucketmoo-ds[train]' (a clone: '.[train]')", file=sys.stderr)
+        way_out = "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"
+        print(f"bucketmoo: {name} needs {error.name}: {way_out}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -29,7 +29,7 @@ from bucketmoo_ds.ops import choose_backend
 
 def install() -> None:
     """Wraps DeepSpeed's engine, once."""
-    if not isinstance(DeepSpeedEngine.__init__, wrapt.FunctionWrapper):
+    if not isinstance(vars(DeepSpeedEngine)["__init__"], wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(DeepSpeedEngine, "__init__", _initialize_engine)
         wrapt.wrap_function_wrapper(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
 

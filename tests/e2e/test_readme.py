@@ -1,0 +1,47 @@
+"""The README's Python, as it stands there: a user copies it, so it has to run."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+# Spares a minute of compiling DeepSpeed's shared-memory collective, which the README tells of.
+PREAMBLE = 'import deepspeed\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'
+
+
+def test_deepspeed_example_trains(tmp_path: Path) -> None:
+    example = next(block for block in BLOCKS if "bm.initialize" in block)
+    (tmp_path / "text").mkdir()
+    for language in ("de", "fr", "ru", "ko"):
+        source = random.Random(language)
+        (tmp_path / "text" / f"{language}.txt").write_text("".join(source.choices("abcdefgh ", k=64 * 24)))
+    check = '\nprint("windows", engine.moo.counters["windows"])\n'
+    (tmp_path / "finetune.py").write_text(PREAMBLE + example + check)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "finetune.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
+    )
+    # 96 sequences, 4 a micro-batch, 2 ranks and 2 micro-steps a window.
+    assert done.stdout.split().count("windows") == 2, done.stderr[-2000:]
+    assert "windows 6" in done.stdout
+    assert "aggregator cagrad" in done.stderr
+
+
+def test_sampler_example_runs(tmp_path: Path) -> None:
+    example = next(block for block in BLOCKS if "sampler.seek" in block)
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    languages = re.search(r"the first: (.*)", done.stdout)
+    assert languages is not None
+    assert len(set(re.findall(r"'(\w+)'", languages[1]))) == 1

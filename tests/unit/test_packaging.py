@@ -1,0 +1,36 @@
+"""What an installation looks like from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_belong_to_the_package_and_not_to_the_top_level(tmp_path: Path) -> None:
+    """Hugging Face ships a package named `kernels`, and transformers looks for it."""
+    code = (
+        "import importlib.util, bucketmoo_ds.kernels\n"
+        "top = importlib.util.find_spec('kernels')\n"
+        "assert top is None or top.origin != bucketmoo_ds.kernels.__file__, top\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    """DeepSpeed takes seconds to import, so that importing this package must not."""
+    code = "import sys, bucketmoo_ds\nassert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_deepspeed_is_wrapped_whichever_is_imported_first(tmp_path: Path) -> None:
+    for first, second in (("bucketmoo_ds", "deepspeed"), ("deepspeed", "bucketmoo_ds")):
+        code = (
+            f"import {first}\nimport {second}\nimport wrapt\n"
+            "from deepspeed.runtime.engine import DeepSpeedEngine\n"
+            "assert isinstance(vars(DeepSpeedEngine)[\"__init__\"], wrapt.FunctionWrapper)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
