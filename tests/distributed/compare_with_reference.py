@@ -1,139 +1,255 @@
-"""Worker: trains a few windows with bucket_moo and compares every combined gradient with the float64 reference."""
+"""Worker: trains windows with bucket_moo and compares gradients, weights, norms and updates with the reference.
+
+The reference is `bucketmoo_ds.reference`: one process, float64, fed with the gradients that autograd gave every rank.
+"""
 
 from __future__ import annotations
 
 import copy
-import random
-import traceback
+import dataclasses
+import hashlib
+import struct
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import toy
 import worker
+from torch import Tensor
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
 from bucketmoo_ds.engine import create_aggregator
 
+LEARNING_RATE = 0.05
+WEIGHT_DECAYS = (0.1, 0.0)
+WINDOWS = 2
 
-def engine_for(case: dict[str, Any], model: torch.nn.Module) -> Any:
-    params: Any = [p for p in model.parameters() if p.requires_grad]
-    if case.get("groups"):
-        params = [{"params": params[0::2], "weight_decay": 0.1}, {"params": params[1::2], "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(params, lr=0.05)
-    engine, *_ = bucketmoo_ds.initialize(model=model, optimizer=optimizer, config=json_for(case))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training run; the fields are DeepSpeed's and our settings, the toy model's and the data's."""
+
+    seed: int
+    stage: int
+    micro_steps: int
+    languages: int
+    dtype: str = "fp32"
+    accumulate: str | None = None
+    bucket_size: int = 1500
+    overlap: bool = False
+    round_robin: bool = False
+    clip: float = 0.0
+    groups: bool = False
+    aggregator: str = "mgda"
+    granularity: str = "bucket"
+    weighting: str = "language"
+    normalize: str = "none"
+    rescale: str = "none"
+    ragged: bool = True
+    empty: bool = False
+    tied: bool = False
+    frozen: bool = False
+    adapters: int = 0
+
+    def settings(self, mode: str) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": toy.SEQUENCES,
+            "gradient_accumulation_steps": self.micro_steps,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": self.bucket_size,
+                "overlap_comm": self.overlap,
+                "round_robin_gradients": self.round_robin,
+            },
+            "gradient_clipping": self.clip,
+            "steps_per_print": 10**9,
+            "bucket_moo": {
+                "languages": [f"l{index}" for index in range(self.languages)],
+                "aggregator": self.aggregator,
+                "granularity": self.granularity,
+                "weighting": self.weighting,
+                "normalize": self.normalize,
+                "rescale": self.rescale,
+                "seed": self.seed,
+                "mode": mode,
+            },
+        }
+        if self.dtype != "fp32":
+            config[self.dtype] = {"enabled": True}
+        if self.accumulate:
+            config["data_types"] = {"grad_accum_dtype": self.accumulate}
+        return config
+
+    def table(self, window: int) -> list[list[int]]:
+        """The languages of the slots, [M][W]: as many different ones as there are slots, in random places. A rank keeps
+        its language on ZeRO-1."""
+        generator = torch.Generator().manual_seed(self.seed + window)
+        rows = 1 if self.stage == 1 else self.micro_steps
+        slots = [(2 * window + slot) % self.languages for slot in range(rows * worker.WORLD_SIZE)]
+        places = torch.randperm(len(slots), generator=generator).tolist()
+        table = [
+            [slots[place] for place in places[start : start + worker.WORLD_SIZE]]
+            for start in range(0, len(slots), worker.WORLD_SIZE)
+        ]
+        return table * (self.micro_steps // rows)
+
+    def empty_slot(self) -> tuple[int, int] | None:
+        """A slot of every window whose micro-batch has no target token."""
+        generator = torch.Generator().manual_seed(self.seed)
+        step, rank = (int(torch.randint(n, (), generator=generator)) for n in (self.micro_steps, worker.WORLD_SIZE))
+        return (step, rank) if self.empty else None
+
+
+def run(modes: list[str], **fields: Any) -> dict[str, Any]:
+    """Trains the same case once in every mode; only the first run is compared with the reference.
+
+    Returns:
+        the largest errors, and for every mode whether it streamed and the hash of all final parameters.
+    """
+    case = Case(**fields)
+    runs = [train(case, mode, compare=position == 0) for position, mode in enumerate(modes)]
+    return runs[0] | {name: [run[name] for run in runs] for name in ("parameters", "streaming")}
+
+
+def train(case: Case, mode: str, *, compare: bool) -> dict[str, Any]:
+    torch.manual_seed(case.seed)
+    model = toy.ToyLM(tied=case.tied, frozen=case.frozen, adapters=case.adapters)
+    twin = copy.deepcopy(model)
+    engine = make_engine(case, mode, model)
+    twin = twin.to(dtype=next(engine.module.parameters()).dtype)
+    generator = torch.Generator().manual_seed(case.seed * 100 + worker.RANK)
+    errors: list[dict[str, float]] = []
+    for window in range(WINDOWS):
+        twin.load_state_dict(engine.module.state_dict())
+        micro_gradients = []
+        for step, row in enumerate(case.table(window)):
+            language = row[worker.RANK]
+            empty = case.empty_slot() == (step, worker.RANK)
+            batch = toy.micro_batch(language, generator, ragged=case.ragged, empty=empty)
+            if compare:
+                micro_gradients.append(own_gradient(twin, batch, language, case.micro_steps))
+            engine.backward(engine(**batch, language=f"l{language}"))
+            if step < case.micro_steps - 1:
+                engine.step()
+        before = whole(engine.optimizer, engine.optimizer.single_partition_of_fp32_groups)
+        gradient = whole(engine.optimizer, [part.flat_partition for part in averaged(engine.optimizer)])
+        engine.step()
+        after = whole(engine.optimizer, engine.optimizer.single_partition_of_fp32_groups)
+        if compare:
+            found = {"before": before, "gradient": gradient, "after": after}
+            errors.append(compare_window(case, engine, window=window, micro_gradients=micro_gradients, **found))
+    worst = {name: max(error[name] for error in errors) for name in errors[0]} if compare else {}
+    return worst | {"parameters": worker.checksum(engine.module.parameters()), "streaming": engine.moo.streaming}
+
+
+def make_engine(case: Case, mode: str, model: torch.nn.Module) -> Any:
+    params: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    if case.groups:
+        params = [{"params": params[index::2], "weight_decay": WEIGHT_DECAYS[index]} for index in (0, 1)]
+    optimizer = torch.optim.SGD(params, lr=LEARNING_RATE)
+    engine, *_ = bucketmoo_ds.initialize(model=model, optimizer=optimizer, config=case.settings(mode))
     return engine
 
 
-def json_for(case: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 3,
-        "gradient_accumulation_steps": case["micro_steps"],
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": case["stage"],
-            "reduce_bucket_size": case.get("bucket_size", 1500),
-            "overlap_comm": case.get("overlap", False),
-            "round_robin_gradients": case.get("round_robin", False),
-        },
-        "gradient_clipping": case.get("clip", 0.0),
-        "steps_per_print": 10**9,
-        "bucket_moo": {
-            "languages": [f"l{index}" for index in range(case["languages"])],
-            "aggregator": case.get("aggregator", "mgda"),
-            "granularity": case.get("granularity", "bucket"),
-            "weighting": case.get("weighting", "language"),
-            "mode": case.get("mode", "auto"),
-        },
-    }
-    if case.get("dtype", "fp32") != "fp32":
-        config[case["dtype"]] = {"enabled": True}
-        if case["dtype"] == "fp16":
-            config["fp16"]["initial_scale_power"] = 4
-    if case.get("accumulate"):
-        config["data_types"] = {"grad_accum_dtype": case["accumulate"]}
-    return config
-
-
-def table_of(case: dict[str, Any], window: int) -> list[list[int]]:
-    """Languages of the slots, [M][W]: in rotation; a rank keeps its language on ZeRO-1."""
-    micro_steps = 1 if case["stage"] == 1 else case["micro_steps"]
-    slots = [(window * 2 + slot) % case["languages"] for slot in range(micro_steps * worker.WORLD_SIZE)]
-    rows = [slots[start : start + worker.WORLD_SIZE] for start in range(0, len(slots), worker.WORLD_SIZE)]
-    return rows * (case["micro_steps"] // micro_steps)
-
-
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    torch.manual_seed(case["seed"])
-    model = toy.ToyLM(**case.get("model", {}))
-    twin = copy.deepcopy(model)
-    engine = engine_for(case, model)
-    optimizer = engine.optimizer
-    twin = twin.to(dtype=next(engine.module.parameters()).dtype)
-    generator = torch.Generator().manual_seed(case["seed"] * 100 + worker.RANK)
-    errors, weight_errors = [], []
-    for window in range(2):
-        twin.load_state_dict(engine.module.state_dict())
-        micro_gradients = []
-        for row in table_of(case, window):
-            language = row[worker.RANK]
-            batch = toy.micro_batch(language, generator, ragged=case.get("ragged", True))
-            micro_gradients.append(own_gradient(twin, batch, language, engine))
-            loss = engine(batch | {"language": f"l{language}"})if case.get("positional") else engine(
-                **batch, language=f"l{language}"
-            )
-            engine.backward(loss)
-            if not engine.is_gradient_accumulation_boundary():
-                engine.step()
-        combined = full_gradient(optimizer)
-        scale = optimizer.loss_scale
-        everyone: list[Any] = [None] * worker.WORLD_SIZE
-        dist.all_gather_object(everyone, micro_gradients)
-        config = engine.moo.config
-        expected, weights = reference.resolve_window(
-            [micro for rank in everyone for micro in rank],
-            blocks_of(engine.moo.plan),
-            micro_steps=case["micro_steps"],
-            aggregator=create_aggregator(config),
-            weighting=config.weighting,
-            seed=0,
-        )
-        for block, names in blocks_of(engine.moo.plan).items():
-            found = torch.cat([combined[name].flatten() / scale for name in names])
-            wanted = torch.cat([expected[name].flatten() for name in names])
-            if case.get("aggregator") != "pcgrad" or case["languages"] == 2:
-                errors.append(float((found - wanted).norm() / wanted.norm().clamp_min(1e-30)))
-                number = engine.moo.plan.blocks.index(block)
-                ours = engine.moo.last.weights[number, list(engine.moo.last.present)]
-                weight_errors.append(float((ours - weights[block]).abs().max()))
-        engine.step()
-    return {
-        "error": max(errors, default=0.0),
-        "weights": max(weight_errors, default=0.0),
-        "streaming": engine.moo.streaming,
-        "blocks": len(engine.moo.plan.blocks),
-        "buckets": len(engine.moo.plan.buckets),
-        "parameters": checksum(engine.module),
-        "norm": float(engine.get_global_grad_norm() or 0.0),
-    }
-
-
-def own_gradient(twin: torch.nn.Module, batch: dict[str, Any], language: int, engine: Any) -> reference.MicroGradient:
+def own_gradient(
+    twin: torch.nn.Module, batch: dict[str, Tensor], language: int, micro_steps: int
+) -> reference.MicroGradient:
     """The gradient that DeepSpeed is handed for this micro-batch, before anything is reduced."""
     twin.zero_grad()
-    loss = twin(**batch) / engine.gradient_accumulation_steps()
-    (loss.float() * engine.optimizer.loss_scale).backward()
-    scale = engine.optimizer.loss_scale
-    return reference.MicroGradient(
-        language,
-        toy.tokens_of(batch),
-        {
-            name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double() / scale
-            for name, p in twin.named_parameters()
-            if p.requires_grad
-        },
+    (twin(**batch) / micro_steps).backward()
+    gradient = {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double()
+        for name, p in twin.named_parameters()
+        if p.requires_grad
+    }
+    return reference.MicroGradient(language, toy.tokens_of(batch), gradient)
+
+
+def compare_window(
+    case: Case,
+    engine: Any,
+    *,
+    window: int,
+    micro_gradients: list[reference.MicroGradient],
+    before: dict[str, Tensor],
+    gradient: dict[str, Tensor],
+    after: dict[str, Tensor],
+) -> dict[str, float]:
+    """Returns the errors of one window.
+
+    * `gradient`: of a block's combined gradient, relative to the sum of the norms of its weighted rows. That is what
+      is added up, so it is what rounding is relative to; where rows nearly cancel, the combined norm is much smaller.
+    * `relative`: the same, relative to the norm of the combined gradient.
+    * `weights`: of a block's weights, absolute.
+    * `norm`: of the global norm that DeepSpeed clips by, relative.
+    * `update`: of the float32 parameters after the step (SGD, clipped), relative to their norm.
+    """
+    everyone: list[Any] = [None] * worker.WORLD_SIZE
+    dist.all_gather_object(everyone, micro_gradients)
+    micros = [micro for rank in everyone for micro in rank]
+    plan, last = engine.moo.plan, engine.moo.last
+    blocks = blocks_of(plan)
+    expected, weights = reference.resolve_window(
+        micros,
+        blocks,
+        micro_steps=case.micro_steps,
+        aggregator=create_aggregator(engine.moo.config),
+        weighting=case.weighting,
+        normalize=case.normalize,
+        rescale=case.rescale,
+        seed=random_order_seed(case.seed, window),
     )
+    errors = {"gradient": 0.0, "relative": 0.0, "weights": 0.0}
+    for number, (block, names) in enumerate(blocks.items()):
+        found = torch.cat([gradient[name].flatten() for name in names])
+        wanted = torch.cat([expected[name].flatten() for name in names])
+        difference = float((found - wanted).norm())
+        diagonal = last.gram[number].diagonal()[list(last.present)]
+        scale = float((weights[block].abs() * diagonal.sqrt()).sum())
+        ours = last.weights[number, list(last.present)]
+        errors["gradient"] = max(errors["gradient"], ratio(difference, scale))
+        errors["relative"] = max(errors["relative"], ratio(difference, float(wanted.norm())))
+        errors["weights"] = max(errors["weights"], float((ours - weights[block]).abs().max()))
+    norm = float(torch.cat([value.flatten() for value in expected.values()]).norm())
+    errors["norm"] = ratio(abs(float(engine.get_global_grad_norm()) - norm), norm)
+    errors["update"] = update_error(case, engine, before=before, expected=expected, after=after, norm=norm)
+    return errors
+
+
+def update_error(
+    case: Case,
+    engine: Any,
+    *,
+    before: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    after: dict[str, Tensor],
+    norm: float,
+) -> float:
+    # DeepSpeed divides by (norm + 1e-6) / clip where that is above 1 (unscale_and_clip_grads).
+    divisor = max((norm + 1e-6) / case.clip, 1.0) if case.clip else 1.0
+    worst = 0.0
+    decays = WEIGHT_DECAYS if case.groups else (0.0,)
+    for decay, params in zip(decays, engine.optimizer.round_robin_bit16_groups, strict=True):
+        for param in params:
+            name = engine.optimizer.param_names[param]
+            step = expected[name].flatten() / divisor + decay * before[name]
+            wanted = before[name] - LEARNING_RATE * step
+            worst = max(worst, ratio(float((after[name] - wanted).norm()), float(wanted.norm())))
+    return worst
+
+
+def ratio(error: float, scale: float) -> float:
+    """0 of 0 is no error: a parameter that nothing uses has no gradient."""
+    return error / scale if error else 0.0
+
+
+def random_order_seed(seed: int, window: int) -> int:
+    """As `BucketMOO` documents it: random orders are derived from (seed, window)."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, window), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
 def blocks_of(plan: Any) -> dict[str, list[str]]:
@@ -143,11 +259,16 @@ def blocks_of(plan: Any) -> dict[str, list[str]]:
     return blocks
 
 
-def full_gradient(optimizer: Any) -> dict[str, torch.Tensor]:
-    """The gradient that the optimizer is about to use, put together from all ranks' partitions."""
+def averaged(optimizer: Any) -> list[Any]:
+    """The gradients that the optimizer is about to use, this rank's part of every parameter group."""
+    return [optimizer.averaged_gradients[group] for group in range(len(optimizer.bit16_groups))]
+
+
+def whole(optimizer: Any, partitions: list[Tensor]) -> dict[str, Tensor]:
+    """Puts flat partitions of all ranks together; returns float64 by parameter name."""
     found = {}
     for group, params in enumerate(optimizer.round_robin_bit16_groups):
-        mine = optimizer.averaged_gradients[group].flat_partition
+        mine = partitions[group].detach()
         parts = [torch.empty_like(mine) for _ in range(worker.WORLD_SIZE)]
         dist.all_gather(parts, mine)
         flat = torch.cat(parts).double()
@@ -156,22 +277,5 @@ def full_gradient(optimizer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def checksum(module: torch.nn.Module) -> str:
-    import hashlib
-
-    data = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in module.parameters())
-    return hashlib.sha256(data).hexdigest()
-
-
 if __name__ == "__main__":
-    worker.start()
-    results = []
-    for case in worker.arguments():
-        random.seed(case["seed"])
-        try:
-            results.append(run(case))
-        except Exception as error:
-            traceback.print_exc()
-            results.append({"failed": f"{type(error).__name__}: {error}"})
-            break
-    worker.leave(results)
+    worker.serve(run)

@@ -1,0 +1,152 @@
+"""What must end in a skipped step or in an error on every rank: never in a hang, and never in a wrong gradient."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import launch
+import pytest
+
+WORLD_SIZE = 2
+TIME_LIMIT = 60.0
+
+NOT_FINITE: list[dict[str, Any]] = [
+    {
+        "name": "not_finite",
+        "stage": stage,
+        "dtype": dtype,
+        "mode": mode,
+        "micro_steps": micro_steps,
+        "value": value,
+        "where": where,
+    }
+    for stage, dtype, mode, micro_steps, value, where in (
+        (1, "fp32", "auto", 1, math.nan, None),
+        (1, "fp32", "auto", 2, math.nan, "layers.1.0.weight"),
+        (1, "bf16", "deferred", 1, math.inf, None),
+        (2, "fp32", "auto", 1, math.nan, "layers.1.0.weight"),
+        (2, "fp32", "deferred", 1, math.inf, "embed.weight"),
+        (2, "bf16", "auto", 1, math.nan, "head.weight"),
+        (2, "bf16", "auto", 3, math.nan, None),
+    )
+]
+
+# (scenario, its arguments, the error's type, what the message says)
+ERRORS: list[tuple[str, dict[str, Any], str, list[str]]] = [
+    *(
+        (
+            "adapters_of_ranks",
+            {"stage": stage, "adapters": adapters, "micro_steps": micro_steps},
+            "DisagreementError",
+            said,
+        )
+        for stage, micro_steps in ((1, 1), (2, 1), (1, 2), (2, 2))
+        for adapters, said in (
+            ([0, None], ['"adapters.0.', "rank(s) [0] only"]),
+            # Two parameters of the same size: their sum would be a gradient of neither, and no shape tells.
+            ([0, 1], ['"adapters.0.', "rank(s) [0] only"]),
+        )
+    ),
+    *(
+        (name, {"stage": stage}, "BucketMOOError", said)
+        for stage in (1, 2)
+        for name, said in (
+            ("step_without_backward", ["without a resolved window", "engine.backward"]),
+            ("module_behind_the_engine", ["without a resolved window", "engine.backward"]),
+            ("gradient_from_elsewhere", ["without a resolved window", "engine.backward"]),
+            ("backward_after_the_boundary", ["call engine.step() first"]),
+            ("coalesced", ["coalesce_grad_reduction", "gradient_accumulation_steps"]),
+        )
+    ),
+    *(
+        (
+            "second_gradient",
+            {"stage": stage, "reentrant": True, "bucket_size": 1},
+            "BucketMOOError",
+            ['"shared.', "second gradient", "use_reentrant=False"],
+        )
+        for stage in (1, 2)
+    ),
+]
+
+CASES: list[dict[str, Any]] = [
+    *NOT_FINITE,
+    *({"name": name, **arguments} for name, arguments, _, _ in ERRORS),
+    *({"name": "adapter_used_on_all", "stage": stage} for stage in (1, 2)),
+    *(
+        {"name": "second_gradient", "stage": stage, "reentrant": reentrant, "bucket_size": 10**9}
+        for stage, reentrant in itertools.product((1, 2), (False, True))
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[list[Any]]:
+    return launch.run("fault_scenarios.py", WORLD_SIZE, CASES)
+
+
+def results(outcomes: list[list[Any]], **case: Any) -> list[Any]:
+    return outcomes[CASES.index(case)]
+
+
+@pytest.mark.parametrize("case", NOT_FINITE, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_window_that_is_not_finite_is_skipped(outcomes: list[list[Any]], case: dict[str, Any]) -> None:
+    first, second = results(outcomes, **case)
+    for result in (first, second):
+        assert result.get("unchanged") is True, result
+        assert result["skipped_steps"] == 1
+        assert {language for language, _ in result["nonfinite"]} == {"fr"}
+        assert result["counters"] == {"windows": 4, "skipped_windows": 1, "nonfinite.fr": 1}
+        assert result["goes_on"]
+        assert result["finite"]
+        assert result["nonfinite_later"] == ()
+    assert first["parameters"] == second["parameters"]
+    buckets = {bucket for _, bucket in first["nonfinite"]}
+    if case["where"] is None:
+        assert buckets == set(first["buckets"])
+    else:
+        assert len(buckets) == 1 < len(first["buckets"])
+    for bucket in buckets:
+        assert f"language fr in {bucket}" in first["log"]
+    assert "language de" not in first["log"]
+    assert second["log"] == ""
+
+
+@pytest.mark.parametrize(("name", "arguments", "kind", "said"), ERRORS, ids=lambda value: str(value)[:70])
+def test_error_on_every_rank(
+    outcomes: list[list[Any]], name: str, arguments: dict[str, Any], kind: str, said: list[str]
+) -> None:
+    for result in results(outcomes, name=name, **arguments):
+        assert isinstance(result, dict), f"no error: {result}"
+        assert result["error"] == kind, result
+        for words in said:
+            assert words in result["message"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parameters_that_all_ranks_leave_out_are_no_disagreement(outcomes: list[list[Any]], stage: int) -> None:
+    assert results(outcomes, name="adapter_used_on_all", stage=stage) == [True, True]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_second_gradient_is_added_while_its_bucket_is_here(outcomes: list[list[Any]], stage: int) -> None:
+    plain, reentrant = (
+        results(outcomes, name="second_gradient", stage=stage, reentrant=reentrant, bucket_size=10**9)
+        for reentrant in (False, True)
+    )
+    assert isinstance(plain[0], str), plain
+    assert len(set(plain)) == 1
+    assert reentrant == plain
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_others_end_when_a_rank_dies(stage: int) -> None:
+    outcomes = launch.launch("die_in_a_window.py", 3, [stage], timeout=2 * TIME_LIMIT)
+    assert outcomes[1].status == 3
+    for rank in (0, 2):
+        outcome = outcomes[rank]
+        assert outcome.status == 1, outcome.output[-2000:]
+        assert outcome.result not in ("one window done", "went on without rank 1")
+        assert outcome.seconds - outcomes[1].seconds < TIME_LIMIT
