@@ -45,6 +45,7 @@ class LanguageTracker:
         self._config = config
         self._default: tuple[object, int | None] | None = None
         self._pending: list[MicroBatch | LanguageError] = []
+        self._latest_in_evaluation: list[MicroBatch | LanguageError] = []
 
     @contextlib.contextmanager
     def language(self, language: object, target_tokens: int | None = None) -> Iterator[None]:
@@ -67,12 +68,21 @@ class LanguageTracker:
         )
         return stripped, kwargs, entries
 
-    def note(self, entries: Entries) -> None:
-        """Remembers a forward pass that a backward will follow."""
+    def note(self, entries: Entries, training: bool) -> None:
+        """Remembers a forward pass that a backward may follow.
+
+        Args:
+            training: whether the model is in training mode. A backward belongs to the forward passes in that mode; a
+                model that is trained in evaluation mode, without dropout, has none, and then it belongs to the latest.
+        """
         try:
-            self._pending.append(self._micro_batch(entries))
+            found: MicroBatch | LanguageError = self._micro_batch(entries)
         except LanguageError as error:
-            self._pending.append(error)
+            found = error
+        if training:
+            self._pending.append(found)
+        else:
+            self._latest_in_evaluation = [found]
 
     def slot(self, micro_steps: int, world_size: int) -> Slot | LanguageError:
         """Returns the slot of the forward passes since the last call, which this micro-step's backward belongs to.
@@ -80,7 +90,8 @@ class LanguageTracker:
         The scale makes the sum of `scale * gradient` over a language's micro-batches the gradient of the sum of its
         token losses, see `bucketmoo_ds.window`.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending or self._latest_in_evaluation
+        self._pending, self._latest_in_evaluation = [], []
         try:
             if not pending:
                 pending = [self._micro_batch(Entries())]

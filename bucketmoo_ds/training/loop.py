@@ -114,6 +114,7 @@ class _Loop:
         deepspeed_json: Mapping[str, Any],
         output: Path,
     ) -> None:
+        model.train()  # from_pretrained leaves it in evaluation mode
         section = dict(deepspeed_json[SECTION])
         self.config = BucketMOOConfig(**section)
         self.settings = settings

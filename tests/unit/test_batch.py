@@ -24,7 +24,7 @@ def tracker(**changes: Any) -> LanguageTracker:
 
 def slot_of(tracker: LanguageTracker, *args: Any, micro_steps: int = 1, world_size: int = 1, **kwargs: Any) -> Any:
     *_, entries = tracker.strip(args, kwargs)
-    tracker.note(entries)
+    tracker.note(entries, training=True)
     return tracker.slot(micro_steps, world_size)
 
 
@@ -124,7 +124,7 @@ def test_language_holds_for_the_forward_not_the_backward() -> None:
     one = tracker()
     with one.language("fr"):
         *_, entries = one.strip((), {})
-        one.note(entries)
+        one.note(entries, training=True)
     with one.language("de"):
         assert one.slot(1, 1).language == 1
 
@@ -133,7 +133,7 @@ def test_an_error_of_one_forward_is_not_lost_in_the_next() -> None:
     one = tracker()
     for language in ("xx", "de"):
         *_, entries = one.strip(({"language": language},), {})
-        one.note(entries)
+        one.note(entries, training=True)
     found = one.slot(1, 1)
     assert isinstance(found, LanguageError)
     assert '"xx"' in str(found)
@@ -144,11 +144,11 @@ def test_two_forwards_of_one_backward() -> None:
     one = tracker()
     for tokens in (3, 4):
         *_, entries = one.strip(({"language": "fr", "target_tokens": tokens},), {})
-        one.note(entries)
+        one.note(entries, training=True)
     assert one.slot(2, 1) == Slot(1, 7, 14.0)
     for language in ("fr", "de"):
         *_, entries = one.strip(({"language": language},), {})
-        one.note(entries)
+        one.note(entries, training=True)
     found = one.slot(2, 1)
     assert isinstance(found, LanguageError)
     assert "several languages (de, fr)" in str(found)
@@ -166,7 +166,7 @@ def test_the_callers_batch_stays_and_the_model_sees_the_rest(kind: type, named: 
     assert set(seen) == {"input_ids", "labels"}
     assert seen["input_ids"] is ids
     assert named or (args[0] == 7 and kwargs == {"flag": True})
-    one.note(entries)
+    one.note(entries, training=True)
     assert one.slot(1, 1) == Slot(0, 5, 5.0)
 
 
@@ -221,7 +221,7 @@ def test_num_items_in_batch_makes_the_loss_a_sum(items: object) -> None:
     one = tracker()
     _, kwargs, entries = one.strip((), {"language": "de", "target_tokens": 5, "num_items_in_batch": items})
     assert kwargs == {"num_items_in_batch": items}, "the model needs it"
-    one.note(entries)
+    one.note(entries, training=True)
     assert one.slot(3, 4) == Slot(0, 5, 12 / 4)
 
 
@@ -229,3 +229,20 @@ def test_num_items_in_batch_makes_the_loss_a_sum(items: object) -> None:
 def test_impossible_num_items_in_batch(items: float) -> None:
     message = error_of(tracker(), language="de", target_tokens=5, num_items_in_batch=items)
     assert f"num_items_in_batch = {float(items)}" in message
+
+
+def test_evaluation_does_not_disturb_a_model_in_training_mode() -> None:
+    """A forward pass in evaluation mode outside `no_grad` is no part of the next backward."""
+    tracker = LanguageTracker(BucketMOOConfig(languages=("de", "fr")))
+    tracker.note(Entries(language="fr"), training=False)
+    tracker.note(Entries(language="de", target_tokens=3), training=True)
+    assert tracker.slot(1, 1) == Slot(0, 3, 3.0)
+
+
+def test_a_model_trained_in_evaluation_mode_has_the_language_of_its_latest_forward() -> None:
+    """`from_pretrained` leaves a model in evaluation mode, and fine-tuning without dropout is legitimate."""
+    tracker = LanguageTracker(BucketMOOConfig(languages=("de", "fr")))
+    tracker.note(Entries(language="de", target_tokens=5), training=False)
+    tracker.note(Entries(language="fr", target_tokens=7), training=False)
+    assert tracker.slot(2, 1) == Slot(1, 7, 14.0)
+    assert isinstance(tracker.slot(2, 1), LanguageError), "a forward pass belongs to one backward"

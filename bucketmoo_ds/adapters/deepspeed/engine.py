@@ -57,9 +57,9 @@ class BucketMOOEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without our entries of the batch."""
         inputs, kwargs, entries = self.language_tracker.strip(inputs, kwargs)
-        # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
-        if self.module.training and torch.is_grad_enabled():
-            self.language_tracker.note(entries)
+        if torch.is_grad_enabled():
+            # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
+            self.language_tracker.note(entries, self.module.training)
         return super().forward(*inputs, **kwargs)
 
     def _backward_prologue(self) -> None:
