@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from bucketmoo_ds.batch import LanguageTracker
+from bucketmoo_ds.batch import Entries, LanguageTracker
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import LanguageError
 from bucketmoo_ds.window import Slot
