@@ -225,6 +225,11 @@ class BucketMOO:
         self.counters = collections.Counter({str(key): int(value) for key, value in state["counters"].items()})
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of this rank's row store; 0 while streaming."""
+        return self._store.nbytes
+
+    @property
     def in_window(self) -> bool:
         """Whether micro-steps have been taken that no optimizer step has used yet."""
         return bool(self.window.table)

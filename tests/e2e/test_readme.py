@@ -45,3 +45,10 @@ def test_sampler_example_runs(tmp_path: Path) -> None:
     languages = re.search(r"the first: (.*)", done.stdout)
     assert languages is not None
     assert len(set(re.findall(r"'(\w+)'", languages[1]))) == 1
+
+
+def test_results_are_those_of_the_committed_files() -> None:
+    """Nobody types a benchmark's number by hand."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

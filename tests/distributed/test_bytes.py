@@ -1,0 +1,184 @@
+"""bucket_moo sends no more bytes of gradients than plain DeepSpeed in the same run, and spreads rows evenly.
+
+Bytes are counted, see `benchmarks/traffic.py`: what every collective carried, charged by the standard algorithm's cost
+per rank, held against bucket_moo's own counters and against what the kernel says the sockets sent. "Gradient bytes"
+are DeepSpeed's all-reduced gradients, or bucket_moo's rows and combined pieces. Grams and control messages do not grow
+with the model and are asserted apart; the gathering of updated parameters is the same on both sides.
+
+N bytes of gradient, W ranks, E exchanges a window (the micro-steps on ZeRO-2, 1 on ZeRO-1):
+
+    plain       E 2 (W-1)/W N
+    bucket_moo  E (W-1)/W N   and, once a window, the part of this rank's shards that others own, N/W at most
+
+The layers' sizes are drawn anew in every run, from a seed that a failure names and `BUCKETMOO_TEST_SEED` sets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import launch
+import pytest
+
+from bucketmoo_ds.exchange import ALIGNMENT
+
+SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
+WORLD_SIZES = (2, 3, 4)
+DTYPES = (("fp32", None), ("bf16", None), ("bf16", "fp32"))
+CASES = [
+    {"stage": stage, "micro_steps": micro_steps, "dtype": dtype, "accumulate": accumulate}
+    for stage, micro_steps, (dtype, accumulate) in itertools.product((1, 2), (1, 3), DTYPES)
+]
+KEYS = [(world_size, index) for world_size in WORLD_SIZES for index in range(len(CASES))]
+
+Key = tuple[int, int]
+Results = list[dict[str, Any]]
+
+
+class _Outcomes(dict[Key, Results]):
+    """The results of all ranks of a case; starts each world size once, when it is asked for first."""
+
+    def __missing__(self, key: Key) -> Results:
+        world_size = key[0]
+        cases = [case | {"seed": SEED} for case in CASES]
+        for index, results in enumerate(launch.run("count_bytes.py", world_size, cases)):
+            self[world_size, index] = results
+        return self[key]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Iterator[_Outcomes]:
+    print(f"BUCKETMOO_TEST_SEED={SEED}")
+    yield _Outcomes()
+
+
+@pytest.fixture(params=KEYS, ids=lambda key: f"W{key[0]}-" + "-".join(str(v) for v in CASES[key[1]].values()))
+def key(request: pytest.FixtureRequest) -> Key:
+    parameter: Key = request.param
+    return parameter
+
+
+@pytest.fixture
+def results(key: Key, outcomes: _Outcomes) -> Results:
+    found = outcomes[key]
+    for result in found:
+        assert "error" not in result, f"{result}, {explain(key)}"
+    return found
+
+
+def explain(key: Key) -> str:
+    return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {CASES[key[1]]}"
+
+
+def exchanges(case: dict[str, Any]) -> int:
+    return 1 if case["stage"] == 1 else int(case["micro_steps"])
+
+
+def element_sizes(case: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of an element on the wire: of a row, which is what autograd gave, and of the combined gradient, which is
+    what DeepSpeed accumulates in."""
+    wire = 4 if case["dtype"] == "fp32" else 2
+    return wire, 4 if case["accumulate"] == "fp32" else wire
+
+
+def padded(moo: dict[str, Any], world_size: int) -> int:
+    """Elements of all buckets with shards of whole multiples of the alignment: written out here, not asked for."""
+    return sum(world_size * ALIGNMENT * -(-numel // (world_size * ALIGNMENT)) for numel in moo["buckets"])
+
+
+def test_no_rank_sends_more_gradient_bytes_than_plain_deepspeed(key: Key, results: Results) -> None:
+    """One case is at the limit: a float32 result of bf16 rows, one exchange, two ranks. Its pieces are twice as wide as
+    its rows, so the mean over the ranks is the plain bytes and the padding, and one rank may send more than the other.
+    """
+    world_size, case = key[0], CASES[key[1]]
+    ours, plain = ([result[name]["gradients"] for result in results] for name in ("moo", "plain"))
+    if case["accumulate"] == "fp32" and exchanges(case) == 1 and world_size == 2:
+        moo = results[0]["moo"]
+        assert sum(ours) <= sum(plain) * padded(moo, world_size) / sum(moo["buckets"]), explain(key)
+    else:
+        assert all(sent <= baseline for sent, baseline in zip(ours, plain, strict=True)), explain(key)
+
+
+def test_bytes_are_those_of_the_formula(key: Key, results: Results) -> None:
+    world_size, case = key[0], CASES[key[1]]
+    row_size, combined_size = element_sizes(case)
+    for result in results:
+        plain, moo = result["plain"], result["moo"]
+        numel = plain["numel"]
+        assert sum(moo["buckets"]) == numel
+        # Each of DeepSpeed's few all-reduces is rounded to whole bytes; its BF16_Optimizer, which ZeRO-1 takes for
+        # float32 accumulation, pads the model to a multiple of 2 W elements.
+        per_element = exchanges(case) * 2 * (world_size - 1) / world_size * row_size
+        slack = plain["calls"] + (2 * world_size * per_element if case["stage"] == 1 and case["accumulate"] else 0)
+        assert plain["gradients"] == pytest.approx(numel * per_element, abs=slack), explain(key)
+        rows = exchanges(case) * (world_size - 1) * padded(moo, world_size) // world_size * row_size
+        assert moo["sent"]["rows"] == rows, explain(key)
+        assert moo["sent"]["combined"] <= sum(moo["held"]) * combined_size, explain(key)
+    # Of what lies with one owner, every rank but the owner sends its part: N/W (W-1)/W for each rank. A bucket across
+    # a border between partitions may send less, for a part of it already lies where it belongs.
+    combined = sum(result["moo"]["sent"]["combined"] for result in results)
+    most = padded(results[0]["moo"], world_size) * (world_size - 1) / world_size * combined_size
+    # The W - 1 borders lie in W - 1 buckets at most.
+    least = most - (world_size - 1) * max(results[0]["moo"]["buckets"]) * combined_size - most * 0.05
+    assert least <= combined <= most, explain(key)
+
+
+def test_three_quarters_of_plain_on_two_ranks(outcomes: _Outcomes) -> None:
+    index = next(index for index, case in enumerate(CASES) if case == CASES[0] | {"stage": 2})
+    found = outcomes[2, index]
+    ours, plain = (sum(result[name]["gradients"] for result in found) for name in ("moo", "plain"))
+    moo = found[0]["moo"]
+    allowance = padded(moo, 2) / sum(moo["buckets"])
+    # 0.5 for the rows; 0.25 for the combined pieces, less what of the bucket across the border is in place already.
+    border = 0.25 * max(moo["buckets"]) / sum(moo["buckets"])
+    assert 0.75 - border <= ours / plain <= 0.75 * allowance, f"{ours / plain}, {explain((2, index))}"
+
+
+def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, results: Results) -> None:
+    world_size, case = key[0], CASES[key[1]]
+    for result in results:
+        moo = result["moo"]
+        # One Gram a bucket, K = W languages, float64, all-reduced: each bucket by itself, or all at once.
+        grams = [world_size**2] * len(moo["buckets"]) if moo["streaming"] else [world_size**2 * len(moo["buckets"])]
+        parts = sum(-(-elements // world_size) for elements in grams)
+        assert moo["sent"]["grams"] == 2 * (world_size - 1) * parts * 8, explain(key)
+        # A header of a few 64-bit numbers to every rank a micro-step, and two digests and DeepSpeed's norm a window.
+        assert moo["sent"]["control"] <= (world_size - 1) * (80 * case["micro_steps"] + 32), explain(key)
+
+
+def test_parameters_are_gathered_as_before(key: Key, results: Results) -> None:
+    for result in results:
+        assert result["moo"]["sent"]["parameters"] == result["plain"]["sent"]["parameters"] > 0, explain(key)
+
+
+def test_own_counters_say_what_the_collectives_carried(key: Key, results: Results) -> None:
+    for result in results:
+        assert result["moo"]["own"] == result["moo"]["carried"], explain(key)
+
+
+def test_sockets_sent_what_was_counted(key: Key, results: Results) -> None:
+    """Nothing was sent by a collective that the count does not know."""
+    world_size = key[0]
+    for name in ("plain", "moo"):
+        counted, sockets, calls = (
+            sum(result[name][what] for result in results) for what in ("counted", "sockets", "calls")
+        )
+        # gloo puts a header before every message; a call takes up to 2 (W - 1) messages, and a barrier follows.
+        headers = 1000 * (world_size - 1) * (calls + world_size)
+        assert 0.999 * counted <= sockets <= counted + headers, f"{name}, {explain(key)}"
+        assert headers < 0.5 * counted, "the allowance would hide a reduction of the gradients"
+
+
+def test_rows_are_spread_evenly(key: Key, results: Results) -> None:
+    world_size = key[0]
+    assert len({tuple(result["moo"]["rows_calls"]) for result in results}) == 1, "as much for every rank"
+    for number, numel in enumerate(results[0]["moo"]["buckets"]):
+        held = [result["moo"]["held"][number] for result in results]
+        assert sum(held) == numel
+        # No rank holds more than its even share, rounded up to the alignment; only the last ones may hold less.
+        assert max(held) < numel / world_size + ALIGNMENT, explain(key)
+        assert held == sorted(held, reverse=True)
