@@ -1,4 +1,4 @@
-"""Copies the committed results into the README, so that nobody types a number: `python benchmarks/readme.py`.
+"""Copies the committed results into the documentation, so that nobody types a number: `python benchmarks/readme.py`.
 
 Between `<!-- results: NAME -->` and `<!-- end: NAME -->` stands what this script renders from `benchmarks/results/`;
 `--check` fails where it does not.
@@ -35,35 +35,55 @@ def quickstart(results: dict[str, Any]) -> str:
     )
 
 
-# What stands in the README under a name: its file, and how it is rendered.
-SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "step": ("step-cpu.json", step_table.render),
-    "quickstart": ("quickstart-cpu.json", quickstart),
+def parity(result: dict[str, Any]) -> str:
+    """Returns the largest error of distributed runs against the float64 reference, by configuration."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [
+        f"{result['machine']}; {versions}; commit {result['commit'][:12]}; seed {result['seed']}. "
+        "Error of the combined gradient, relative to the sum of the norms of the weighted rows.",
+        "",
+        "| configuration | cases | largest error | tolerance |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, found in result["errors"].items():
+        lines.append(f"| {name} | {found['cases']} | {found['gradient']:.1e} | {found['tolerance']:.1e} |")
+    return "\n".join(lines)
+
+
+# What stands under a name: the page, the file of the result, and how it is rendered.
+SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "step": ("README.md", "step-cpu.json", step_table.summary),
+    "quickstart": ("README.md", "quickstart-cpu.json", quickstart),
+    "step-all": ("docs/benchmarks.md", "step-cpu.json", step_table.render),
+    "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 
 
-def rendered(text: str) -> str:
-    """Returns the README's text with every section made anew."""
-    for name, (file, render) in SECTIONS.items():
+def rendered(page: str, text: str) -> str:
+    """Returns the text of a page with every section made anew."""
+    for name, (where, file, render) in SECTIONS.items():
+        if where != page:
+            continue
         result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         section = f"<!-- results: {name} -->\n\n{render(result).strip()}\n\n<!-- end: {name} -->"
         pattern = rf"<!-- results: {name} -->.*?<!-- end: {name} -->"
         text, found = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
         if found != 1:
-            raise SystemExit(f"README.md: expected one section {name!r}, found {found}")
+            raise SystemExit(f"{page}: expected one section {name!r}, found {found}")
     return text
 
 
 def main() -> None:
-    """Writes or checks the README."""
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = rendered(text)
-    if parser.parse_args().check:
-        sys.exit("README.md: run python benchmarks/readme.py" if wanted != text else 0)
-    readme.write_text(wanted, encoding="utf-8")
+    check = parser.parse_args().check
+    for page in sorted({where for where, _, _ in SECTIONS.values()}):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        wanted = rendered(page, text)
+        if check and wanted != text:
+            sys.exit(f"{page}: run python benchmarks/readme.py")
+        (ROOT / page).write_text(wanted, encoding="utf-8")
 
 
 if __name__ == "__main__":

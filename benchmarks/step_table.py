@@ -54,6 +54,17 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Returns one short table: what MGDA costs over plain DeepSpeed of the same accumulation, in float32."""
+    rows = []
+    for settings, arm, plain in _pairs(result):
+        if settings["dtype"] == "fp32" and arm["arm"]["aggregator"] == "mgda":
+            world, _, name, _, time, _, peak, _ = _time_row(settings, arm, plain)
+            rows.append((world, name, time, peak, _bytes_row(settings, arm, plain)[4]))
+    head = ("W", "arm (K languages, M micro-steps)", "step time, ratio", "peak memory, ratio", "gradient bytes, ratio")
+    return "\n".join([f"{provenance.headline(result)}.", "", *_table(head, rows)])
+
+
 def _pairs(result: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """Every (settings, arm, plain arm with as many micro-steps)."""
     for entry in result["sets"]:
