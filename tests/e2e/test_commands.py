@@ -129,15 +129,7 @@ def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, tmp_path:
     done = bucketmoo("train", whole)
     assert done.returncode == 0, done.stderr
     cut, cut_output = write(tmp_path, settings, "cut", steps=6)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(cut)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    wait_for(cut_output / "checkpoints" / "latest", process)
+    process = start_training(cut, cut_output)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
     subprocess.run(["pkill", "-9", "-f", f"training.worker {cut}"], check=False)
@@ -150,14 +142,7 @@ def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, tmp_path:
 
 def test_ctrl_c_ends_all_ranks_with_a_message(settings: dict, tmp_path: Path) -> None:
     path, output = write(tmp_path, settings, "long", steps=5000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(output / "checkpoints" / "latest", process)
+    process = start_training(path, output)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 130
@@ -169,14 +154,7 @@ def test_ctrl_c_ends_all_ranks_with_a_message(settings: dict, tmp_path: Path) ->
 
 def test_a_dead_rank_ends_the_others_with_a_message(settings: dict, tmp_path: Path) -> None:
     path, output = write(tmp_path, settings, "dies", steps=5000)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(output / "checkpoints" / "latest", process)
+    process = start_training(path, output)
     os.kill(workers(path)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -202,12 +180,22 @@ def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, chang
     assert "Traceback" not in done.stderr
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def start_training(path: Path, output: Path, seconds: float = 120) -> subprocess.Popen[str]:
+    """Starts a run and returns once its first checkpoint is whole."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while not (output / "checkpoints" / "latest").exists():
         assert process.poll() is None, f"ended early: {process.communicate()}"
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, f"no checkpoint in {output} after {seconds} s"
         time.sleep(0.05)
+    return process
 
 
 def workers(path: Path) -> list[int]:

@@ -184,7 +184,10 @@ def test_a_comparison_in_which_moo_loses(tmp_path: Path) -> None:
     assert "mgda: NOT better than averaging: worse by 0.250 ± 0.000 bits per byte, better in 0 of 2 seeds" in text
     assert "Trial <1>" in text and "a <corpus>" in text and "two cores" in text and "bucketmoo quickstart" in text
     assert '<td class="best">2.500</td>' in page.read_text()
-    assert len(embedded(page)) == 3
+    # Conflicts and weights are shown for the method that resolves; averaging has none.
+    shown = {"differences", "bits_per_byte", "loss", "mgda-cosine", "mgda-weights"}
+    assert {path.stem for path in (tmp_path / "plots").glob("*.png")} == shown
+    assert len(embedded(page)) == len(shown)
 
 
 def test_a_comparison_killed_midway(tmp_path: Path) -> None:
