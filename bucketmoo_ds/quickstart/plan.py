@@ -12,8 +12,8 @@ from bucketmoo_ds.training.settings import TrainingSettings
 
 BASELINE = "averaging"
 
-# MGDA follows the smallest gradients, so its combined gradient is short: rescaled to the mean's norm, a learning rate
-# that was tuned for averaging stays meaningful. The other rules are on averaging's scale by definition.
+# MGDA follows the smallest gradients, so its combined gradient is short: rescaled to the mean's norm, averaging's
+# learning rate stays meaningful. The other rules are on averaging's scale by definition.
 RESCALE = {"mgda": "mean"}
 
 
@@ -28,7 +28,8 @@ class QuickstartPlan:
         methods: `averaging` (plain DeepSpeed) and aggregators of bucket MOO.
         seeds: each method runs once with each; a seed decides the order of the data.
         steps: of fine-tuning. base_steps: of the base's training before it.
-        learning_rate: of fine-tuning, chosen for averaging (see docs/tuning.md). base_learning_rate: of the base.
+        learning_rate: of fine-tuning, one for all methods and tuned for none of them (see docs/tuning.md).
+        base_learning_rate: of the base.
         sequences: of `sequence_length` tokens in a micro-batch.
         processes: ranks.
         bucket_size: elements of a bucket, `reduce_bucket_size`.
