@@ -1,13 +1,66 @@
-"""Maps the folders of the repository to packages; everything else stands in pyproject.toml.
+"""Maps the folders of the repository to packages, and builds the compiled backends into a wheel; everything else stands
+in pyproject.toml.
 
 ``kernels/`` is installed as ``bucketmoo_ds.kernels`` and never as a top-level ``kernels``: Hugging Face ships a
-package of that name, and transformers looks for it.
+package of that name, and transformers looks for it. ``csrc/`` goes along as ``bucketmoo_ds/csrc``: where no library was
+built into the wheel (no torch or no compiler in sight, as in pip's isolated builds), it is built on first use. An
+editable install always builds on first use.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+_spec = importlib.util.spec_from_file_location("bucketmoo_build", Path(__file__).parent / "bucketmoo_ds" / "build.py")
+build = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = build
+_spec.loader.exec_module(build)
+
+
+class BuildWithLibraries(build_py):
+    """Puts the libraries that can be built here into the wheel, and says in one line each which."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for line in build.build_into(Path(self.build_lib) / "bucketmoo_ds" / build.FOLDER):
+                print(line)
+
+
+class WheelWithLibraries(bdist_wheel):
+    """The libraries are for one platform, but for every Python and, by the stable ABI, every torch from 2.13 on."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = not build.can_build()
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
 
 setup(
-    packages=[*find_packages(include=["bucketmoo_ds", "bucketmoo_ds.*"]), "bucketmoo_ds.kernels"],
-    package_dir={"bucketmoo_ds": "bucketmoo_ds", "bucketmoo_ds.kernels": "kernels"},
-    package_data={"bucketmoo_ds": ["py.typed"], "bucketmoo_ds.monitor": ["*.html"]},
+    packages=[
+        *find_packages(include=["bucketmoo_ds", "bucketmoo_ds.*"]),
+        "bucketmoo_ds.kernels",
+        "bucketmoo_ds.csrc.cpu",
+        "bucketmoo_ds.csrc.cuda",
+    ],
+    package_dir={
+        "bucketmoo_ds": "bucketmoo_ds",
+        "bucketmoo_ds.kernels": "kernels",
+        "bucketmoo_ds.csrc.cpu": "csrc/cpu",
+        "bucketmoo_ds.csrc.cuda": "csrc/cuda",
+    },
+    package_data={
+        "bucketmoo_ds": ["py.typed"],
+        "bucketmoo_ds.monitor": ["*.html"],
+        "bucketmoo_ds.csrc.cpu": ["*.h", "*.cpp"],
+        "bucketmoo_ds.csrc.cuda": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+    },
+    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": WheelWithLibraries},
 )

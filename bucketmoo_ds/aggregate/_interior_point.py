@@ -1,13 +1,12 @@
-"""Batched primal-dual interior-point steps, and the quadratic programs behind MGDA and UPGrad.
+"""Batched primal-dual interior-point steps, and the quadratic program behind UPGrad.
 
-Both ask, for every block, for `v >= 0`, slacks `s >= 0` and a number `level` such that
+It asks, for every block, for `v >= 0` and slacks `s >= 0` such that
 
-    quadratic @ v + linear - level * price = s,    v_i s_i = 0 for every i,    price @ v = 1,
+    quadratic @ v + linear = s,    v_i s_i = 0 for every i,
 
-which says that v minimises `v @ quadratic @ v / 2 + linear @ v` over the simplex `price @ v = 1` (MGDA); without
-`level` and the last condition, over the cone `v >= 0` (UPGrad). Newton steps follow the central path `v_i s_i = mu`
-while mu goes to 0 (Mehrotra's predictor and corrector; Nocedal & Wright, Numerical Optimization, 2nd ed., algorithm
-16.4).
+which says that v minimises `v @ quadratic @ v / 2 + linear @ v` over the cone `v >= 0`. Newton steps follow the central
+path `v_i s_i = mu` while mu goes to 0 (Mehrotra's predictor and corrector; Nocedal & Wright, Numerical Optimization,
+2nd ed., algorithm 16.4).
 
 Why not an active-set method: some 10 steps do whatever K is, rank-deficient Grams need no care of their own, and among
 equally good solutions it finds the middle one, so that languages with equal gradients get equal weights in any order.
@@ -33,25 +32,21 @@ PROXIMAL = 1e-13
 BOUNDARY = 0.995
 
 
-def minimize_quadratic(quadratic: Tensor, linear: Tensor, free: Tensor, price: Tensor | None = None) -> Tensor:
+def minimize_quadratic(quadratic: Tensor, linear: Tensor, free: Tensor) -> Tensor:
     """Returns the v of the module's docstring for every problem of the batch.
 
     Args:
         quadratic: `[N, K, K]` float64, positive semidefinite, its diagonal about 1 where `free`, 0 outside.
         linear: `[N, K]` float64, 0 where not `free`.
         free: `[N, K]` bool; the other variables influence nothing.
-        price: `[N, K]` float64, positive where `free` and 0 elsewhere, for the simplex; `None` for the cone.
 
     Returns:
         `[N, K]` float64, not negative; exactly 0 where `v_i >= 0` clearly binds or `free` is false.
     """
     on = free.to(quadratic.dtype)
     degree = on.sum(-1, keepdim=True).clamp(min=1.0)
-    total = degree if price is None else price.sum(-1, keepdim=True).clamp(min=PROXIMAL)
     # A variable that is not free stays where it starts, at v = 1 and s = 0.
-    constants = [quadratic, linear, on, degree] if price is None else [quadratic, linear, on, degree, price]
-    state = [torch.where(free, 1.0 / total, 1.0), on, torch.zeros_like(total)]
-    v, s, _ = run(_step, _error, constants, state)
+    v, s = run(_step, _error, [quadratic, linear, on, degree], [torch.where(free, 1.0 / degree, 1.0), on])
     binding = (v < s) & (v < TOLERANCE * v.amax(-1, keepdim=True))
     return torch.where(binding, 0.0, v) * on
 
@@ -95,41 +90,34 @@ def run(
 
 
 def _error(constants: list[Tensor], state: list[Tensor]) -> Tensor:
-    """Returns the larger of the relative duality gap and the relative residuals, `[N, 1]`."""
-    quadratic, linear, on, _, *price = constants
-    v, s, level = state
+    """Returns the larger of the relative duality gap and the relative residual, `[N, 1]`."""
+    quadratic, linear, on, _ = constants
+    v, s = state
     product = times(quadratic, v)
-    slack = product + linear - s
     size = dot(v, on)
     # The last term is what rounding leaves of a vanishing optimum, the square of a sum of unit rows.
     gap = dot(v, s) / (dot(v, product + linear).abs() + 1e-3 * size**2)
-    if not price:
-        return torch.maximum(gap, largest(slack) / (size + 1.0))
-    residual = torch.maximum(largest(slack - level * price[0]) / size, (1.0 - dot(price[0], v)).abs())
-    return torch.maximum(gap, residual)
+    return torch.maximum(gap, largest(product + linear - s) / (size + 1.0))
 
 
 def _step(constants: list[Tensor], state: list[Tensor]) -> list[Tensor]:
     """Returns the state after one predictor-corrector step."""
-    quadratic, linear, on, degree, *price = constants
-    v, s, level = state
-    slack = times(quadratic, v) + linear - s
-    if price:
-        slack = slack - level * price[0]
+    quadratic, linear, on, degree = constants
+    v, s = state
     ratio = s / v
-    newton = Newton(quadratic, ratio, slack, price[0] if price else None)
-    missing = 1.0 - dot(price[0], v) if price else level
+    newton = Newton(quadratic, ratio, times(quadratic, v) + linear - s, None)
+    none = torch.zeros_like(degree)
     gap = dot(v, s)
 
-    dv, _ = newton.direction(-s, missing)
+    dv, _ = newton.direction(-s, none)
     ds = -s - ratio * dv
     length = longest_step(v, dv, s, ds).clamp(max=1.0)
     target = (dot(v + length * dv, s + length * ds) / gap).clamp(0.0, 1.0) ** 3 * gap / degree
     push = target * on / v - s - dv * ds / v
-    dv, d_level = newton.direction(push, missing)
+    dv, _ = newton.direction(push, none)
     ds = push - ratio * dv
     length = (BOUNDARY * longest_step(v, dv, s, ds)).clamp(max=1.0)
-    return [v + length * dv, s + length * ds, level + length * d_level]
+    return [v + length * dv, s + length * ds]
 
 
 class Newton:

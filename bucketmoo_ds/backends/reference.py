@@ -7,8 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.backends.min_norm import solve
+
+__all__ = ["accumulate_gram", "combine", "gram", "resolve", "solve", "unavailable"]
+
 # Elements of one row that are widened to float64 at a time: K such chunks stay within a core's cache.
 CHUNK = 1 << 15
+
+
+def unavailable(device: torch.device) -> str:
+    """It runs on every device."""
+    return ""
 
 
 def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
@@ -23,7 +32,32 @@ def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int)
     return total.tril() + total.tril(-1).transpose(1, 2)
 
 
-def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
+def accumulate_gram(
+    rows: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    languages: Sequence[int],
+    scales: Sequence[float],
+    fresh: Sequence[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+) -> Tensor:
+    """See `bucketmoo_ds.ops.accumulate_gram`."""
+    void = {row for row, is_void in enumerate(fresh) if is_void}
+    for gradient, language, scale in zip(incoming, languages, scales, strict=True):
+        row = rows[language]
+        if language in void:
+            void.remove(language)
+            row.copy_(gradient).mul_(scale)
+        else:
+            # A fused multiply-add: the product is exact in float64, and there is one rounding, to float32.
+            for begin in range(0, row.numel(), CHUNK):
+                part = row[begin : begin + CHUNK]
+                part.copy_(gradient[begin : begin + CHUNK].double() * _float32(scale) + part)
+    return gram(rows, spans, blocks, num_blocks)
+
+
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
     """See `bucketmoo_ds.ops.combine`."""
     used = weights.tolist()
     position = 0
@@ -39,7 +73,20 @@ def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tens
             end = min(begin + CHUNK, position)
             out[begin:end] = weight @ _wide([rows[index] for index in chosen], begin, end)
     out[position:].zero_()
-    return out
+
+
+def resolve(
+    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, blocks: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.resolve`."""
+    grams = gram(rows, spans, blocks, mask.shape[0])
+    weights, finite = solve(grams, mask, max_weight)
+    combine(rows, weights, spans, blocks, out)
+    return grams, weights, finite
+
+
+def _float32(scale: float) -> float:
+    return float(torch.tensor(scale, dtype=torch.float32))
 
 
 def _wide(rows: Sequence[Tensor], begin: int, end: int) -> Tensor:

@@ -51,6 +51,29 @@ def test_mgda_lets_every_language_descend(rows: Tensor) -> None:
 
 
 @settings(deadline=None, max_examples=30)
+@given(rows(least=3), st.sampled_from((0.1, 0.4, 0.6)), st.sampled_from(("none", "unit")))
+def test_mgda_keeps_to_its_cap_and_is_optimal_within_it(rows: Tensor, max_weight: float, normalize: str) -> None:
+    shown = rows / rows.norm(dim=-1, keepdim=True) if normalize == "unit" else rows
+    w = weights(gram_of(rows), "mgda", normalize=normalize, max_weight=max_weight)
+    if normalize == "unit":
+        w = w * rows.norm(dim=-1)  # in terms of the unit rows, which are what the cap holds for
+        w = w / w.sum(-1, keepdim=True)
+    cap = max(max_weight, 1.0 / rows.shape[1])
+    assert float(w.max()) <= cap * (1.0 + 1e-12)
+    products, trace = times(gram_of(shown), w), shown.square().sum((-2, -1))
+    filled = (1.0 - cap * torch.arange(rows.shape[1], dtype=torch.float64)).clamp(0.0, cap)
+    gap = (w * products).sum(-1) - (products.sort(-1).values * filled).sum(-1)
+    assert float((gap / trace).max()) <= 1e-10
+
+
+def test_a_cap_of_an_equal_share_or_less_is_the_mean() -> None:
+    gram = gram_of(make_rows("random", 4, 5, torch.Generator().manual_seed(torch.seed() % 2**32)))
+    for max_weight in (0.2, 0.01):
+        capped = weights(gram, "mgda", max_weight=max_weight)
+        torch.testing.assert_close(capped, weights(gram, "mean"), rtol=1e-14, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
 @given(rows())
 def test_upgrad_harms_no_language(rows: Tensor) -> None:
     gram, norms = gram_of(rows), rows.norm(dim=-1)
