@@ -1,0 +1,182 @@
+// The ops of the CUDA library, in the namespace bucketmoo_ds_cuda, on PyTorch's stable ABI: one library serves every
+// PyTorch from 2.13 on. Host code only, and no CUDA header: it compiles where PyTorch has no CUDA. Input is checked by
+// bucketmoo_ds.backends.checks; the tables of tiles come from bucketmoo_ds/backends/cuda.py.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "launch.h"
+
+namespace {
+
+using bucketmoo::Dtype;
+using bucketmoo::Incoming;
+using bucketmoo::Rows;
+using bucketmoo::Tile;
+using bucketmoo::Tiles;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::Double: return Dtype::kFloat64;
+    default: STD_TORCH_CHECK(false, "bucketmoo_ds CUDA backend: rows of an unknown dtype");
+  }
+}
+
+Rows rows_of(const std::vector<Tensor>& tensors) {
+  Rows rows{};
+  STD_TORCH_CHECK(
+      !tensors.empty() && tensors.size() <= bucketmoo::kMaxRows, "bucketmoo_ds CUDA backend: expected 1 to 64 rows");
+  rows.count = static_cast<int32_t>(tensors.size());
+  rows.dtype = dtype_of(tensors[0]);
+  std::ranges::transform(tensors, rows.data, [](const Tensor& tensor) { return tensor.const_data_ptr(); });
+  return rows;
+}
+
+// `table` [tiles, 3] int64 (start, length, block) and `first` [blocks + 1] int64, on the device.
+Tiles tiles_of(const Tensor& table, const Tensor& first, int64_t inside) {
+  return {
+      reinterpret_cast<const Tile*>(table.const_data_ptr<int64_t>()), first.const_data_ptr<int64_t>(), inside,
+      table.size(0) - inside, first.size(0) - 1};
+}
+
+Tensor new_double(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Double);
+}
+
+Tensor new_grams(const Tensor& like, int64_t blocks, int64_t rows) { return new_double(like, {blocks, rows, rows}); }
+
+// Makes a tensor's device the current one, and has its current stream.
+struct OnDevice {
+  explicit OnDevice(const Tensor& tensor)
+      : guard(tensor.get_device_index()),
+        stream(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
+  void* handle() const { return stream.nativeHandle(); }
+
+  torch::stable::accelerator::DeviceGuard guard;
+  torch::stable::accelerator::Stream stream;
+};
+
+Tensor gram(std::vector<Tensor> tensors, Tensor table, Tensor first, int64_t inside) {
+  const OnDevice device(tensors[0]);
+  const Rows rows = rows_of(tensors);
+  const Tiles tiles = tiles_of(table, first, inside);
+  const Tensor partials = new_grams(tensors[0], bucketmoo::gram_slots(rows, tiles), rows.count);
+  const Tensor result = new_grams(tensors[0], tiles.blocks, rows.count);
+  bucketmoo::gram(
+      rows, tiles, partials.mutable_data_ptr<double>(), result.mutable_data_ptr<double>(), device.handle());
+  return result;
+}
+
+Tensor accumulate_gram(
+    std::vector<Tensor> tensors, std::vector<Tensor> gradients, std::vector<int64_t> offsets,
+    std::vector<double> scales, std::vector<int64_t> fresh, Tensor table, Tensor first, int64_t inside, bool last) {
+  const OnDevice device(tensors[0]);
+  const Rows rows = rows_of(tensors);
+  const Tiles tiles = tiles_of(table, first, inside);
+  STD_TORCH_CHECK(
+      gradients.size() <= bucketmoo::kMaxIncoming && scales.size() == gradients.size() &&
+          offsets.size() == tensors.size() + 1,
+      "bucketmoo_ds CUDA backend: accumulate_gram takes at most 64 gradients a launch, sorted by row");
+  Incoming incoming{};
+  if (!gradients.empty()) incoming.dtype = dtype_of(gradients[0]);
+  std::ranges::transform(gradients, incoming.data, [](const Tensor& tensor) { return tensor.const_data_ptr(); });
+  std::ranges::transform(scales, incoming.scale, [](double scale) { return static_cast<float>(scale); });
+  std::ranges::transform(offsets, incoming.first, [](int64_t offset) { return static_cast<int32_t>(offset); });
+  for (const int64_t row : fresh) incoming.fresh |= uint64_t{1} << row;
+  const int64_t slots = last ? bucketmoo::accumulate_slots(rows, tiles) : 0;
+  const Tensor partials = new_grams(tensors[0], slots, rows.count);
+  const Tensor result = new_grams(tensors[0], last ? tiles.blocks : 0, rows.count);
+  bucketmoo::accumulate_gram(
+      rows, incoming, tiles, last, partials.mutable_data_ptr<double>(), result.mutable_data_ptr<double>(),
+      device.handle());
+  return result;
+}
+
+struct Weights {
+  explicit Weights(const Tensor& mask)
+      : weights(new_double(mask, {mask.size(0), mask.size(1)})),
+        finite(torch::stable::new_empty(mask, std::vector<int64_t>{mask.size(0)}, ScalarType::Bool)) {}
+
+  Tensor weights;
+  Tensor finite;
+};
+
+void solve_into(const Tensor& gram, const Tensor& mask, double max_weight, const Weights& result, void* stream) {
+  bucketmoo::solve(
+      gram.const_data_ptr<double>(), mask.const_data_ptr<bool>(), mask.size(0), static_cast<int>(mask.size(1)),
+      max_weight, result.weights.mutable_data_ptr<double>(), result.finite.mutable_data_ptr<bool>(), stream);
+}
+
+std::tuple<Tensor, Tensor> solve(Tensor gram, Tensor mask, double max_weight) {
+  const OnDevice device(gram);
+  const Weights result(mask);
+  solve_into(gram, mask, max_weight, result, device.handle());
+  return {result.weights, result.finite};
+}
+
+void combine(
+    std::vector<Tensor> tensors, Tensor weights, Tensor table, Tensor first, int64_t inside, Tensor out,
+    bool backward) {
+  const OnDevice device(tensors[0]);
+  bucketmoo::combine(
+      rows_of(tensors), weights.const_data_ptr<double>(), tiles_of(table, first, inside), out.mutable_data_ptr(),
+      dtype_of(out), backward, device.handle());
+}
+
+// `fused`: in one launch if the rows fit into L2.
+std::tuple<Tensor, Tensor, Tensor> resolve(
+    std::vector<Tensor> tensors, Tensor mask, double max_weight, Tensor table, Tensor first, int64_t inside, Tensor out,
+    bool fused) {
+  const OnDevice device(tensors[0]);
+  const Rows rows = rows_of(tensors);
+  const Tiles tiles = tiles_of(table, first, inside);
+  const Weights result(mask);
+  const int64_t slots = fused ? bucketmoo::resolve_slots(rows, tiles, tensors[0].numel()) : 0;
+  if (slots == 0) {
+    const Tensor grams = gram(tensors, table, first, inside);
+    solve_into(grams, mask, max_weight, result, device.handle());
+    combine(tensors, result.weights, table, first, inside, out, true);
+    return {grams, result.weights, result.finite};
+  }
+  const Tensor partials = new_grams(tensors[0], slots, rows.count);
+  const Tensor grams = new_grams(tensors[0], tiles.blocks, rows.count);
+  bucketmoo::resolve(
+      rows, tiles, mask.const_data_ptr<bool>(), max_weight, partials.mutable_data_ptr<double>(),
+      grams.mutable_data_ptr<double>(), result.weights.mutable_data_ptr<double>(),
+      result.finite.mutable_data_ptr<bool>(), out.mutable_data_ptr(), dtype_of(out), device.handle());
+  return {grams, result.weights, result.finite};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(bucketmoo_ds_cuda, library) {
+  library.def("gram(Tensor[] rows, Tensor tiles, Tensor first, int inside) -> Tensor");
+  library.def(
+      "accumulate_gram(Tensor(a!)[] rows, Tensor[] gradients, int[] offsets, float[] scales, int[] fresh, "
+      "Tensor tiles, Tensor first, int inside, bool last) -> Tensor");
+  library.def("solve(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
+  library.def(
+      "combine(Tensor[] rows, Tensor weights, Tensor tiles, Tensor first, int inside, Tensor(a!) out, bool backward) "
+      "-> ()");
+  library.def(
+      "resolve(Tensor[] rows, Tensor mask, float max_weight, Tensor tiles, Tensor first, int inside, Tensor(a!) out, "
+      "bool fused) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bucketmoo_ds_cuda, CUDA, library) {
+  library.impl("gram", TORCH_BOX(&gram));
+  library.impl("accumulate_gram", TORCH_BOX(&accumulate_gram));
+  library.impl("solve", TORCH_BOX(&solve));
+  library.impl("combine", TORCH_BOX(&combine));
+  library.impl("resolve", TORCH_BOX(&resolve));
+}

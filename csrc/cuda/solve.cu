@@ -1,0 +1,26 @@
+// solve: one warp a Gram, all Grams in one launch.
+#include "solve.cuh"
+
+namespace bucketmoo {
+namespace {
+
+__global__ void __launch_bounds__(kWarp) solve_kernel(
+    const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite) {
+  MinNorm solver(shared_memory(), rows);
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    solver.solve(
+        gram + block * rows * rows, mask + block * rows, rows, max_weight, weights + block * rows, finite + block);
+  }
+}
+
+}  // namespace
+
+void solve(
+    const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite,
+    void* stream) {
+  if (blocks == 0) return;
+  launch("solve", solve_kernel, {blocks < (1 << 20) ? blocks : 1 << 20, kWarp, solve_bytes(rows)}, stream, gram, mask,
+         blocks, rows, max_weight, weights, finite);
+}
+
+}  // namespace bucketmoo
