@@ -1,1 +1,13 @@
-"""Triton kernels of the ops, installed as `bucketmoo_ds.kernels` (see setup.py for why not as `kernels`)."""
+"""Triton kernels of the ops, installed as `bucketmoo_ds.kernels` (see setup.py for why not as `kernels`).
+
+    gram         partial Grams of runs of tiles, and their sums by block
+    accumulate   the same, while gradients are added to the rows
+    solve        min-norm weights
+    combine      weighted sums of rows
+    launch       how each is launched: a table
+    arguments    what they are given at run time
+    aot          compiles the whole table without a GPU, and reports registers, stacks and widths of loads
+
+`bucketmoo_ds.backends.triton` cuts shards into tiles and launches. `resolve` is three of these launches; a grid-wide
+barrier, that would make it one, is not to be had in Triton without atomics: the CUDA backend has it.
+"""
