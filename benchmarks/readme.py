@@ -16,6 +16,7 @@ from typing import Any
 
 import step_table
 
+from bucketmoo_ds.bench import table
 from bucketmoo_ds.monitor.comparison import compare
 from bucketmoo_ds.monitor.tables import to_markdown
 
@@ -55,6 +56,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
     "quickstart": ("README.md", "quickstart-cpu.json", quickstart),
     "step-all": ("docs/benchmarks.md", "step-cpu.json", step_table.render),
+    "kernels": ("docs/benchmarks.md", "kernels-cpu.json", table.to_markdown),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 
@@ -64,8 +66,11 @@ def rendered(page: str, text: str) -> str:
     for name, (where, file, render) in SECTIONS.items():
         if where != page:
             continue
-        result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        section = f"<!-- results: {name} -->\n\n{render(result).strip()}\n\n<!-- end: {name} -->"
+        path = RESULTS / file
+        # A machine that nobody had yet, a GPU say, has no file.
+        found_there = path.exists()
+        made = render(json.loads(path.read_text(encoding="utf-8"))) if found_there else f"No `{file}` is committed yet."
+        section = f"<!-- results: {name} -->\n\n{made.strip()}\n\n<!-- end: {name} -->"
         pattern = rf"<!-- results: {name} -->.*?<!-- end: {name} -->"
         text, found = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
         if found != 1:

@@ -20,11 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import provenance
 import step_table
 import step_worker
 from step_worker import Arm, Settings
 from torch import multiprocessing as ranks
+
+from bucketmoo_ds.bench import provenance
 
 # What a rank imports: DeepSpeed, and with Muon's file, which every engine imports, the whole of torch.compile.
 PRELOADED = ["step_worker", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
@@ -102,7 +103,7 @@ def _run_ranks(work: Any, settings: Settings, *what: Any) -> None:
 
 
 def _prepare_start(threads: int) -> None:
-    path = [str(Path(__file__).parent), str(provenance.ROOT), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
         "DS_LOG_LEVEL": "error",

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import provenance
+from bucketmoo_ds.bench import provenance
 
 MEBI = 2**20
 

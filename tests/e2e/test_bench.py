@@ -1,0 +1,56 @@
+"""`bucketmoo bench kernels` as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "BUCKETMOO_BACKEND"}
+ENVIRONMENT |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+TINY = ("--device", "cpu", "--backends", "reference", "--languages", "3", "--numel", "20k", "--seconds", "60")
+TINY += ("--threads", "1", "--repeats", "3", "--segment", "whole,4096", "--ops", "gram,accumulate_gram,combine,resolve")
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", "bench", *words]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_json_goes_to_standard_output_and_progress_does_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = bench("kernels", *TINY, "--json", "--output", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["lines"]) == 4 * 2 * 2
+    assert "1/16 gram fp32 K=3 S=20000" in done.stderr
+    assert json.loads((out / "kernels-cpu.json").read_text()) == result
+    with (out / "kernels-cpu.csv").open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    assert [(row["op"], row["dtype"], row["segments"]) for row in rows] == [
+        (op, dtype, segments)
+        for dtype in ("fp32", "bf16")
+        for segments in ("1", "4")
+        for op in ("gram", "accumulate_gram", "combine", "resolve")
+    ]
+    assert {(row["threads"], row["bucketmoo_ds"]) for row in rows} == {("1", result["versions"]["bucketmoo_ds"])}
+    assert (out / "kernels-cpu.png").stat().st_size > 10_000
+
+
+def test_a_table_for_people() -> None:
+    done = bench("kernels", *TINY[:-2], "--ops", "gram", "--dtypes", "fp16")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "2e4" in line]
+    assert "gram" in line
+    assert "fp16" in line
+
+
+def test_a_bad_value_is_one_line_and_status_2() -> None:
+    done = bench("kernels", "--dtypes", "bf61")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith('bucketmoo: --dtypes "bf61": unknown')
+    assert 'did you mean "bf16"?' in line
