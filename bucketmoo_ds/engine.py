@@ -4,8 +4,10 @@ An adapter drives it: `begin_micro_step`, `ingest` for every bucket (in the plan
 `end_micro_step`, and, at the boundary, `finish`. Each combined shard goes to the adapter's sink.
 
 *Streaming* resolves a bucket as soon as it has arrived and keeps nothing. *Deferred* keeps the rows of the window;
-`finish` then does one all-reduce of all Grams, one batched solve, and combines. Both use the same Grams and the same
-weights: with one exchange a window and blocks within buckets their results are equal to the bit.
+`finish` then does one all-reduce of all Grams, one batched solve, and combines. With one exchange a window and blocks
+within buckets both take the same Grams of the same rows, and results are equal to the bit; but where gradients travel
+in 16 bits and a language comes from one rank, streaming takes the Gram of the 16-bit row instead of a float32 copy, and
+a fast backend adds it up in another order.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import dataclasses
 import json
 import struct
 from collections.abc import Callable, Container, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +76,12 @@ class _Pending:
     sources: list[Slot]
 
 
+class _Incoming(NamedTuple):
+    gradient: Tensor  # [S]
+    language: int
+    scale: float
+
+
 class BucketMOO:
     """Resolves the gradients of one data-parallel group, window by window.
 
@@ -86,6 +94,7 @@ class BucketMOO:
         local: whether each rank adds up its micro-steps before one exchange at the boundary (ZeRO-1).
         result_dtype: dtype of the combined shards.
         overlap: whether a bucket's exchange may run while backward goes on.
+        device: where the gradients lie.
 
     Raises:
         ConfigError: an unknown aggregator, option or backend, or `streaming` where it cannot be.
@@ -102,6 +111,7 @@ class BucketMOO:
         local: bool,
         result_dtype: torch.dtype = torch.float32,
         overlap: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.plan = plan
@@ -109,7 +119,7 @@ class BucketMOO:
         self.micro_steps = micro_steps
         self.result_dtype = result_dtype
         self.aggregator = create_aggregator(config)
-        self.backend = ops.choose_backend(config.backend)
+        self.backend = ops.choose_backend(config.backend, device)
         self.streaming = choose_streaming(config, plan, exchanges=1 if local else micro_steps)
         self.window = Window(len(config.languages), config.weighting, local)
         self.windows = 0
@@ -123,7 +133,8 @@ class BucketMOO:
         self._contributions = Contributions(plan.parameters)
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
-        self._fingerprint = digest((json.dumps(config.to_json(), sort_keys=True) + plan.fingerprint()).encode())
+        settings = {**config.to_json(), "backend": self.backend}
+        self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._reset_results()
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
@@ -257,30 +268,49 @@ class BucketMOO:
             if self.streaming:
                 self._stream(pending.bucket, slices, pending.sources)
                 continue
-            for piece, slot in zip(slices, pending.sources, strict=True):
-                if slot.target_tokens > 0:
-                    scale = slot.scale / self.window.reference_scale(slot.language)
-                    self._store.add(pending.bucket, slot.language, piece, scale)
+            incoming = self._incoming(slices, pending.sources)
             if self._boundary:
-                rows = self._store.rows(pending.bucket, self.window.present)
-                self._grams[pending.bucket] = self._gram(pending.bucket, rows)
+                languages = self.window.present
+                claim = self._store.claim(pending.bucket, languages, {each.language for each in incoming}, slices[0])
+                self._grams[pending.bucket] = self._accumulate_gram(pending.bucket, *claim, incoming)
+                continue
+            for gradient, language, scale in incoming:
+                self._store.add(pending.bucket, language, gradient, scale)
+
+    def _incoming(self, slices: Tensor, sources: list[Slot]) -> list[_Incoming]:
+        return [
+            _Incoming(piece, slot.language, slot.scale / self.window.reference_scale(slot.language))
+            for piece, slot in zip(slices, sources, strict=True)
+            if slot.target_tokens > 0
+        ]
 
     def _stream(self, bucket: int, slices: Tensor, sources: list[Slot]) -> None:
-        rows = []
-        for language in self.window.present:
-            parts = [
-                (piece, slot.scale / self.window.reference_scale(language))
-                for piece, slot in zip(slices, sources, strict=True)
-                if slot.language == language and slot.target_tokens > 0
-            ]
-            row, first_scale = parts[0]
-            if len(parts) > 1 or first_scale != 1.0:  # no copy where a language comes from one rank
-                row = row.to(torch.float32, copy=True).mul_(first_scale)
-                for piece, scale in parts[1:]:
-                    row.add_(piece, alpha=scale)
-            rows.append(row)
-        weights = self._resolve(self._gram(bucket, rows), self._cells[bucket])
-        self._combine(bucket, rows, weights)
+        incoming = sorted(self._incoming(slices, sources), key=lambda each: each.language)
+        if len(incoming) == len(self.window.present) and all(each.scale == 1.0 for each in incoming):
+            rows = [each.gradient for each in incoming]  # each language comes from one rank: no copy
+            gram = self._gram(bucket, rows)
+        else:
+            rows = [torch.empty_like(slices[0], dtype=torch.float32) for _ in self.window.present]
+            gram = self._accumulate_gram(bucket, rows, [True] * len(rows), incoming)
+        self._combine(bucket, rows, self._resolve(gram, self._cells[bucket]))
+
+    def _accumulate_gram(
+        self, bucket: int, rows: list[Tensor], fresh: list[bool], incoming: list[_Incoming]
+    ) -> Tensor:
+        """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
+        segments = self._segments[bucket]
+        row_of = {language: row for row, language in enumerate(self.window.present)}
+        return ops.accumulate_gram(
+            rows,
+            [each.gradient for each in incoming],
+            [row_of[each.language] for each in incoming],
+            [each.scale for each in incoming],
+            fresh,
+            segments.spans,
+            segments.cells,
+            segments.num_cells,
+            backend=self.backend,
+        )
 
     def _gram(self, bucket: int, rows: list[Tensor]) -> Tensor:
         segments = self._segments[bucket]
@@ -295,14 +325,15 @@ class BucketMOO:
         blocks = torch.tensor([self.plan.cell_block[cell] for cell in cells])
         used, position = blocks.unique(return_inverse=True)
         summed = torch.zeros(len(used), *gram.shape[1:], dtype=torch.float64).index_add_(0, position, gram)
-        weights = aggregate.solve(
-            summed,
-            torch.ones(summed.shape[:2], dtype=torch.bool),
-            self.aggregator,
-            normalize=self.config.normalize,
-            rescale=self.config.rescale,
-            generator=self._generator(),
-        )
+        with ops.using(self.backend):
+            weights = aggregate.solve(
+                summed,
+                torch.ones(summed.shape[:2], dtype=torch.bool),
+                self.aggregator,
+                normalize=self.config.normalize,
+                rescale=self.config.rescale,
+                generator=self._generator(),
+            )
         present = torch.tensor(self.window.present)
         self._block_gram[used[:, None, None], present[:, None], present] = summed
         self._block_weights[used[:, None], present] = weights

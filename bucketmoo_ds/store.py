@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Claim(NamedTuple):
+    """Rows `[S]` float32, and which of them are void: the first gradient overwrites such a row."""
+
+    rows: list[Tensor]
+    fresh: list[bool]
 
 
 class RowStore:
@@ -29,6 +39,20 @@ class RowStore:
         row = self._rows[key].copy_(gradient)
         if scale != 1.0:
             row.mul_(scale)
+
+    def claim(self, bucket: int, languages: list[int], receiving: Collection[int], like: Tensor) -> Claim:
+        """Hands the rows of the languages to a caller who now adds a gradient `like` this one to each of `receiving`.
+
+        Raises:
+            KeyError: a language that receives nothing has not been added in this window.
+        """
+        fresh = [language in receiving and (bucket, language) not in self._filled for language in languages]
+        for language in receiving:
+            key = (bucket, language)
+            self._filled.add(key)
+            if key not in self._rows:
+                self._rows[key] = torch.empty_like(like, dtype=torch.float32)
+        return Claim(self.rows(bucket, languages), fresh)
 
     def rows(self, bucket: int, languages: list[int]) -> list[Tensor]:
         """Returns the rows `[S]` of the languages, each of which must have been added in this window."""

@@ -59,7 +59,7 @@ def examine() -> list[Finding]:
     findings = [Finding("Python", platform.python_version(), True)]
     findings += [_package(name, purpose, way_out) for name, purpose, way_out in PACKAGES]
     if findings[1].well:
-        findings += [_accelerator(), _backend()]
+        findings += [_accelerator(), *_backends()]
     if findings[2].well:
         findings.append(_seams())
     findings.append(_compiler())
@@ -84,12 +84,19 @@ def _accelerator() -> Finding:
     return Finding("accelerator", f"none; CPU with {os.cpu_count()} cores", True, "runs on the CPU, over gloo")
 
 
-def _backend() -> Finding:
+def _backends() -> list[Finding]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     source = f" ({ops.ENVIRONMENT})" if os.environ.get(ops.ENVIRONMENT) else ""
     try:
-        return Finding("backend of the ops", f"{ops.choose_backend()}{source}", True)
+        findings = [Finding(f"backend of the ops on {device}", f"{ops.choose_backend('auto', device)}{source}", True)]
     except ConfigError as error:
-        return Finding("backend of the ops", os.environ[ops.ENVIRONMENT], False, str(error))
+        findings = [Finding(f"backend of the ops on {device}", os.environ[ops.ENVIRONMENT], False, str(error))]
+    for name in ops.BACKENDS:
+        reason = ops.why_unavailable(name, device)
+        findings.append(Finding(f"  {name}", f"no: {reason}" if reason else "yes", True))
+    return findings
 
 
 def _seams() -> Finding:

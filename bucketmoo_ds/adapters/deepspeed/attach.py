@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 import wrapt
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -57,7 +58,7 @@ def read_section(raw: Mapping[str, Any]) -> BucketMOOConfig | None:
     config = BucketMOOConfig.from_section(raw.get(SECTION))
     if config is not None:
         create_aggregator(config)
-        choose_backend(config.backend)
+        choose_backend(config.backend, get_accelerator().device_name())
     return config
 
 

@@ -90,6 +90,7 @@ class Reduction:
         self, engine: BucketMOOEngine, optimizer: DeepSpeedZeroOptimizer, plan: BlockPlan, exchange: Exchange
     ) -> None:
         config, local = engine.moo_config, not optimizer.partition_gradients
+        device = optimizer.bit16_groups[0][0].device
         self.moo = BucketMOO(
             config,
             plan,
@@ -99,12 +100,12 @@ class Reduction:
             local=local,
             result_dtype=optimizer.gradient_accumulation_dtype,
             overlap=bool(optimizer.overlap_comm),
+            device=device,
         )
         padded = [exchange.world_size * exchange.shard_numel(bucket.numel) for bucket in plan.buckets]
         # ZeRO-1 adds up the micro-steps of a window here, so in the dtype that the user chose for that.
         self._wire_dtype = optimizer.communication_data_type
         staging_dtype = optimizer.gradient_accumulation_dtype if local else self._wire_dtype
-        device = optimizer.bit16_groups[0][0].device
         self._staging = Staging(plan, padded, staging_dtype, device, self._ingest)
         names = {parameter.name: index for index, parameter in enumerate(plan.parameters)}
         self._index = {
