@@ -17,8 +17,10 @@ constexpr int pair_index(int i, int j) { return i * (i + 1) / 2 + j; }  // i >= 
 struct Kernels {
   const char* name;
 
-  // Adds to pairs[pair_index(i, j)] the inner product of rows i and j over the columns [begin, begin + count).
-  void (*gram)(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int64_t count, double* pairs);
+  // Adds to pairs[pair_index(i, j)] the inner product of rows i and j over the columns [begin, begin + count), and lets
+  // the memory fetch those from `next` on, which the caller will ask for next.
+  void (*gram)(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int64_t count, int64_t next,
+               double* pairs);
 
   // row = fma(scale, incoming, row), or scale * incoming where the row is fresh.
   void (*accumulate)(float* row, const void* incoming, Dtype dtype, float scale, bool fresh, int64_t begin,

@@ -92,11 +92,12 @@ void tile(const T* const* rows, int i0, int j0, int64_t vectors, int64_t chain, 
       if (!Sums::skips(i, j)) pairs[pair_index(i0 + i, j0 + j)] += totals[Sums::place(i, j)];
 }
 
-// The columns after a chunk, fetched into the cache a few rows with every tile: memory and arithmetic overlap.
+// The columns after a chunk, fetched into the cache a few rows with every tile: memory and arithmetic overlap. They may lie
+// beyond the end of a row: a prefetch touches nothing.
 class Ahead {
  public:
   Ahead(const void* const* rows, int num_rows, int64_t begin, int64_t bytes)
-      : rows_(rows), num_rows_(bytes > 0 ? num_rows : 0), begin_(begin), bytes_(bytes) {
+      : rows_(rows), num_rows_(num_rows), begin_(begin), bytes_(bytes) {
     const int groups = (num_rows + kGroup - 1) / kGroup;
     const int tiles = groups + groups * (groups - 1) / 2 * (kGroup / kTileColumns);
     rows_a_tile_ = (num_rows + tiles - 1) / tiles;
@@ -172,7 +173,7 @@ void stage(const Row* from, int64_t count, T* to) {
 
 // Takes the rows' columns as T: as they are, or 16-bit ones as float32, where each is used in several tiles.
 template <class T, class Row>
-void gram_of(const void* const* rows, int num_rows, int64_t begin, int64_t count, double* pairs) {
+void gram_of(const void* const* rows, int num_rows, int64_t begin, int64_t count, int64_t next, double* pairs) {
   constexpr int64_t chain = kChain<T, Row>;
   const int64_t columns = chunk_columns<T>(num_rows, chain);
   alignas(64) T staged[std::max<int64_t>(kChunkBytes / sizeof(T), kMaxRows * 32 * kVectorLanes<T>)];
@@ -191,26 +192,27 @@ void gram_of(const void* const* rows, int num_rows, int64_t begin, int64_t count
       stage(from, here, to);
       chunk[row] = to;
     }
-    const int64_t next = done + columns, size = sizeof(Row);
-    const Ahead ahead(rows, num_rows, (begin + next) * size, std::min(columns, count - next) * size);
+    const int64_t ahead_begin = done + columns < count ? begin + done + columns : next;
+    const Ahead ahead(rows, num_rows, ahead_begin * sizeof(Row), columns * sizeof(Row));
     all_pairs<T>(chunk, num_rows, (here + kVectorLanes<T> - 1) / kVectorLanes<T>, chain, ahead, pairs);
   }
 }
 
 template <class Row>
-void gram_of_half(const void* const* rows, int num_rows, int64_t begin, int64_t count, double* pairs) {
-  if (num_rows <= kDirectRows) return gram_of<Row, Row>(rows, num_rows, begin, count, pairs);
-  return gram_of<float, Row>(rows, num_rows, begin, count, pairs);
+void gram_of_half(const void* const* rows, int num_rows, int64_t begin, int64_t count, int64_t next, double* pairs) {
+  if (num_rows <= kDirectRows) return gram_of<Row, Row>(rows, num_rows, begin, count, next, pairs);
+  return gram_of<float, Row>(rows, num_rows, begin, count, next, pairs);
 }
 
-void gram(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int64_t count, double* pairs) {
+void gram(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int64_t count, int64_t next,
+          double* pairs) {
   switch (dtype) {
-    case Dtype::float64: return gram_of<double, double>(rows, num_rows, begin, count, pairs);
+    case Dtype::float64: return gram_of<double, double>(rows, num_rows, begin, count, next, pairs);
     case Dtype::float32:
-      if (num_rows <= kWideRows) return gram_of<WideFloat, WideFloat>(rows, num_rows, begin, count, pairs);
-      return gram_of<float, float>(rows, num_rows, begin, count, pairs);
-    case Dtype::bfloat16: return gram_of_half<BFloat16>(rows, num_rows, begin, count, pairs);
-    case Dtype::float16: return gram_of_half<Float16>(rows, num_rows, begin, count, pairs);
+      if (num_rows <= kWideRows) return gram_of<WideFloat, WideFloat>(rows, num_rows, begin, count, next, pairs);
+      return gram_of<float, float>(rows, num_rows, begin, count, next, pairs);
+    case Dtype::bfloat16: return gram_of_half<BFloat16>(rows, num_rows, begin, count, next, pairs);
+    case Dtype::float16: return gram_of_half<Float16>(rows, num_rows, begin, count, next, pairs);
   }
 }
 

@@ -141,7 +141,8 @@ Tensor gram_of_pieces(const Kernels& kernels, const Tensor& like, const Rows& ro
       if (piece.block == bucketmoo::kNoBlock) continue;
       if (piece.block != before) ++run;
       before = piece.block;
-      kernels.gram(rows.data, rows.dtype, rows.count, piece.begin, piece.count, partials.data() + run * pairs);
+      const int64_t next = i + 1 < end ? pieces[i + 1].begin : piece.begin + piece.count;
+      kernels.gram(rows.data, rows.dtype, rows.count, piece.begin, piece.count, next, partials.data() + run * pairs);
     }
   });
   const Tensor grams = new_zeros(like, {num_blocks, rows.count, rows.count}, ScalarType::Double);
