@@ -23,7 +23,7 @@ from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 REFERENCE = "reference"  # torch in chunked float64, to be read: measured where nothing else runs, or where it is named
 PACKAGES = ("torch", "triton", "torchjd")
-SECONDS = {"short": 48.0, "full": 1800.0}
+SECONDS = {"short": 40.0, "full": 1800.0}
 REPEATS = {"short": 20, "full": 50}
 
 _Value = TypeVar("_Value")
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--threads", help="of the CPU (default: as many as torch takes)")
     parser.add_argument("--repeats", help="the most times that anything is timed")
-    parser.add_argument("--seconds", help="after which nothing new is begun (default 48, with --full 1800)")
+    parser.add_argument("--seconds", help="after which nothing new is begun (default 40, with --full 1800)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for kernels-cpu.csv, .json and .png")
     parser.add_argument("--json", action="store_true", help="print JSON to standard output instead of the table")
 

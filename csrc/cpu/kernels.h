@@ -26,7 +26,8 @@ struct Kernels {
   void (*accumulate)(float* row, const void* incoming, Dtype dtype, float scale, bool fresh, int64_t begin,
                      int64_t count);
 
-  // out = the sum of weights[k] * rows[k], rounded once to out's dtype (16-bit to 16-bit: a sum in float32); zeros for no rows.
+  // out = the sum of weights[k] * rows[k] in float64, rounded once to out's dtype (16-bit to 16-bit: in float32); zeros
+  // for no rows.
   void (*combine)(const void* const* rows, Dtype dtype, const double* weights, int num_rows, int64_t begin,
                   int64_t count, void* out, Dtype out_dtype);
 };

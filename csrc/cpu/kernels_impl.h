@@ -1,7 +1,7 @@
 // The kernels of one instruction set: included once by each of kernels_{baseline,avx2,avx512}.cpp, with its flags.
 //
-// Gram. Chunks of columns of the rows lie in the cache; pairs of rows are taken in tiles of 4 x kTileColumns accumulators
-// that stay in registers. Two ways of adding up, by what memory leaves time for:
+// Gram. Chunks of columns of the rows lie in the cache; pairs of rows are taken in tiles of 4 x kTileColumns
+// accumulators that stay in registers. Two ways of adding up, by what memory leaves time for:
 //   wide    products and sums in float64: float64 rows, and float32 ones up to kWideRows
 //   narrow  each lane adds up a chain of products by fused multiply-adds in float32, the lanes' chains are added as a
 //           tree in float32, and that to a float64 sum. One such sum is rounded chain + log2(kLanes) times, so that
@@ -92,8 +92,8 @@ void tile(const T* const* rows, int i0, int j0, int64_t vectors, int64_t chain, 
       if (!Sums::skips(i, j)) pairs[pair_index(i0 + i, j0 + j)] += totals[Sums::place(i, j)];
 }
 
-// The columns after a chunk, fetched into the cache a few rows with every tile: memory and arithmetic overlap. They may lie
-// beyond the end of a row: a prefetch touches nothing.
+// The columns after a chunk, fetched into the cache a few rows with every tile: memory and arithmetic overlap. They may
+// lie beyond the end of a row: a prefetch touches nothing.
 class Ahead {
  public:
   Ahead(const void* const* rows, int num_rows, int64_t begin, int64_t bytes)

@@ -7,7 +7,8 @@ extern "C" {
 
 // Solves the blocks [begin, end), one after the other; see bucketmoo_ds/backends/min_norm.py for what and how.
 //
-// gram [B, K, K], mask [B, K], weights [B, K] and finite [B] start at block 0; K is at most 64, and max_weight in (0, 1].
+// gram [B, K, K], mask [B, K], weights [B, K] and finite [B] start at block 0; K is at most 64, and max_weight in
+// (0, 1].
 // steps [B, 2], where it is not null, receives how many major steps were taken, each of which frees rows and goes on to
 // the optimum of a set of free rows, and for how many sets of free rows equations were solved in all; 0 and 0 where
 // there was a closed form.

@@ -185,8 +185,8 @@ inline void store(T* to, Wide value) {
   store(to, narrow(value));
 }
 
-// Sums over lanes, of kFold vectors at once: each is added up in float32 as the same tree, halves onto halves, and that to
-// its total in float64. Shuffles of two vectors leave half of the lanes of both in one, so that no lane idles.
+// Sums over lanes, of kFold vectors at once: each is added up in float32 as the same tree, halves onto halves, and that
+// to its total in float64. Shuffles of two vectors leave half of the lanes of both in one, so that no lane idles.
 constexpr int kFold = kLanes < 8 ? 4 : 8;
 typedef float FoldedVector __attribute__((vector_size(kFold * sizeof(float))));
 
