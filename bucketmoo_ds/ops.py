@@ -70,7 +70,7 @@ def accumulate_gram(
 
     Args:
         rows: K float32 tensors `[S]`; they are written, elements outside of any segment too.
-        incoming: tensors `[S]` of one floating dtype.
+        incoming: tensors `[S]` of one floating dtype; float64 ones are rounded to float32 first.
         languages: for each incoming gradient the index of its row.
         scales: for each incoming gradient what it is multiplied by.
         fresh: for each row whether its content is void: its first incoming gradient then overwrites it. A fresh row

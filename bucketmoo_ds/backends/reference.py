@@ -44,8 +44,8 @@ def accumulate_gram(
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`."""
     void = {row for row, is_void in enumerate(fresh) if is_void}
-    for gradient, language, scale in zip(incoming, languages, scales, strict=True):
-        row = rows[language]
+    for arrived, language, scale in zip(incoming, languages, scales, strict=True):
+        row, gradient = rows[language], arrived.float()
         if language in void:
             void.remove(language)
             row.copy_(gradient).mul_(scale)

@@ -11,8 +11,9 @@ enum class Dtype { float32, bfloat16, float16, float64 };
 constexpr int64_t kPiece = 4096;
 constexpr int kMaxRows = 64;
 
-constexpr int pair_count(int rows) { return rows * (rows + 1) / 2; }
-constexpr int pair_index(int i, int j) { return i * (i + 1) / 2 + j; }  // i >= j
+// Static: each instruction set keeps its own copy, which the linker must not give to another.
+static constexpr int pair_count(int rows) { return rows * (rows + 1) / 2; }
+static constexpr int pair_index(int i, int j) { return i * (i + 1) / 2 + j; }  // i >= j
 
 struct Kernels {
   const char* name;

@@ -2,11 +2,15 @@
 //
 // Gram. Chunks of columns of the rows lie in the cache; pairs of rows are taken in tiles of 4 x kTileColumns
 // accumulators that stay in registers. Two ways of adding up, by what memory leaves time for:
-//   wide    products and sums in float64: float64 rows, and float32 ones up to kWideRows
+//   wide    products and sums in float64: float64 and float16 rows, and float32 ones up to kWideRows
 //   narrow  each lane adds up a chain of products by fused multiply-adds in float32, the lanes' chains are added as a
 //           tree in float32, and that to a float64 sum. One such sum is rounded chain + log2(kLanes) times, so that
 //           |dG_ij| <= (chain + log2(kLanes)) 2^-24 sum |a_i b_j|, and that sum is at most sqrt(G_ii G_jj), whatever
-//           the length: 9.6e-7 for float32 rows, 1.9e-6 for 16-bit ones, whose products are exact.
+//           the length: 9.6e-7 for float32 rows, 1.9e-6 for bfloat16 ones, whose products are exact. Errors of float32
+//           rows have either sign and average out. Squares of 16-bit numbers do not round both ways equally often (odd
+//           ones are 1 modulo 8): 1.5e-8 of a bfloat16 row's G_ii remains at any length. Of a float16 row's it would be
+//           4.7e-8, and no training here waits for float16 Grams: they are wide. Products beyond float32's range (about
+//           1e-38 to 3e38) are lost.
 // A pair is added up in one order that does not depend on its place in a tile: a permutation of the rows permutes the
 // Gram to the bit.
 #pragma once
@@ -19,10 +23,10 @@
 namespace bucketmoo {
 namespace {
 
-constexpr int kGroup = 4;      // rows of a tile
-constexpr int kWideRows = 16;  // more float32 rows than that would wait for float64 arithmetic, not for memory
-constexpr int kDirectRows = 8;  // more 16-bit rows than that are converted once, not at each load
-constexpr int kUnroll = 4;     // rows that `combine` reads at a time
+constexpr int kGroup = 4;         // rows of a tile
+constexpr int kWideRows = 16;     // more float32 rows than that would wait for float64 arithmetic, not for memory
+constexpr int kDirectRows = 8;    // more bfloat16 rows than that are converted once, not at each load
+constexpr int kUnroll = 4;        // rows that `combine` reads at a time
 
 constexpr int log2_of(int value) { return value == 1 ? 0 : 1 + log2_of(value / 2); }
 
@@ -35,7 +39,7 @@ constexpr int kVectorLanes = kIsWide<T> ? kLanes / 2 : kLanes;
 
 // Products that a lane adds up before they go to the totals: as many as the bound allows in float32.
 template <class T, class Row>
-constexpr int64_t kChain = kIsWide<T> ? kPiece : (sizeof(Row) == 2 ? 32 : 16) - log2_of(kLanes);
+constexpr int64_t kChain = kIsWide<T> ? kPiece : (std::is_same_v<Row, BFloat16> ? 32 : 16) - log2_of(kLanes);
 
 // Keeps the compiler from loading a value again for each of its uses: loads, not arithmetic, would set the pace.
 template <class Vector>
@@ -152,11 +156,16 @@ int64_t chunk_columns(int num_rows, int64_t chain) {
   return std::clamp(fits, step, kPiece / 4) / step * step;
 }
 
-inline void convert(const BFloat16* from, float* to) { store(to, load(from)); }
-inline void convert(const Float16* from, float* to) { store(to, load(from)); }
-template <class T>
-inline void convert(const T* from, T* to) {
-  std::copy(from, from + kLanes, to);
+// Copies kLanes elements of a row as T.
+template <class Row, class T>
+inline void convert(const Row* from, T* to) {
+  if constexpr (std::is_same_v<Row, T>) {
+    std::copy(from, from + kLanes, to);
+  } else if constexpr (std::is_same_v<T, WideFloat>) {
+    store(&to->value, load(from));
+  } else {
+    store(to, load(from));
+  }
 }
 
 // Copies `count` columns as T; the last vector is filled up with zeros, which add nothing.
@@ -198,12 +207,6 @@ void gram_of(const void* const* rows, int num_rows, int64_t begin, int64_t count
   }
 }
 
-template <class Row>
-void gram_of_half(const void* const* rows, int num_rows, int64_t begin, int64_t count, int64_t next, double* pairs) {
-  if (num_rows <= kDirectRows) return gram_of<Row, Row>(rows, num_rows, begin, count, next, pairs);
-  return gram_of<float, Row>(rows, num_rows, begin, count, next, pairs);
-}
-
 void gram(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int64_t count, int64_t next,
           double* pairs) {
   switch (dtype) {
@@ -211,8 +214,10 @@ void gram(const void* const* rows, Dtype dtype, int num_rows, int64_t begin, int
     case Dtype::float32:
       if (num_rows <= kWideRows) return gram_of<WideFloat, WideFloat>(rows, num_rows, begin, count, next, pairs);
       return gram_of<float, float>(rows, num_rows, begin, count, next, pairs);
-    case Dtype::bfloat16: return gram_of_half<BFloat16>(rows, num_rows, begin, count, next, pairs);
-    case Dtype::float16: return gram_of_half<Float16>(rows, num_rows, begin, count, next, pairs);
+    case Dtype::bfloat16:
+      if (num_rows <= kDirectRows) return gram_of<BFloat16, BFloat16>(rows, num_rows, begin, count, next, pairs);
+      return gram_of<float, BFloat16>(rows, num_rows, begin, count, next, pairs);
+    case Dtype::float16: return gram_of<WideFloat, Float16>(rows, num_rows, begin, count, next, pairs);
   }
 }
 

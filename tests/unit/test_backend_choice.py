@@ -1,0 +1,142 @@
+"""The choice among the backends: the environment, the argument, `using`, and what is there, in this order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bucketmoo_ds import build, ops
+from bucketmoo_ds.backends import choice, cpu
+from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.logs import logger
+
+ROWS, SPANS, BLOCKS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ops.ENVIRONMENT, raising=False)
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What has been chosen and loaded is forgotten before and after."""
+    _forget()
+    yield
+    _forget()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What is logged, whether or not the project's logger hands it on."""
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler, level = Keep(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield found
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def _no_library(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
+    def fail() -> str:
+        raise build.BuildError("there is no C++ compiler g++-99")
+
+    monkeypatch.setattr(build, "cpu_library", fail)
+
+
+def test_an_explicit_choice_is_honoured_or_raises() -> None:
+    for name in ops.BACKENDS:
+        reason = ops.why_unavailable(name)
+        if reason:
+            with pytest.raises(ConfigError) as caught:
+                ops.choose_backend(name)
+            assert str(caught.value) == f'bucket_moo.backend = "{name}": {reason}'
+        else:
+            assert ops.choose_backend(name) == name
+    assert ops.why_unavailable("cuda"), "it does not run on the CPU"
+
+
+def test_the_environment_wins_over_the_argument_and_that_over_using(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ops.using("cuda"):
+        assert ops.choose_backend("reference") == "reference"
+        with pytest.raises(ConfigError, match='"cuda"'):
+            ops.choose_backend()
+        monkeypatch.setenv(ops.ENVIRONMENT, "reference")
+        assert ops.choose_backend() == "reference"
+        assert ops.choose_backend("cuda") == "reference"
+        assert ops.choose_backend("no such backend") == "reference"
+        monkeypatch.setenv(ops.ENVIRONMENT, "")
+        assert ops.choose_backend("reference") == "reference"
+
+
+def test_using_ends_with_its_block_also_by_an_exception() -> None:
+    before = ops.choose_backend()
+    with pytest.raises(KeyError), ops.using("reference"):
+        assert ops.choose_backend() == "reference"
+        raise KeyError
+    assert ops.choose_backend() == before
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ops.choose_backend("refrence")
+    assert str(caught.value).startswith('bucket_moo.backend = "refrence": unknown, expected one of "auto"')
+    assert 'did you mean "reference"?' in str(caught.value)
+    monkeypatch.setenv(ops.ENVIRONMENT, "triton2")
+    with pytest.raises(ConfigError, match='BUCKETMOO_BACKEND = "triton2": unknown'):
+        ops.choose_backend("reference")
+
+
+def test_every_op_honours_its_argument() -> None:
+    weights, mask, out = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), torch.empty(2)
+    calls = {
+        "gram": (ROWS, SPANS, BLOCKS, 1),
+        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, BLOCKS, 1),
+        "combine": (ROWS, weights, SPANS, BLOCKS, out),
+        "resolve": (ROWS, mask, SPANS, BLOCKS, out),
+    }
+    for name, arguments in calls.items():
+        with pytest.raises(ConfigError, match=r'bucket_moo\.backend = "cuda"'):
+            getattr(ops, name)(*arguments, backend="cuda")
+    # What a backend of another device leaves on the CPU is solved by the CPU's own.
+    assert ops.solve(torch.ones(1, 1, 1, dtype=torch.float64), mask, backend="cuda")[0].item() == 1.0
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_the_automatic_choice_is_logged_once(lines: list[str]) -> None:
+    name = ops.choose_backend()
+    for _ in range(3):
+        assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
+    chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
+    assert len(chosen) == 1
+    assert chosen[0].startswith(f"backend of the ops on cpu: {name}")
+
+
+@pytest.mark.usefixtures("_no_library")
+def test_without_a_library_auto_takes_the_reference_and_says_why(lines: list[str]) -> None:
+    assert ops.choose_backend() == "reference"
+    assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
+    chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
+    assert chosen == ["backend of the ops on cpu: reference (cpu: there is no C++ compiler g++-99)"]
+
+
+@pytest.mark.usefixtures("_no_library")
+def test_without_a_library_an_explicit_cpu_raises() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ops.gram(ROWS, SPANS, BLOCKS, 1, backend="cpu")
+    assert str(caught.value) == 'bucket_moo.backend = "cpu": there is no C++ compiler g++-99'
+
+
+def _forget() -> None:
+    choice._automatic.cache_clear()
+    cpu._load.cache_clear()
