@@ -17,6 +17,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("none", "unit"),
     "rescale": ("none", "mean"),
     "mode": ("auto", "streaming", "deferred"),
+    "exchange": ("auto", "flat", "two_stage"),
+    "row_storage": ("float32", "bfloat16", "host"),
 }
 
 
@@ -39,6 +41,14 @@ class BucketMOOConfig:
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible.
+        exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: a reduce-scatter
+            among the ranks of a node, which must train on one language in a micro-step, then an exchange across nodes
+            of what is left: the same bytes in all, and far fewer between nodes. `auto`: two stages in every micro-step
+            whose languages allow it.
+        ranks_per_node: ranks that share a fast connection, consecutive in the group of all ranks; 0 asks torchrun's
+            `LOCAL_WORLD_SIZE`.
+        row_storage: where deferred mode keeps the rows of a window: `float32` and `bfloat16` on the device, `host` as
+            float32 in host memory.
         backend: which implementation of the ops runs: `auto` or a name that `bucketmoo doctor` lists.
         language_key: the entry of a batch that names its language; it is taken off before the model sees the batch.
         shift_labels: whether the model predicts `labels[..., 1:]` (causal language models), for counting targets.
@@ -57,6 +67,9 @@ class BucketMOOConfig:
     normalize: str = "none"
     rescale: str = "none"
     mode: str = "auto"
+    exchange: str = "auto"
+    ranks_per_node: int = 0
+    row_storage: str = "float32"
     backend: str = "auto"
     language_key: str = "language"
     shift_labels: bool = True
@@ -68,13 +81,15 @@ class BucketMOOConfig:
             object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
         for name in ("enabled", "shift_labels"):
             _expect(name, getattr(self, name), bool, "true or false")
-        for name in ("aggregator", "granularity", "weighting", "normalize", "rescale", "mode", "backend"):
+        for name in ("aggregator", "backend", *CHOICES):
             _expect(name, getattr(self, name), str, "a name in quotes")
         _expect("aggregator_options", self.aggregator_options, Mapping, "an object of option names and values")
         _expect("language_key", self.language_key, str, "the name of an entry of a batch")
-        _expect("seed", self.seed, int, "a whole number")
-        if isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"{SECTION}.seed = {self.seed!r}: expected a whole number from 0 to 2^63 - 1")
+        for name in ("seed", "ranks_per_node"):
+            value = getattr(self, name)
+            _expect(name, value, int, "a whole number")
+            if isinstance(value, bool) or not 0 <= value < 2**63:
+                raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
         if not self.language_key:
             raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
         for name, known in CHOICES.items():
@@ -105,7 +120,7 @@ class BucketMOOConfig:
                 raise ConfigError(
                     f"{SECTION}.{key}: unknown setting{did_you_mean(str(key), known)} (known: {', '.join(known)})"
                 )
-            if value == "auto" and key not in ("mode", "backend"):
+            if value == "auto" and key not in ("mode", "exchange", "backend"):
                 raise ConfigError(f'{SECTION}.{key} = "auto": has no automatic value; write the value, or leave it out')
         if "languages" not in section:
             raise ConfigError(f'{SECTION}.languages: missing; expected the list of languages, such as ["de", "fr"]')
