@@ -41,10 +41,10 @@ class BucketMOOConfig:
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible.
-        exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: a reduce-scatter
-            among the ranks of a node, which must train on one language in a micro-step, then an exchange across nodes
-            of what is left: the same bytes in all, and far fewer between nodes. `auto`: two stages in every micro-step
-            whose languages allow it.
+        exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: they are added
+            up among the ranks of a node, which must train on one language in a micro-step, and what is left is
+            exchanged across nodes: the same bytes in all, and far fewer between nodes. `auto`: two stages in every
+            micro-step whose languages allow it.
         ranks_per_node: ranks that share a fast connection, consecutive in the group of all ranks; 0 asks torchrun's
             `LOCAL_WORLD_SIZE`.
         row_storage: where deferred mode keeps the rows of a window: `float32` and `bfloat16` on the device, `host` as

@@ -25,18 +25,13 @@ from torch import Tensor
 from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.agreement import Contributions, check_equal, digest, exchange_slots
 from bucketmoo_ds.blocks import BlockPlan, Segments
+from bucketmoo_ds.choices import choose_streaming, create_aggregator
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.errors import (
-    BucketMOOError,
-    ConfigError,
-    LanguageError,
-    did_you_mean,
-    one_of,
-)
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.exchange import Exchange, Received
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.store import RowStore
-from bucketmoo_ds.window import Slot, Window
+from bucketmoo_ds.window import Slot, Window, merged_by_node
 
 Sink = Callable[[int, Tensor], None]
 
@@ -91,7 +86,9 @@ class BucketMOO:
         exchange: the group's collectives.
         sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
         micro_steps: M, micro-steps between two optimizer steps.
-        local: whether each rank adds up its micro-steps before one exchange at the boundary (ZeRO-1).
+        local: whether each rank adds up its micro-steps before one exchange at the boundary (ZeRO-1, `no_sync`).
+        segments: for each bucket the segments of this rank's shard; left out where shard j is the j-th slice of the
+            bucket's parameters laid one after the other.
         result_dtype: dtype of the combined shards.
         overlap: whether a bucket's exchange may run while backward goes on.
         device: where the gradients lie.
@@ -109,6 +106,7 @@ class BucketMOO:
         *,
         micro_steps: int,
         local: bool,
+        segments: Sequence[Segments] | None = None,
         result_dtype: torch.dtype = torch.float32,
         overlap: bool = False,
         device: torch.device | str = "cpu",
@@ -126,13 +124,14 @@ class BucketMOO:
         self.counters: collections.Counter[str] = collections.Counter()
         self.last: Resolution | None = None
         self._sink = sink
+        self._device = torch.device(device)
         self._depth = 1 if overlap else 0
-        self._store = RowStore()
+        self._store = RowStore(config.row_storage)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._boundary = False
         self._contributions = Contributions(plan.parameters)
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
-        self._segments = [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
+        self._segments = segments or [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
         settings = {**config.to_json(), "backend": self.backend}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._reset_results()
@@ -159,6 +158,7 @@ class BucketMOO:
         slots = exchange_slots(self.exchange, slot, position)
         self._check_languages(slots)
         self.window.add(slots)
+        self._check_nodes()
         self._boundary = boundary
         if boundary and not self.window.present:
             raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
@@ -168,7 +168,17 @@ class BucketMOO:
 
         `flat` belongs to the engine from here on.
         """
-        self._pending.append(_Pending(bucket, self.exchange.scatter(flat), self.window.sources()))
+        sources = self.window.sources()
+        by_node = self._merged(sources)
+        if by_node is None:
+            self._pending.append(_Pending(bucket, self.exchange.scatter(flat), sources))
+        else:
+            mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
+            if mine.target_tokens == 0:
+                flat.zero_()
+            elif mine.scale != of_node.scale:
+                flat.mul_(mine.scale / of_node.scale)
+            self._pending.append(_Pending(bucket, self.exchange.scatter_by_node(flat), by_node))
         self._receive(self._depth)
 
     def end_micro_step(self, contributed: Sequence[bool]) -> None:
@@ -194,7 +204,7 @@ class BucketMOO:
             partial = torch.cat([self._grams[bucket] for bucket in buckets])
             weights = self._resolve(partial, range(len(self.plan.cell_block)))
             for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
-                self._combine(bucket, self._store.rows(bucket, self.window.present), of_bucket)
+                self._combine(bucket, self._rows(bucket), of_bucket)
         check_equal(
             self.exchange,
             self._block_weights.numpy().tobytes(),
@@ -254,9 +264,19 @@ class BucketMOO:
             f"{len(config.languages)} languages ({', '.join(config.languages)}), "
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
             f"{'streaming' if self.streaming else 'deferred'}, "
-            f"exchange flat all-to-all {'once a window' if self.window.local else 'every micro-step'}, "
+            f"exchange {self._exchange_name} {'once a window' if self.window.local else 'every micro-step'}, "
             f"backend {self.backend}"
         )
+
+    @property
+    def _goes_by_node(self) -> bool:
+        return self.exchange.nodes > 1 and self.config.exchange != "flat"
+
+    @property
+    def _exchange_name(self) -> str:
+        if not self._goes_by_node:
+            return "flat all-to-all"
+        return f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
 
     # --- how it is done -----------------------------------------------------------------------------------------
 
@@ -269,13 +289,25 @@ class BucketMOO:
                 self._stream(pending.bucket, slices, pending.sources)
                 continue
             incoming = self._incoming(slices, pending.sources)
-            if self._boundary:
+            if self._boundary and self._store.is_float32_on_device:
                 languages = self.window.present
                 claim = self._store.claim(pending.bucket, languages, {each.language for each in incoming}, slices[0])
                 self._grams[pending.bucket] = self._accumulate_gram(pending.bucket, *claim, incoming)
                 continue
             for gradient, language, scale in incoming:
                 self._store.add(pending.bucket, language, gradient, scale)
+            if self._boundary:
+                self._grams[pending.bucket] = self._gram(pending.bucket, self._rows(pending.bucket))
+
+    def _rows(self, bucket: int) -> list[Tensor]:
+        """The stored rows of the present languages, on the device."""
+        return [row.to(self._device) for row in self._store.rows(bucket, self.window.present)]
+
+    def _merged(self, sources: list[Slot]) -> list[Slot] | None:
+        """One slot for each node, where gradients go by node now."""
+        if not self._goes_by_node:
+            return None
+        return merged_by_node(sources, self.exchange.ranks_per_node)
 
     def _incoming(self, slices: Tensor, sources: list[Slot]) -> list[_Incoming]:
         return [
@@ -386,9 +418,25 @@ class BucketMOO:
             languages = self.config.languages
             raise LanguageError(
                 f'rank {rank} went from language "{languages[first]}" to "{languages[now]}" within a window, but '
-                "ZeRO-1 reduces only at the boundary and would mix them: keep one language a rank and window "
-                '(LanguageBatchSampler(affinity="window")), or use zero_optimization.stage = 2'
+                "gradients are exchanged only at the boundary (ZeRO-1, no_sync) and would be mixed: keep one language "
+                'a rank and window (LanguageBatchSampler(affinity="window")), or exchange them in every micro-step '
+                "(zero_optimization.stage = 2, no no_sync)"
             )
+
+    def _check_nodes(self) -> None:
+        """Where nodes cannot train on one language each: an error if that was asked for, else a warning, once."""
+        if not self._goes_by_node or self._merged(self.window.table[-1]) is not None:
+            return
+        advice = (
+            f"ranks of one node trained on different languages, so that about {self.exchange.ranks_per_node} times the "
+            "bytes go between nodes: lay languages out by node (LanguageBatchSampler(ranks_per_node="
+            f"{self.exchange.ranks_per_node}); bucketmoo plan shows how)"
+        )
+        if self.config.exchange == "two_stage":
+            raise LanguageError(f'{SECTION}.exchange = "two_stage": {advice}, or use "auto"')
+        self.counters["flat_micro_steps"] += 1
+        if self.exchange.rank == 0 and self.counters["flat_micro_steps"] == 1:
+            logger.warning("window %d: %s", self.windows, advice)
 
     def _check_complete(self, done: Container[int]) -> None:
         missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in done]
@@ -403,35 +451,3 @@ class BucketMOO:
     def _generator(self) -> torch.Generator:
         seed = digest(struct.pack("<qq", self.config.seed, self.windows))
         return torch.Generator().manual_seed(seed & (2**63 - 1))
-
-
-def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
-    """Returns the aggregator that the settings name.
-
-    Raises:
-        ConfigError: an unknown name or option, or an option out of range.
-    """
-    known = aggregate.names()
-    if config.aggregator not in known:
-        hint = did_you_mean(config.aggregator, known)
-        raise ConfigError(f'{SECTION}.aggregator = "{config.aggregator}": unknown, expected {one_of(known)}{hint}')
-    try:
-        return aggregate.create(config.aggregator, **config.aggregator_options)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{SECTION}.aggregator_options: {error}") from error
-
-
-def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -> bool:
-    """Returns whether buckets are resolved as they arrive: with one exchange a window and no block across buckets.
-
-    Raises:
-        ConfigError: `streaming` was asked for where it cannot be.
-    """
-    obstacle = ""
-    if exchanges > 1:
-        obstacle = f"a window has {exchanges} exchanges (gradient_accumulation_steps)"
-    elif plan.spans_buckets:
-        obstacle = f'blocks of granularity "{config.granularity}" span several buckets'
-    if config.mode == "streaming" and obstacle:
-        raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
-    return config.mode != "deferred" and not obstacle

@@ -1,15 +1,20 @@
 """Moves gradients between ranks. Knows process groups and bytes; nothing of frameworks, languages or solvers.
 
-The flat exchange scatters a bucket evenly: rank j receives slice j of every rank's gradient, W slices of N/W elements,
-and sends (W-1)/W N, what a plain reduce-scatter sends. It sums nothing: which slices belong to one row is the
-caller's knowledge. `Delivery` then sends combined pieces on to the ranks that own them.
+A bucket is scattered evenly: rank j ends with slice j. Nobody sends more than a plain reduce-scatter does, (W-1)/W N.
+
+*Flat*: rank j receives slice j of every rank's gradient, W slices of N/W elements. It sums nothing: which slices belong
+to one row is the caller's knowledge. Between nodes of L ranks each rank sends (W-L)/W N.
+
+*By node*: where all ranks of a node hold gradients of one row, a reduce-scatter adds them up inside the node first, and
+an all-to-all between ranks of equal position in their nodes exchanges what is left. Rank j receives slice j of every
+node's sum, W/L slices, and of the bytes only (1/L - 1/W) N go between nodes.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,18 +27,37 @@ ALIGNMENT = 8
 class Exchange:
     """The collectives of one process group, with the bytes that this rank sent by operation.
 
+    Without `torch.distributed` it is the exchange of one rank with itself.
+
     Args:
         group: carries gradients (NCCL or gloo); `None` is the default group.
         control: carries small host-side messages, so that agreeing on a language never waits for a device. It must
             be a gloo group, or `group` itself on the CPU.
+        ranks_per_node: L, ranks that share a fast connection, consecutive in the group. With several nodes of several
+            ranks each, gradients can go by node; making the groups for that is a collective call.
+
+    Attributes:
+        nodes: how many nodes `scatter_by_node` exchanges between; 1 where gradients cannot go by node.
+        sent_bytes, sent_between_nodes: what this rank has sent, by operation, and what of it left the node.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, control: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        control: dist.ProcessGroup | None = None,
+        ranks_per_node: int = 1,
+    ) -> None:
         self.group = group
         self.control = control if control is not None else group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if together else 0
+        self.world_size = dist.get_world_size(group) if together else 1
+        self.ranks_per_node = ranks_per_node if self.world_size % ranks_per_node == 0 else 1
+        self.nodes = self.world_size // self.ranks_per_node if self.ranks_per_node > 1 else 1
+        if self.nodes > 1:
+            self._inside, self._across = _node_groups(group, self.rank, self.ranks_per_node)
         self.sent_bytes: collections.Counter[str] = collections.Counter()
+        self.sent_between_nodes: collections.Counter[str] = collections.Counter()
 
     def shard_numel(self, numel: int) -> int:
         """Returns the elements of each rank's shard of a bucket of `numel` elements, padding included."""
@@ -41,18 +65,52 @@ class Exchange:
         return -(-per_rank // ALIGNMENT) * ALIGNMENT
 
     def scatter(self, flat: Tensor) -> Received:
-        """Starts the exchange of a bucket.
+        """Starts the flat exchange of a bucket; what is received is `[W, S]`.
 
         Args:
             flat: `[W * S]`, this rank's gradient of the bucket, padded with zeros. It must not change before
                 `Received.wait` returns.
         """
         if self.world_size == 1:
-            return Received(flat, flat.view(1, -1), None)
+            return Received(flat.view(1, -1))
         received = torch.empty_like(flat)
         work = dist.all_to_all_single(received, flat, group=self.group, async_op=True)
-        self._count("all_to_all", flat.numel() * flat.element_size() * (self.world_size - 1) // self.world_size)
-        return Received(flat, received.view(self.world_size, -1), work)
+        slice_bytes = flat.nbytes // self.world_size
+        self._count("all_to_all", slice_bytes * (self.world_size - 1), slice_bytes * self._ranks_elsewhere)
+        return Received(received.view(self.world_size, -1), work, sent=flat)
+
+    def scatter_by_node(self, flat: Tensor) -> Received:
+        """Starts the exchange of a bucket in two stages; what is received is `[nodes, S]`.
+
+        Args:
+            flat: `[W * S]`, this rank's share of its node's row, padded with zeros.
+        """
+        inside, shard = self.ranks_per_node, flat.numel() // self.world_size
+        by_position = flat.view(self.nodes, inside, shard).transpose(0, 1).contiguous()
+        summed = torch.empty(self.nodes * shard, dtype=flat.dtype, device=flat.device)
+        work = dist.reduce_scatter_single(summed, by_position.view(-1), group=self._inside, async_op=True)
+        self._count("reduce_scatter (node)", summed.nbytes * (inside - 1), 0)
+
+        def across() -> Tensor:
+            received = torch.empty_like(summed)
+            dist.all_to_all_single(received, summed, group=self._across)
+            sent = summed.nbytes // self.nodes * (self.nodes - 1)
+            self._count("all_to_all (nodes)", sent, sent)
+            return received.view(self.nodes, shard)
+
+        return Received(across, work, sent=by_position)
+
+    def all_gather(self, shard: Tensor, group: dist.ProcessGroup | None = None) -> Received:
+        """Starts giving every rank of `group` (default: this exchange's) all shards `[S]`, rank by rank."""
+        group = group if group is not None else self.group
+        if self.world_size == 1:
+            return Received(shard)
+        others = dist.get_world_size(group) - 1
+        received = shard.new_empty((others + 1) * shard.numel())
+        work = dist.all_gather_single(received, shard, group=group, async_op=True)
+        elsewhere = min(others, self._ranks_elsewhere)
+        self._count("all_gather (combined)", shard.nbytes * others, shard.nbytes * elsewhere)
+        return Received(received, work, sent=shard)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Returns the sum of `tensor` over the ranks: an all-reduce that adds in the order of the ranks.
@@ -73,7 +131,8 @@ class Exchange:
             total += other
         everyone = [torch.empty_like(total) for _ in range(self.world_size)]
         dist.all_gather(everyone, total, group=self.group)
-        self._count("all_reduce (Grams)", 2 * (self.world_size - 1) * part * tensor.element_size())
+        part_bytes = 2 * part * tensor.element_size()
+        self._count("all_reduce (Grams)", part_bytes * (self.world_size - 1), part_bytes * self._ranks_elsewhere)
         return torch.cat(everyone)[: tensor.numel()].view_as(tensor)
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -89,110 +148,68 @@ class Exchange:
     def all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Received:
         """Starts an exchange of unequal parts: `send` is the parts for rank 0, 1, ... one after the other."""
         if self.world_size == 1:
-            return Received(send, send, None)
+            return Received(send)
         received = torch.empty(sum(receive_sizes), dtype=send.dtype, device=send.device)
         work = dist.all_to_all_single(received, send, receive_sizes, send_sizes, group=self.group, async_op=True)
+        node = self.rank // self.ranks_per_node * self.ranks_per_node
         away = sum(send_sizes) - send_sizes[self.rank]
-        self._count("all_to_all (combined)", away * send.element_size())
-        return Received(send, received, work)
+        elsewhere = sum(send_sizes) - sum(send_sizes[node : node + self.ranks_per_node])
+        self._count("all_to_all (combined)", away * send.element_size(), elsewhere * send.element_size())
+        return Received(received, work, sent=send)
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         if self.world_size == 1:
             return [mine]
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(everyone, mine, group=self.control)
-        self._count("all_gather (control)", mine.numel() * mine.element_size() * (self.world_size - 1))
+        self._count("all_gather (control)", mine.nbytes * (self.world_size - 1), mine.nbytes * self._ranks_elsewhere)
         return everyone
 
-    def _count(self, operation: str, sent: int) -> None:
+    @property
+    def _ranks_elsewhere(self) -> int:
+        return self.world_size - self.ranks_per_node
+
+    def _count(self, operation: str, sent: int, between_nodes: int) -> None:
         self.sent_bytes[operation] += sent
+        self.sent_between_nodes[operation] += between_nodes
 
 
 @dataclasses.dataclass
 class Received:
-    """A collective under way: keeps the sent tensor alive until the received one may be read."""
+    """A collective under way: keeps the sent tensor alive until the received one may be read.
 
-    _sent: Tensor
-    _received: Tensor
-    _work: dist.Work | None
+    Args:
+        result: the received tensor, or what makes it once the work is done.
+        work: the collective, or `None` where there is nothing to wait for.
+        sent: what the collective reads.
+    """
+
+    result: Tensor | Callable[[], Tensor]
+    work: dist.Work | None = None
+    sent: Tensor | None = None
 
     def wait(self) -> Tensor:
         """Returns the received tensor. On CUDA the current stream waits, not the host."""
-        if self._work is not None:
-            self._work.wait()
-        return self._received
+        if self.work is not None:
+            self.work.wait()
+        return self.result if isinstance(self.result, Tensor) else self.result()
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Where a run of a bucket's combined gradient has to go.
-
-    Args:
-        start, numel: the run, in elements of the bucket.
-        owner: the rank that needs it.
-        target: which of the owner's target tensors.
-        target_start: where in that tensor.
-    """
-
-    start: int
-    numel: int
-    owner: int
-    target: int
-    target_start: int
+def control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Returns a gloo group of the same ranks for messages between hosts, which then never wait for an accelerator; a
+    collective call where one has to be made."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
 
 
-class Delivery:
-    """Sends the combined shards of one bucket on to their owners (ZeRO-1/2, whose partitions are no even slices).
-
-    Every rank resolves an even slice of the bucket, whoever owns its elements: so the rows, K times the elements, are
-    spread evenly, and only the combined gradient, once a window, travels to its owner.
-    """
-
-    def __init__(self, exchange: Exchange, pieces: Sequence[Piece], shard_numel: int) -> None:
-        self._exchange = exchange
-        ranks = range(exchange.world_size)
-        self._outgoing = [_route(pieces, exchange.rank, shard_numel, owner) for owner in ranks]
-        self._incoming = [_route(pieces, rank, shard_numel, exchange.rank) for rank in ranks]
-
-    def start(self, shard: Tensor) -> Received:
-        """Starts sending this rank's combined shard `[S]`."""
-        parts = [shard.narrow(0, piece.start, piece.numel) for route in self._outgoing for piece in route]
-        send = torch.cat(parts) if parts else shard.new_empty(0)
-        return self._exchange.all_to_all(send, _sizes(self._outgoing), _sizes(self._incoming))
-
-    def finish(self, received: Received, targets: Sequence[Tensor]) -> None:
-        """Writes what arrived into this rank's flat target tensors."""
-        data = received.wait()
-        position = 0
-        for route in self._incoming:
-            for piece in route:
-                part = data.narrow(0, position, piece.numel)
-                targets[piece.target].narrow(0, piece.target_start, piece.numel).copy_(part)
-                position += piece.numel
-
-
-def _route(pieces: Sequence[Piece], rank: int, shard_numel: int, owner: int) -> list[Piece]:
-    """The pieces of `owner` that lie in the shard of `rank`, with `start` counted from the shard's first element;
-    runs that are neighbours on both sides are merged."""
-    low, high = rank * shard_numel, (rank + 1) * shard_numel
-    route: list[Piece] = []
-    for piece in pieces:
-        start, stop = max(piece.start, low), min(piece.start + piece.numel, high)
-        if piece.owner != owner or start >= stop:
-            continue
-        target_start = piece.target_start + start - piece.start
-        last = route[-1] if route else None
-        if (
-            last is not None
-            and last.target == piece.target
-            and last.start + last.numel == start - low
-            and last.target_start + last.numel == target_start
-        ):
-            route[-1] = dataclasses.replace(last, numel=last.numel + stop - start)
-        else:
-            route.append(Piece(start - low, stop - start, owner, piece.target, target_start))
-    return route
-
-
-def _sizes(routes: Sequence[Sequence[Piece]]) -> list[int]:
-    return [sum(piece.numel for piece in route) for route in routes]
+def _node_groups(
+    group: dist.ProcessGroup | None, rank: int, inside: int
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Makes the groups of this rank's node, and of the ranks that have its position in their nodes."""
+    ranks = dist.get_process_group_ranks(group)
+    first, position = rank // inside * inside, rank % inside
+    members = [ranks[first : first + inside], ranks[position::inside]]
+    backend = dist.get_backend(group)
+    node, across = (dist.new_group(each, backend=backend, use_local_synchronization=True) for each in members)
+    return node, across

@@ -1,4 +1,4 @@
-"""The row store: for every bucket, the rows of the languages that this window has seen so far, `[K, S]` in float32."""
+"""The row store: for every bucket, the rows of the languages that this window has seen so far, `[K, S]`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,32 @@ class RowStore:
 
     A row is allocated when its language first comes and reused from window to window; the first gradient of a window
     overwrites it, so that nothing is ever filled with zeros.
+
+    Args:
+        storage: `float32`, `bfloat16` (rounded with every gradient that is added), or `host`: float32 in host memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, storage: str = "float32") -> None:
+        self._dtype = torch.bfloat16 if storage == "bfloat16" else torch.float32
+        self._on_host = storage == "host"
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._filled: set[tuple[int, int]] = set()
+
+    @property
+    def is_float32_on_device(self) -> bool:
+        """Whether the rows are as kernels add gradients to them, so that `claim` may be used."""
+        return self._dtype == torch.float32 and not self._on_host
 
     def add(self, bucket: int, language: int, gradient: Tensor, scale: float) -> None:
         """Adds `scale * gradient` (`[S]`, any floating dtype) to a row."""
         key = (bucket, language)
+        if self._on_host:
+            gradient = gradient.cpu()
         if key in self._filled:
             self._rows[key].add_(gradient, alpha=scale)
             return
         self._filled.add(key)
-        if key not in self._rows:
-            self._rows[key] = torch.empty_like(gradient, dtype=torch.float32)
-        row = self._rows[key].copy_(gradient)
+        row = self._row(key, gradient).copy_(gradient)
         if scale != 1.0:
             row.mul_(scale)
 
@@ -50,16 +60,23 @@ class RowStore:
         for language in receiving:
             key = (bucket, language)
             self._filled.add(key)
-            if key not in self._rows:
-                self._rows[key] = torch.empty_like(like, dtype=torch.float32)
+            self._row(key, like)
         return Claim(self.rows(bucket, languages), fresh)
 
     def rows(self, bucket: int, languages: list[int]) -> list[Tensor]:
-        """Returns the rows `[S]` of the languages, each of which must have been added in this window."""
+        """Returns the rows `[S]` of the languages where they are stored; each must have been added in this window."""
         missing = [language for language in languages if (bucket, language) not in self._filled]
         if missing:
             raise KeyError(f"bucket {bucket} has no row of language {missing[0]} in this window")
         return [self._rows[bucket, language] for language in languages]
+
+    def _row(self, key: tuple[int, int], like: Tensor) -> Tensor:
+        if key not in self._rows:
+            device = torch.device("cpu") if self._on_host else like.device
+            self._rows[key] = torch.empty(
+                like.shape, dtype=self._dtype, device=device, pin_memory=self._on_host and like.is_cuda
+            )
+        return self._rows[key]
 
     def clear(self) -> None:
         """Forgets the window; the memory is kept for the next one."""

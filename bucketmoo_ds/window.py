@@ -106,3 +106,16 @@ class Window:
             "token": lambda language: len(present) / total,
         }[self.weighting]
         return [self.reference_scale(language) * share(language) for language in present]
+
+
+def merged_by_node(slots: Sequence[Slot], ranks_per_node: int) -> list[Slot] | None:
+    """Returns one slot for each node, which stands for the sum of its ranks' gradients in units of that slot's scale;
+    `None` where the ranks of a node train on several languages."""
+    merged = []
+    for first in range(0, len(slots), ranks_per_node):
+        fed = [slot for slot in slots[first : first + ranks_per_node] if slot.target_tokens > 0]
+        if len({slot.language for slot in fed}) > 1:
+            return None
+        tokens = sum(slot.target_tokens for slot in fed)
+        merged.append(dataclasses.replace(fed[0] if fed else slots[first], target_tokens=tokens))
+    return merged

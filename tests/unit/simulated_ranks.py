@@ -36,6 +36,7 @@ class SimulatedExchange(Exchange):
 
     def __init__(self, rank: int, world_size: int, hub: Hub | None = None) -> None:
         self.rank, self.world_size, self._hub = rank, world_size, hub
+        self.ranks_per_node = self.nodes = 1
         self.sent_bytes: collections.Counter[str] = collections.Counter()
 
     def _swap(self, value: Any) -> list[Any]:
@@ -45,7 +46,7 @@ class SimulatedExchange(Exchange):
     def scatter(self, flat: Tensor) -> Received:
         slices = [other.view(self.world_size, -1)[self.rank] for other in self._swap(flat.clone())]
         flat.fill_(float("nan"))  # whoever still reads what was sent is found out
-        return Received(flat, torch.stack(slices), None)
+        return Received(torch.stack(slices), sent=flat)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         everyone = self._swap(tensor.clone())
@@ -54,7 +55,7 @@ class SimulatedExchange(Exchange):
     def all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Received:
         parts = [data.split(sizes)[self.rank] for data, sizes in self._swap((send.clone(), send_sizes))]
         assert [part.numel() for part in parts] == receive_sizes
-        return Received(send, torch.cat(parts), None)
+        return Received(torch.cat(parts), sent=send)
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         return [tensor.clone() for tensor in self._swap(mine.clone())]

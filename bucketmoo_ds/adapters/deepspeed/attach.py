@@ -21,9 +21,9 @@ from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, Reduction
 from bucketmoo_ds.batch import LanguageTracker
 from bucketmoo_ds.blocks import Parameter, plan_blocks
+from bucketmoo_ds.choices import create_aggregator, ranks_per_node
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
-from bucketmoo_ds.engine import create_aggregator
-from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.exchange import Exchange, control_group
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
 
@@ -80,7 +80,9 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
         Parameter(trainable[id(param)], param.numel()) for param in engine.module.parameters() if id(param) in used
     ]
     plan = plan_blocks(parameters, int(optimizer.reduce_bucket_size), config.granularity)
-    exchange = Exchange(optimizer.dp_process_group, _control_group(optimizer))
+    group = optimizer.dp_process_group
+    per_node = ranks_per_node(config, dist.get_world_size(group))
+    exchange = Exchange(group, control_group(group), per_node)
     optimizer.__class__ = BucketMOOZeroOptimizer
     engine.reduction = optimizer.reduction = Reduction(engine, optimizer, plan, exchange)
     show_by_default()
@@ -110,11 +112,3 @@ def _choose_optimizer(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ..
     if chosen == BFLOAT16 and engine.zero_optimization() and read_section(engine._config._param_dict) is not None:
         return ZERO_OPTIMIZATION
     return chosen
-
-
-def _control_group(optimizer: DeepSpeedZeroOptimizer) -> dist.ProcessGroup | None:
-    """Messages between hosts go over gloo, so that they never wait for an accelerator."""
-    group = optimizer.dp_process_group
-    if dist.get_backend(group) == "gloo":
-        return None
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")

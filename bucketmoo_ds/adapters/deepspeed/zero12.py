@@ -21,9 +21,10 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.staging import Staging
 from bucketmoo_ds.blocks import BlockPlan
+from bucketmoo_ds.delivery import Delivery, Piece
 from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.exchange import Delivery, Exchange, Piece, Received
+from bucketmoo_ds.exchange import Exchange, Received
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
