@@ -29,12 +29,16 @@ _PUBLIC = {
     "weights": "bucketmoo_ds.aggregate",
 }
 
+_MODULES = {"fsdp2": "bucketmoo_ds.adapters.fsdp2"}
+
 __all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__version__", "initialize", "weights"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +43,14 @@ class Bucket:
     name: str
     parameters: tuple[int, ...]
     offsets: tuple[int, ...]
+    numel: int
+
+
+class Run(NamedTuple):
+    """Consecutive elements of one parameter: its index in the plan, where they start, and how many they are."""
+
+    parameter: int
+    start: int
     numel: int
 
 
@@ -98,17 +106,24 @@ class BlockPlan:
 
     def segments(self, bucket: int, start: int, stop: int) -> Segments:
         """Returns the segments of the shard `[start, stop)` of a bucket; padding beyond the bucket has none."""
+        members = self.buckets[bucket]
+        places = zip(members.parameters, members.offsets, strict=True)
+        runs = [Run(index, offset, self.parameters[index].numel) for index, offset in places]
+        return self.segments_of(bucket, runs, start, stop)
+
+    def segments_of(self, bucket: int, runs: Sequence[Run], start: int, stop: int) -> Segments:
+        """Returns the segments of the slice `[start, stop)` of something that holds these runs of a bucket's
+        parameters, in ascending order."""
         cells = self.cells_of(bucket)
         number = {self.cell_block[cell]: cell - cells[0] for cell in cells}
         spans: list[list[int]] = []
         owners: list[int] = []
-        members = self.buckets[bucket]
-        for index, offset in zip(members.parameters, members.offsets, strict=True):
-            begin = max(offset, start)
-            end = min(offset + self.parameters[index].numel, stop)
+        for run in runs:
+            begin = max(run.start, start)
+            end = min(run.start + run.numel, stop)
             if begin >= end:
                 continue
-            cell = number[self.block_of[index]]
+            cell = number[self.block_of[run.parameter]]
             if spans and owners[-1] == cell and sum(spans[-1]) == begin - start:
                 spans[-1][1] += end - begin
             else:
@@ -146,18 +161,32 @@ def plan_blocks(parameters: Sequence[Parameter], bucket_size: int, granularity: 
     Args:
         parameters: the trainable parameters in the model's order, tied ones once.
         bucket_size: elements a bucket may hold (DeepSpeed's `reduce_bucket_size`).
+        granularity: see `plan_buckets`.
+
+    Raises:
+        ConfigError: no trainable parameter, or a bucket size below 1.
+    """
+    if bucket_size < 1:
+        raise ConfigError(f"zero_optimization.reduce_bucket_size = {bucket_size}: expected at least 1 element")
+    return plan_buckets(parameters, _filled(parameters, bucket_size), granularity)
+
+
+def plan_buckets(parameters: Sequence[Parameter], members: Sequence[Sequence[int]], granularity: str) -> BlockPlan:
+    """Plans blocks over given buckets.
+
+    Args:
+        parameters: the trainable parameters in the model's order, tied ones once.
+        members: for each bucket, in the order in which they are reduced, the indices of its parameters, ascending.
         granularity: `bucket`: a block a bucket. `parameter`: a block a parameter. `layer`: a block for all parameters
             below the same repeated layer (the name up to its first number, `model.layers.3`) or, outside of one, of
             the same module. `model`: one block, which is classical full-gradient MOO.
 
     Raises:
-        ConfigError: no trainable parameter, or a bucket size below 1.
+        ConfigError: no trainable parameter.
     """
     if not parameters:
         raise ConfigError("the model has no trainable parameter: nothing to resolve")
-    if bucket_size < 1:
-        raise ConfigError(f"zero_optimization.reduce_bucket_size = {bucket_size}: expected at least 1 element")
-    buckets = _fill_buckets(parameters, bucket_size)
+    buckets = [_bucket(number, parameters, indices) for number, indices in enumerate(members)]
     if granularity == "bucket":
         blocks = [bucket.name for bucket in buckets]
         bucket_of = {index: number for number, bucket in enumerate(buckets) for index in bucket.parameters}
@@ -196,7 +225,7 @@ def layer_of(name: str) -> str:
 _LABELS: dict[str, Callable[[str], str]] = {"parameter": str, "layer": layer_of, "model": lambda name: "model"}
 
 
-def _fill_buckets(parameters: Sequence[Parameter], bucket_size: int) -> list[Bucket]:
+def _filled(parameters: Sequence[Parameter], bucket_size: int) -> list[list[int]]:
     groups: list[list[int]] = []
     filled = 0
     for index in reversed(range(len(parameters))):
@@ -206,10 +235,10 @@ def _fill_buckets(parameters: Sequence[Parameter], bucket_size: int) -> list[Buc
             filled = 0
         groups[-1].append(index)
         filled += numel
-    return [_bucket(number, parameters, group[::-1]) for number, group in enumerate(groups)]
+    return [group[::-1] for group in groups]
 
 
-def _bucket(number: int, parameters: Sequence[Parameter], members: list[int]) -> Bucket:
+def _bucket(number: int, parameters: Sequence[Parameter], members: Sequence[int]) -> Bucket:
     offsets = []
     numel = 0
     for index in members:

@@ -24,31 +24,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Sampler
 
+from bucketmoo_ds.choices import ranks_per_node as ranks_of_a_node
+from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, did_you_mean
 from bucketmoo_ds.schedule import LanguageSchedule
-
-
-class SamplerDefaults(Protocol):
-    """What the sampler reads from a configuration; `BucketMOOConfig` has it."""
-
-    @property
-    def languages(self) -> Sequence[str]:
-        """The languages in the order of their indices."""
-
-    @property
-    def language_key(self) -> str:
-        """The column that names a sample's language."""
-
-    @property
-    def seed(self) -> int:
-        """The seed, alike on all ranks."""
 
 
 class LanguageBatchSampler(Sampler[list[int]]):
@@ -58,7 +44,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
         dataset: a map-style dataset with a language column: a Hugging Face `Dataset`, or anything with `len` whose
             rows are mappings. The column holds names, indices into `languages`, or a `ClassLabel`. Not needed where
             `sample_languages` is given.
-        config: gives `languages`, `language_column` and `seed` where those are not given.
+        config: gives `languages`, `language_column`, `seed` and `ranks_per_node` where those are not given.
         languages: the K names, in the order of their indices.
         language_column: the column's name, `language` if nothing says otherwise.
         sample_languages: the language of each row, by name or index, instead of the dataset's column.
@@ -68,6 +54,8 @@ class LanguageBatchSampler(Sampler[list[int]]):
         rank: yields this rank's micro-batches only; `None` yields the global order, see the module.
         temperature, affinity, epoch_end: see `LanguageSchedule`.
         seed: of everything random, alike on all ranks; 0 if nothing says otherwise.
+        ranks_per_node: L, ranks that train on one language in a micro-step, see `LanguageSchedule`. Where the config
+            says `exchange: two_stage`, its nodes if nothing says otherwise; else 1.
 
     Attributes:
         schedule: the `LanguageSchedule`: `schedule.table(epoch, window)` has the language index of each slot.
@@ -82,7 +70,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
     def __init__(
         self,
         dataset: Any = None,
-        config: SamplerDefaults | None = None,
+        config: BucketMOOConfig | None = None,
         *,
         micro_batch_size: int,
         micro_steps: int = 1,
@@ -95,6 +83,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
         seed: int | None = None,
         affinity: str = "micro_step",
         epoch_end: str = "longest",
+        ranks_per_node: int | None = None,
     ) -> None:
         if languages is None:
             if config is None:
@@ -106,6 +95,9 @@ class LanguageBatchSampler(Sampler[list[int]]):
         self._rows = [np.flatnonzero(self._labels == index) for index in range(len(names))]
         if world_size is None:
             world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if ranks_per_node is None:
+            by_node = config is not None and config.exchange == "two_stage"
+            ranks_per_node = ranks_of_a_node(config, world_size) if by_node else 1
         self.schedule = LanguageSchedule(
             names,
             [len(rows) for rows in self._rows],
@@ -116,6 +108,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
             seed=seed if seed is not None else config.seed if config is not None else 0,
             affinity=affinity,
             epoch_end=epoch_end,
+            ranks_per_node=ranks_per_node,
         )
         if rank is not None and not 0 <= rank < world_size:
             raise ConfigError(f"rank = {rank}: expected 0 to {world_size - 1}, as world_size = {world_size}")

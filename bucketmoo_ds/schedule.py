@@ -2,6 +2,8 @@
 
 **The rule.** A window has S places for languages: M micro-steps times W ranks, or W where a rank keeps one language
 for the window (`affinity="window"`). What fills a place is a *unit*: one micro-batch, or the M micro-batches of a rank.
+Where the L ranks of a node train on one language in a micro-step (`ranks_per_node=L`, which the exchange in two stages
+needs), a place is a whole node: there are L times fewer places, and a unit is L times the micro-batches.
 
 1. *Coverage.* A window covers as many languages as it can: all that have data left where S places suffice, else S
    different ones, in rotation.
@@ -62,6 +64,7 @@ class LanguageSchedule:
         affinity: `micro_step`: each slot on its own. `window`: a rank keeps one language for the window, which ZeRO-1
             needs because it reduces at the boundary only.
         epoch_end: `longest` or `shortest`, rule 4.
+        ranks_per_node: L, ranks that train on one language in a micro-step: 0 to L-1, L to 2L-1, and so on.
 
     Raises:
         ConfigError: a value out of range, a language without one unit, or too few samples for one window.
@@ -79,6 +82,7 @@ class LanguageSchedule:
         seed: int = 0,
         affinity: str = "micro_step",
         epoch_end: str = "longest",
+        ranks_per_node: int = 1,
     ) -> None:
         self.languages = tuple(languages)
         self.sizes = tuple(int(size) for size in sizes)
@@ -89,11 +93,17 @@ class LanguageSchedule:
         self.seed = _whole("seed", seed, 0)
         self.affinity = _choice("affinity", affinity, AFFINITIES)
         self.epoch_end = _choice("epoch_end", epoch_end, EPOCH_ENDS)
+        self.ranks_per_node = _whole("ranks_per_node", ranks_per_node, 1)
         if not self.languages or len(set(self.languages)) < len(self.languages):
             raise ConfigError(f"languages = {list(self.languages)}: expected one name or more, each once")
         if len(self.sizes) != len(self.languages):
             raise ConfigError(f"sizes = {list(self.sizes)}: expected one for each of {list(self.languages)}")
-        self._unit = self.micro_steps if affinity == "window" else 1
+        if self.world_size % self.ranks_per_node:
+            raise ConfigError(
+                f"ranks_per_node = {self.ranks_per_node}: world_size = {self.world_size} is no multiple of it; expected "
+                "nodes of equally many ranks, or 1 to give each rank its own language"
+            )
+        self._unit = self.ranks_per_node * (self.micro_steps if affinity == "window" else 1)
         self._taken = self._spread()
 
     @property
@@ -117,10 +127,10 @@ class LanguageSchedule:
             raise IndexError(f"window {window}: an epoch has windows 0 to {self.windows_per_epoch - 1}")
         counts = self._taken[window + 1] - self._taken[window]
         places = np.repeat(np.arange(len(self.languages)), counts)
-        rng = _generator(self.seed, _PLACES, epoch, window)
-        if self.affinity == "window":
-            return np.tile(rng.permutation(places), (self.micro_steps, 1))
-        return rng.permutation(places).reshape(self.micro_steps, self.world_size)
+        nodes = self.world_size // self.ranks_per_node
+        by_node = _generator(self.seed, _PLACES, epoch, window).permutation(places).reshape(-1, nodes)
+        by_rank = by_node.repeat(self.ranks_per_node, axis=1)
+        return np.tile(by_rank, (self.micro_steps, 1)) if self.affinity == "window" else by_rank
 
     def taken(self, window: int) -> NDArray[np.int64]:
         """Returns how many micro-batches of each language an epoch takes before this window, `[K]`."""
@@ -143,6 +153,7 @@ class LanguageSchedule:
             "seed": self.seed,
             "affinity": self.affinity,
             "epoch_end": self.epoch_end,
+            "ranks_per_node": self.ranks_per_node,
         }
 
     def fingerprint(self) -> str:
@@ -210,10 +221,13 @@ class LanguageSchedule:
 
     @property
     def _unit_samples(self) -> str:
-        if self._unit == 1:
-            return f"micro_batch_size = {self.micro_batch_size} samples"
-        samples = f"{self.micro_batch_size} x {self.micro_steps} samples"
-        return f'micro_batch_size x micro_steps = {samples} (affinity = "window")'
+        factors = {"micro_batch_size": self.micro_batch_size}
+        if self.affinity == "window":
+            factors["micro_steps"] = self.micro_steps
+        if self.ranks_per_node > 1:
+            factors["ranks_per_node"] = self.ranks_per_node
+        samples = f"{' x '.join(factors)} = {' x '.join(map(str, factors.values()))} samples"
+        return samples + ' (affinity = "window")' * (self.affinity == "window")
 
 
 def _shares(weights: NDArray[np.float64], slots: int) -> NDArray[np.float64]:

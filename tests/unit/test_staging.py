@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bucketmoo_ds.adapters.deepspeed.staging import Staging
+from bucketmoo_ds.adapters.staging import Staging
 from bucketmoo_ds.blocks import BlockPlan, Parameter, plan_blocks
 from bucketmoo_ds.errors import BucketMOOError
 

@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from bucketmoo_ds.adapters.deepspeed.staging import Staging
+from bucketmoo_ds.adapters.staging import Staging
 from bucketmoo_ds.blocks import BlockPlan
 from bucketmoo_ds.delivery import Delivery, Piece
 from bucketmoo_ds.engine import BucketMOO

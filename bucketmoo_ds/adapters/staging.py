@@ -16,7 +16,7 @@ from bucketmoo_ds.errors import BucketMOOError
 
 
 class Staging:
-    """Flat buffers of the buckets of one micro-step (ZeRO-2) or of one window (ZeRO-1).
+    """Flat buffers of the buckets of one micro-step, or (ZeRO-1) of one window.
 
     Args:
         plan: the buckets.

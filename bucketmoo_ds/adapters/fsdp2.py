@@ -1,0 +1,389 @@
+"""FSDP2: `register(model, config)` after `fully_shard`, built on `set_custom_reduce_scatter`.
+
+Read in torch 2.13.0, `torch/distributed/fsdp/_fully_shard`. A bucket is a parameter group of FSDP2; its reduce-scatter
+input is `[W * s]`, where slice j holds rank j's padded chunk of every parameter. What the reduce-scatter returns is not
+used: the combined gradient is written into the parameters' `.grad`, which FSDP2 has made by then. So the wire may be
+bfloat16 while rows and results are float32, gradients may lie on the CPU, and a window's gradients are there when
+backward returns, for clipping as for the optimizer.
+
+With replicas (HSDP, a 2-D mesh) FSDP2 would add the replicas' gradients up after the reduce-scatter, and that sum would
+be one of already combined gradients. So it is told not to, all ranks exchange with each other, and the replicas gather
+the combined pieces: where a replica trains on one language that costs what FSDP2's own reduction does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor
+
+from bucketmoo_ds.adapters.session import Adapter, Session
+from bucketmoo_ds.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
+from bucketmoo_ds.choices import ranks_per_node
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.engine import BucketMOO
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.exchange import Exchange, Received, control_group
+
+
+def register(
+    model: nn.Module,
+    config: BucketMOOConfig,
+    *,
+    micro_steps: int = 1,
+    once_a_window: bool = False,
+    on_nonfinite: str = "drop",
+) -> Session:
+    """Makes FSDP2 resolve the conflicts of a model's languages inside its gradient reduction.
+
+    Call it on all ranks, after `fully_shard` and before the first forward pass. Every micro-batch then names its
+    language: by an entry of the batch (`config.language_key`), or inside `with session.language("de"):`. Divide the
+    loss by `micro_steps` as usual. When the last backward of a window returns, `.grad` holds the combined gradient.
+
+    Args:
+        model: the root module, to which `fully_shard` was applied.
+        config: the settings.
+        micro_steps: M, backward passes between two optimizer steps.
+        once_a_window: whether each rank adds up its micro-steps, unsharded, and exchanges them at the boundary: fewer
+            bytes, more memory, and each rank keeps one language for the window. FSDP2's `set_requires_gradient_sync`
+            is then set here.
+        on_nonfinite: see `Session`.
+
+    Returns:
+        The session: `session.last` is the latest window's resolution.
+
+    Raises:
+        ConfigError: the model, its mesh or a setting of FSDP2 does not allow it; the message says what does.
+    """
+    if not isinstance(model, FSDPModule):
+        raise ConfigError(
+            f"fsdp2.register: {type(model).__name__} is no FSDP2 module; apply fully_shard to the root module first"
+        )
+    groups = _groups(model)[::-1]  # as backward delivers them
+    mesh = _common_mesh(groups)
+    exchange, replicas = _exchange(mesh, config)
+    plan = _plan(model, groups, config.granularity)
+    adapter = _Reduction(model, groups, plan, exchange, replicas, once_a_window)
+    moo = BucketMOO(
+        config,
+        plan,
+        exchange,
+        adapter.deliver,
+        micro_steps=micro_steps,
+        local=once_a_window and micro_steps > 1,
+        segments=[adapter.segments(bucket) for bucket in range(len(groups))],
+        overlap=True,
+        device=adapter.device,
+    )
+    adapter.moo = moo
+    session = Session(model, config, moo, adapter, on_nonfinite)
+    adapter.install()
+    return session
+
+
+@dataclasses.dataclass
+class _Group:
+    """One parameter group of FSDP2: the module to set its communication at, and its trainable parameters in order.
+
+    Args:
+        parameters: DTensors.
+        padded: elements of each parameter's padded chunk.
+        indices: of the parameters in the plan.
+    """
+
+    module: FSDPModule
+    parameters: list[Any]
+    padded: list[int]
+    mesh: DeviceMesh
+    indices: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def shard_numel(self) -> int:
+        return sum(self.padded)
+
+
+def _groups(model: nn.Module) -> list[_Group]:
+    """The parameter groups that have something to train, in the model's order.
+
+    FSDP2 offers no public way to ask which parameters a group holds, in which order.
+    """
+    groups: list[_Group] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        if len(state._fsdp_param_groups) > 1:
+            raise ConfigError(
+                f'fsdp2.register: module "{name}" has several parameter groups (parameters on several meshes), for '
+                "which FSDP2 takes no custom reduce-scatter; apply fully_shard to a module for each mesh"
+            )
+        for group in state._fsdp_param_groups:
+            if id(group) in seen:
+                continue
+            seen.add(id(group))
+            _refuse(name, group)
+            trained = [each for each in group.fsdp_params if each.sharded_param.requires_grad]
+            if trained:
+                parameters = [each.sharded_param for each in trained]
+                padded = [each.padded_sharded_param_size.numel() for each in trained]
+                groups.append(_Group(module, parameters, padded, parameters[0].device_mesh))
+    if not groups:
+        raise ConfigError("fsdp2.register: the model has no trainable parameter that fully_shard has taken")
+    plain = [
+        name for name, each in model.named_parameters() if each.requires_grad and not isinstance(each, DTensor)
+    ]
+    if plain:
+        raise ConfigError(
+            f'fsdp2.register: parameter "{plain[0]}" is trained, but not sharded ({len(plain)} in all), so that its '
+            "gradient would not pass through the reduction: add adapters before fully_shard, do not ignore it, or "
+            "freeze it"
+        )
+    return groups
+
+
+def _refuse(name: str, group: Any) -> None:
+    communication = type(group._reduce_scatter_comm).__name__
+    if communication != "DefaultReduceScatter":
+        raise ConfigError(
+            f'fsdp2.register: the reduce-scatter of module "{name}" is {communication}, which it replaces; leave out '
+            "set_symm_mem_for_comm, set_allocate_memory_from_process_group_for_comm and set_custom_reduce_scatter"
+        )
+    if group._all_reduce_hook is not None:
+        raise ConfigError(
+            f'fsdp2.register: module "{name}" has an all-reduce hook, which would add up combined gradients; leave '
+            "out set_all_reduce_hook and shard on a 2-D mesh instead"
+        )
+    for each in group.fsdp_params:
+        if getattr(each.sharded_param, "_post_accumulate_grad_hooks", None):
+            raise ConfigError(
+                f'fsdp2.register: a parameter of module "{name}" has a post-accumulate-grad hook (an optimizer in '
+                "backward), which would run before the gradients are combined; step after backward"
+            )
+
+
+def _common_mesh(groups: Sequence[_Group]) -> DeviceMesh:
+    mesh = groups[0].mesh
+    if any(group.mesh != mesh for group in groups):
+        raise ConfigError("fsdp2.register: parameters are sharded on several meshes; use one mesh for all")
+    if mesh.ndim > 2:
+        raise ConfigError(
+            f"fsdp2.register: parameters lie on a mesh of {mesh.ndim} dimensions; bucket_moo works with data-parallel "
+            "ones only: one (FSDP) or two (HSDP)"
+        )
+    placements = {parameter.placements for group in groups for parameter in group.parameters}
+    if mesh.ndim == 2 and not all(placement[0].is_replicate() for placement in placements):
+        raise ConfigError(
+            "fsdp2.register: parameters are sharded in both dimensions of their mesh (tensor parallelism); bucket_moo "
+            "works with data-parallel meshes only"
+        )
+    return mesh
+
+
+def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist.ProcessGroup | None]:
+    """The exchange of all ranks of the mesh, and the group of this rank's replicas where there are any."""
+    ranks = mesh.mesh.flatten().tolist()
+    if ranks != sorted(ranks):
+        raise ConfigError("fsdp2.register: the mesh's ranks do not ascend, and process groups would reorder them")
+    if mesh.ndim == 1:
+        only = mesh.get_group()
+        return Exchange(only, control_group(only), ranks_per_node(config, len(ranks))), None
+    if mesh.size(1) == 1 < mesh.size(0):
+        raise ConfigError(
+            "fsdp2.register: the mesh has replicas, but shards nothing, and FSDP2 then calls no reduce-scatter; use a "
+            "1-D mesh, or DDP (bucketmoo_ds.ddp)"
+        )
+    everyone = len(ranks) == dist.get_world_size()
+    group: Any = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
+    if config.ranks_per_node == 0:  # a replica is the natural node
+        config = dataclasses.replace(config, ranks_per_node=mesh.size(1))
+    return Exchange(group, control_group(group), ranks_per_node(config, len(ranks))), mesh.get_group(0)
+
+
+def _plan(model: nn.Module, groups: Sequence[_Group], granularity: str) -> BlockPlan:
+    trained = {id(each): Parameter(name, each.numel()) for name, each in model.named_parameters() if each.requires_grad}
+    index = {identity: position for position, identity in enumerate(trained)}
+    for group in groups:
+        group.indices = [index[id(parameter)] for parameter in group.parameters]
+    return plan_buckets(list(trained.values()), [sorted(group.indices) for group in groups], granularity)
+
+
+class _Reduction(Adapter):
+    """Takes what FSDP2 would reduce-scatter, bucket by bucket, and writes combined gradients."""
+
+    moo: BucketMOO
+
+    def __init__(
+        self,
+        model: FSDPModule,
+        groups: Sequence[_Group],
+        plan: BlockPlan,
+        exchange: Exchange,
+        replicas: dist.ProcessGroup | None,
+        once_a_window: bool,
+    ) -> None:
+        self._model = model
+        self._groups = groups
+        self._plan = plan
+        self._exchange = exchange
+        self._replica_group = replicas
+        self._replicas = dist.get_world_size(replicas) if replicas is not None else 1
+        self._once_a_window = once_a_window
+        self._delivering: dict[int, Received] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where gradients are reduced; parameters themselves may be offloaded."""
+        return torch.device(self._groups[0].mesh.device_type)
+
+    def install(self) -> None:
+        """Replaces FSDP2's reduction."""
+        for bucket, group in enumerate(self._groups):
+            module = group.module
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)
+            module.set_custom_reduce_scatter(_ReduceScatter(self, bucket, empty_output=self._replicas > 1))
+            if self._exchange.world_size == 1:  # FSDP2 then reduces nothing, but still calls this hook
+                module.set_all_reduce_hook(functools.partial(self._take_all, bucket))
+
+    @property
+    def _shards(self) -> int:
+        return self._exchange.world_size // self._replicas
+
+    def begin(self, factor: float, boundary: bool) -> None:
+        """See `Adapter`."""
+        if self._once_a_window:
+            self._model.set_requires_gradient_sync(boundary)
+        if self._replicas > 1:
+            self._model.set_requires_all_reduce(False)
+        self._expects = boundary or not self._once_a_window
+        self._arrived: dict[int, Tensor] = {}
+        self._next = 0
+
+    def take(self, bucket: int, flat: Tensor) -> None:
+        """Takes a bucket's gradient, `[S * s]` for S shards; hands buckets to the engine in the plan's order, which is
+        the same on every rank.
+
+        Raises:
+            BucketMOOError: its size is not the bucket's, or it comes a second time.
+        """
+        group = self._groups[bucket]
+        if flat.numel() != self._shards * group.shard_numel:
+            raise BucketMOOError(
+                f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, "
+                f"{self._shards * group.shard_numel} were there at register; freeze, unfreeze or add parameters before "
+                "fsdp2.register"
+            )
+        if bucket < self._next or bucket in self._arrived:
+            raise BucketMOOError(
+                f"{self._plan.buckets[bucket].name}: got a second gradient in one backward, after the first was "
+                "exchanged (a module that is called twice does that); apply fully_shard to a module that contains "
+                "all its calls"
+            )
+        self._arrived[bucket] = flat
+        while self._next in self._arrived:
+            self._leave(self._arrived.pop(self._next))
+
+    def _take_all(self, bucket: int, gradient: Tensor) -> None:
+        """One rank alone: the gradient will be `.grad`, to which the combined one must not be added."""
+        self.take(bucket, gradient.clone())
+        gradient.zero_()
+
+    def _leave(self, flat: Tensor) -> None:
+        bucket = self._next
+        self._next += 1
+        if flat.is_cuda:  # allocated on another stream than the one that exchanges it
+            flat.record_stream(torch.cuda.current_stream())
+        self.moo.ingest(bucket, self._by_rank(bucket, flat))
+
+    def _by_rank(self, bucket: int, flat: Tensor) -> Tensor:
+        """Cuts the shards into one piece a replica: piece (replica, shard) is the one of that rank of the mesh."""
+        if self._replicas == 1:
+            return flat
+        shard, piece = self._groups[bucket].shard_numel, self._piece_numel(bucket)
+        pieces = flat.new_zeros(self._replicas, self._shards, piece)
+        shards = flat.view(self._shards, shard)
+        for replica in range(self._replicas):
+            part = shards[:, replica * piece : (replica + 1) * piece]
+            pieces[replica, :, : part.size(1)] = part
+        return pieces.view(-1)
+
+    def end(self) -> list[bool]:
+        """See `Adapter`. A parameter without a gradient counts as a gradient of zeros."""
+        missing = [self._plan.buckets[bucket].name for bucket in range(self._next, len(self._groups))]
+        if self._expects and missing:
+            raise BucketMOOError(
+                f"{missing[0]} ({len(missing)} in all) was not reduced in this backward: "
+                "set_requires_gradient_sync(False) mixes the languages of a rank's micro-steps; leave it out, or "
+                "register with once_a_window=True, which sets it, and keep one language a rank and window"
+            )
+        return [True] * len(self._plan.parameters)
+
+    def deliver(self, bucket: int, shard: Tensor) -> None:
+        """The engine's sink."""
+        if self._replicas == 1:
+            self._write(bucket, shard)
+        else:
+            self._delivering[bucket] = self._exchange.all_gather(shard, self._replica_group)
+
+    def write(self) -> None:
+        """See `Adapter`."""
+        for bucket, received in self._delivering.items():
+            self._write(bucket, received.wait())
+        self._delivering.clear()
+
+    @torch.no_grad()
+    def _write(self, bucket: int, shard: Tensor) -> None:
+        group = self._groups[bucket]
+        start = 0
+        for parameter, padded in zip(group.parameters, group.padded, strict=True):
+            if parameter.grad is None:  # FSDP2 has not made it yet, and will add zeros; with replicas it makes none
+                parameter.grad = torch.empty_like(parameter)
+            local = parameter.grad.to_local()
+            local.copy_(shard.narrow(0, start, local.numel()).view_as(local))
+            start += padded
+
+    def _piece_numel(self, bucket: int) -> int:
+        return -(-self._groups[bucket].shard_numel // self._replicas)
+
+    def segments(self, bucket: int) -> Segments:
+        """Returns the segments of this rank's piece of a bucket."""
+        group = self._groups[bucket]
+        starts = itertools.accumulate(group.padded, initial=0)
+        runs = [Run(*run) for run in zip(group.indices, starts, group.padded, strict=False)]
+        piece, replica = self._piece_numel(bucket), self._exchange.rank // self._shards
+        return self._plan.segments_of(bucket, runs, replica * piece, (replica + 1) * piece)
+
+
+class _ReduceScatter(ReduceScatter):
+    """What FSDP2 calls in place of its reduce-scatter of one bucket."""
+
+    def __init__(self, reduction: _Reduction, bucket: int, empty_output: bool) -> None:
+        self._reduction = reduction
+        self._bucket = bucket
+        self._empty_output = empty_output
+        self._is_output = False
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Called for the input, then for the output; with replicas FSDP2 only keeps the latter."""
+        size = (0,) if self._is_output and self._empty_output else tuple(size)
+        self._is_output = not self._is_output
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Hands the input over. The output becomes `.grad`, where the combined gradient is written later."""
+        output_tensor.zero_()
+        self._reduction.take(self._bucket, input_tensor)
