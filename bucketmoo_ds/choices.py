@@ -30,9 +30,15 @@ def ranks_per_node(config: BucketMOOConfig, world_size: int) -> int:
     """Returns how many consecutive ranks of the data-parallel group share a node.
 
     Raises:
-        ConfigError: `two_stage` was asked for where there are no several nodes of several ranks each.
+        ConfigError: `two_stage` was asked for where there are no several nodes of several ranks each, or
+            `ranks_per_node` leaves a node that is not full.
     """
-    per_node = config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or world_size
+    per_node = min(config.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or world_size, world_size)
+    if config.ranks_per_node and world_size % per_node:
+        raise ConfigError(
+            f"{SECTION}.ranks_per_node = {per_node}: {world_size} ranks are not whole nodes of so many; set it to the "
+            "ranks of a node, or leave it out"
+        )
     fits = world_size % per_node == 0 and 1 < per_node < world_size
     if config.exchange == "two_stage" and not fits:
         raise ConfigError(

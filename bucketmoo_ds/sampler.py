@@ -96,8 +96,9 @@ class LanguageBatchSampler(Sampler[list[int]]):
         if world_size is None:
             world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if ranks_per_node is None:
-            by_node = config is not None and config.exchange == "two_stage"
-            ranks_per_node = ranks_of_a_node(config, world_size) if by_node else 1
+            ranks_per_node = 1
+            if config is not None and config.exchange == "two_stage":
+                ranks_per_node = ranks_of_a_node(config, world_size)
         self.schedule = LanguageSchedule(
             names,
             [len(rows) for rows in self._rows],

@@ -100,8 +100,8 @@ class LanguageSchedule:
             raise ConfigError(f"sizes = {list(self.sizes)}: expected one for each of {list(self.languages)}")
         if self.world_size % self.ranks_per_node:
             raise ConfigError(
-                f"ranks_per_node = {self.ranks_per_node}: world_size = {self.world_size} is no multiple of it; expected "
-                "nodes of equally many ranks, or 1 to give each rank its own language"
+                f"ranks_per_node = {self.ranks_per_node}: world_size = {self.world_size} is no multiple of it; "
+                "expected nodes of equally many ranks, or 1 to give each rank a language of its own"
             )
         self._unit = self.ranks_per_node * (self.micro_steps if affinity == "window" else 1)
         self._taken = self._spread()
@@ -221,13 +221,12 @@ class LanguageSchedule:
 
     @property
     def _unit_samples(self) -> str:
+        of_window = self._unit // self.ranks_per_node
         factors = {"micro_batch_size": self.micro_batch_size}
-        if self.affinity == "window":
-            factors["micro_steps"] = self.micro_steps
-        if self.ranks_per_node > 1:
-            factors["ranks_per_node"] = self.ranks_per_node
+        factors |= {"micro_steps": of_window} if of_window > 1 else {}
+        factors |= {"ranks_per_node": self.ranks_per_node} if self.ranks_per_node > 1 else {}
         samples = f"{' x '.join(factors)} = {' x '.join(map(str, factors.values()))} samples"
-        return samples + ' (affinity = "window")' * (self.affinity == "window")
+        return samples + ' (affinity = "window")' * (of_window > 1)
 
 
 def _shares(weights: NDArray[np.float64], slots: int) -> NDArray[np.float64]:

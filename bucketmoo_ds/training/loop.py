@@ -131,7 +131,8 @@ class _Loop:
         self.micro_steps = int(self.engine.gradient_accumulation_steps())
         self.sampler = LanguageBatchSampler(
             dataset,
-            languages=self.config.languages,
+            self.config,
+            language_column="language",
             micro_batch_size=int(self.engine.train_micro_batch_size_per_gpu()),
             micro_steps=self.micro_steps,
             world_size=self.world_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import types
 
 import datasets
 import numpy as np
@@ -24,18 +23,20 @@ LANGUAGES = ("de", "fr", "ru", "pl", "ja")
 @st.composite
 def cases(draw):
     """Labels in random order, with options for which at least one window can be filled."""
-    world_size, micro_steps, batch = draw(st.integers(1, 8)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    nodes, per_node = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    micro_steps, batch = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     k = draw(st.integers(1, len(LANGUAGES)))
-    least = batch * micro_steps
+    least = batch * micro_steps * per_node
     sizes = [draw(st.integers(least, least + 40)) for _ in range(k)]
-    # A unit of a rank (batch x micro_steps) each for `world_size` ranks, with each language's remainder lost.
-    sizes[0] += least * world_size
+    # A unit of a node (batch x micro_steps x per_node) for each of them, with each language's remainder lost.
+    sizes[0] += least * nodes
     labels = np.repeat(np.arange(k), sizes)
     np.random.default_rng(draw(st.integers(0, 2**32))).shuffle(labels)
     return {
         "sample_languages": labels,
         "languages": LANGUAGES[:k],
-        "world_size": world_size,
+        "world_size": nodes * per_node,
+        "ranks_per_node": per_node,
         "micro_steps": micro_steps,
         "micro_batch_size": batch,
         "temperature": draw(st.floats(1, 8)),
@@ -74,6 +75,19 @@ def test_every_batch_is_of_the_language_its_slot_names(case, epoch):
     sampler.set_epoch(epoch)
     for index, batch in enumerate(sampler):
         assert {int(label) for label in case["sample_languages"][batch]} == {sampler.language_of(epoch, index)}
+
+
+@settings(deadline=None)
+@given(cases(), st.integers(0, 3))
+def test_the_ranks_of_a_node_train_on_one_language_and_on_other_rows(case, epoch):
+    per_node = case["ranks_per_node"]
+    sampler = LanguageBatchSampler(**case)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    for first in range(0, len(batches), per_node):
+        of_node = list(itertools.chain(*batches[first : first + per_node]))
+        assert len(set(of_node)) == per_node * case["micro_batch_size"]
+        assert len({int(label) for label in case["sample_languages"][of_node]}) == 1
 
 
 @settings(deadline=None, max_examples=40)
@@ -239,13 +253,30 @@ def test_configuration_gives_defaults_and_keywords_win():
     sampler = LanguageBatchSampler(dataset, config, micro_batch_size=2)
     assert (sampler.languages, sampler.schedule.seed, sampler.schedule.world_size) == (("fr", "de"), 5, 1)
     assert LanguageBatchSampler(dataset, config, micro_batch_size=2, seed=0).schedule.seed == 0
-    other = types.SimpleNamespace(languages=["de"], language_key="no", seed=1)
+    other = BucketMOOConfig(languages=["de"], language_key="no", seed=1)
     sampler = LanguageBatchSampler(dataset, other, languages=["de", "fr"], language_column="lang", micro_batch_size=2)
     assert sampler.languages == ("de", "fr")
 
 
+def test_nodes_come_from_a_config_that_asks_for_two_stages(monkeypatch):
+    def nodes(of_config, exchange="two_stage", **given):
+        config = BucketMOOConfig(languages=LANGUAGES[:3], exchange=exchange, ranks_per_node=of_config)
+        return small(config=config, languages=None, world_size=4, micro_steps=1, **given).schedule.ranks_per_node
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert nodes(2) == 2
+    assert nodes(2, exchange="auto") == nodes(2, exchange="flat") == 1
+    assert nodes(2, ranks_per_node=1) == 1
+    assert nodes(1, exchange="auto", ranks_per_node=4) == 4
+    with pytest.raises(ValueError, match='exchange = "two_stage": 4 ranks with 4 a node are not several nodes'):
+        nodes(0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert nodes(0) == 2
+
+
 @pytest.mark.parametrize(
-    "changes", [{"seed": 8}, {"world_size": 1}, {"temperature": 2.0}, {"languages": ("fr", "de", "ru")}]
+    "changes",
+    [{"seed": 8}, {"world_size": 1}, {"temperature": 2.0}, {"languages": ("fr", "de", "ru")}, {"ranks_per_node": 2}],
 )
 def test_a_state_of_other_settings_is_refused_by_name(changes):
     name = next(iter(changes))

@@ -20,24 +20,27 @@ temperatures = st.one_of(st.just(1.0), st.just(math.inf), st.floats(1, 10))
 
 @st.composite
 def schedules(draw, max_units=60):
-    """Random sizes, worlds of 1 to 8 ranks, all options; each language has at least one unit, a window is filled."""
-    world_size, micro_steps, batch = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    """Random sizes, 1 to 8 nodes of 1 to 4 ranks, all options; each language has at least one unit, a window is
+    filled."""
+    nodes, per_node = draw(st.integers(1, 8)), draw(st.one_of(st.just(1), st.integers(2, 4)))
+    micro_steps, batch = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     affinity = draw(st.sampled_from(["micro_step", "window"]))
-    unit = batch * (micro_steps if affinity == "window" else 1)
-    slots = world_size * (1 if affinity == "window" else micro_steps)
+    unit = batch * per_node * (micro_steps if affinity == "window" else 1)
+    slots = nodes * (1 if affinity == "window" else micro_steps)
     units = draw(st.lists(st.integers(1, max_units), min_size=1, max_size=len(NAMES)))
     units[0] += max(0, slots - sum(units))
     sizes = [n * unit + draw(st.integers(0, unit - 1)) for n in units]
     return LanguageSchedule(
         NAMES[: len(sizes)],
         sizes,
-        world_size=world_size,
+        world_size=nodes * per_node,
         micro_steps=micro_steps,
         micro_batch_size=batch,
         temperature=draw(temperatures),
         seed=draw(st.integers(0, 2**63 - 1)),
         affinity=affinity,
         epoch_end=draw(st.sampled_from(["longest", "shortest"])),
+        ranks_per_node=per_node,
     )
 
 
@@ -47,7 +50,7 @@ def tables(schedule, epoch=0):
 
 def in_units(schedule):
     """Returns the units (see the module) in each window, `[windows, K]`, the units of each language, and S."""
-    per_unit = schedule.micro_steps if schedule.affinity == "window" else 1
+    per_unit = schedule.ranks_per_node * (schedule.micro_steps if schedule.affinity == "window" else 1)
     slots = schedule.world_size * schedule.micro_steps // per_unit
     counts = np.array([np.bincount(t.ravel(), minlength=len(schedule.sizes)) for t in tables(schedule)])
     assert not (counts % per_unit).any()
@@ -91,6 +94,37 @@ def test_affinity_window_keeps_one_language_a_rank(schedule):
 
 @settings(deadline=None)
 @given(schedules())
+def test_the_ranks_of_a_node_have_one_language_in_a_micro_step(schedule):
+    for table in tables(schedule):
+        nodes = table.reshape(schedule.micro_steps, -1, schedule.ranks_per_node)
+        assert (nodes == nodes[:, :, :1]).all()
+
+
+@settings(deadline=None)
+@given(schedules(), st.integers(0, 5))
+def test_a_node_is_scheduled_as_one_rank_with_larger_micro_batches(schedule, epoch):
+    nodes = schedule.world_size // schedule.ranks_per_node
+    of_node = {"world_size": nodes, "micro_batch_size": schedule.micro_batch_size * schedule.ranks_per_node}
+    same = schedule.settings() | {"temperature": schedule.temperature, "ranks_per_node": 1}
+    by_rank = LanguageSchedule(**same | of_node)
+    assert by_rank.windows_per_epoch == schedule.windows_per_epoch
+    for nodes_table, table in zip(tables(by_rank, epoch), tables(schedule, epoch), strict=True):
+        assert np.array_equal(np.repeat(nodes_table, schedule.ranks_per_node, axis=1), table)
+    for window in range(schedule.windows_per_epoch + 1):
+        assert np.array_equal(by_rank.taken(window) * schedule.ranks_per_node, schedule.taken(window))
+    assert by_rank.tail == schedule.tail
+
+
+def test_nodes_share_no_language_where_places_suffice():
+    """16 ranks on 4 nodes: the 8 places of 2 micro-steps hold 8 languages, each on all ranks of one node."""
+    schedule = make([100] * 8, world_size=16, ranks_per_node=4)
+    for table in tables(schedule):
+        assert sorted(table[:, ::4].ravel().tolist()) == list(range(8))
+        assert np.array_equal(table, np.repeat(table[:, ::4], 4, axis=1))
+
+
+@settings(deadline=None)
+@given(schedules())
 def test_used_and_tail_are_all_samples(schedule):
     used = np.bincount(np.concatenate(tables(schedule)).ravel(), minlength=len(schedule.sizes))
     used *= schedule.micro_batch_size
@@ -115,17 +149,25 @@ def test_longest_epoch_leaves_less_than_a_window_of_units_and_shortest_ends_at_t
 @given(
     st.lists(st.integers(20, 2000), min_size=2, max_size=10),
     st.integers(1, 8),
+    st.integers(1, 4),
     st.integers(1, 3),
     temperatures,
     st.integers(0, 2**32),
 )
-def test_languages_follow_their_shares(sizes, world_size, micro_steps, temperature, seed):
-    schedule = make(sizes, world_size=world_size, micro_steps=micro_steps, temperature=temperature, seed=seed)
-    slots, k = world_size * micro_steps, len(sizes)
+def test_languages_follow_their_shares(sizes, nodes, per_node, micro_steps, temperature, seed):
+    schedule = make(
+        [n * per_node for n in sizes],
+        world_size=nodes * per_node,
+        ranks_per_node=per_node,
+        micro_steps=micro_steps,
+        temperature=temperature,
+        seed=seed,
+    )
+    slots, k = nodes * micro_steps, len(sizes)
     share = clipped_shares([n ** (1 / temperature) for n in sizes], slots)
     # As long as all languages have data: no window takes more than the share rounded up.
     windows = min(300, schedule.windows_per_epoch, *(int(n / np.ceil(s)) for n, s in zip(sizes, share, strict=True)))
-    taken = np.array([schedule.taken(window) for window in range(windows + 1)])
+    taken = np.array([schedule.taken(window) for window in range(windows + 1)]) // per_node
     lag = np.arange(windows + 1)[:, None] * share - taken
     # The stated bound; rounding of sums of 300 shares is far below the 1e-6.
     assert np.abs(lag).max() <= MAX_LAG + 1e-6
@@ -201,6 +243,7 @@ def test_epochs_and_seeds_differ():
         {"seed": 1},
         {"affinity": "window"},
         {"epoch_end": "shortest"},
+        {"ranks_per_node": 2},
     ],
 )
 def test_fingerprint_covers_every_setting(change):
@@ -223,6 +266,16 @@ def test_fingerprint_covers_every_setting(change):
         ({"epoch_end": "short"}, 'epoch_end = "short": unknown, .* did you mean "shortest"'),
         ({"micro_batch_size": 31}, 'language "b" has 30 samples, fewer than .* micro_batch_size = 31'),
         ({"micro_batch_size": 16, "affinity": "window"}, 'language "b" has 30 samples, .* 16 x 2'),
+        ({"ranks_per_node": 0}, "ranks_per_node = 0"),
+        ({"ranks_per_node": 4}, "ranks_per_node = 4: world_size = 2 is no multiple of it"),
+        (
+            {"micro_batch_size": 16, "ranks_per_node": 2},
+            '"b" has 30 samples, .* micro_batch_size x ranks_per_node = 16 x 2 samples;',
+        ),
+        (
+            {"micro_batch_size": 8, "ranks_per_node": 2, "affinity": "window"},
+            r"micro_batch_size x micro_steps x ranks_per_node = 8 x 2 x 2 samples \(affinity",
+        ),
         ({"world_size": 36}, "no window can be filled: the 70 samples make 70 .* a window takes 72"),
     ],
 )
