@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import overlap_table
 import step_table
+import wrappers_table
 
 from bucketmoo_ds.bench import table
+from bucketmoo_ds.bench.provenance import headline
 from bucketmoo_ds.monitor.comparison import compare
 from bucketmoo_ds.monitor.tables import to_markdown
 
@@ -51,12 +54,37 @@ def parity(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def same_weights(result: dict[str, Any]) -> str:
+    """Returns how far every wrapper's trained weights are from the reference, by what the runs share."""
+    tolerance = result["tolerance"]
+    lines = [
+        f"{headline(result)}; seed {result['seed']}. Distance of the trained weights from the float64 reference, "
+        f"relative to their norm (tolerance {tolerance['parameters']:.1e}), and the largest difference of a language's "
+        f"weight in a window (tolerance {tolerance['weights']:.0e}). The last column compares with FSDP2. Milliseconds "
+        "are those of a toy model: overhead.",
+        "",
+        "| blocks, W ranks, M micro-steps | wrapper | trained weights | languages' weights | from FSDP2 | ms a step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in result["runs"]:
+        setting = f"{run['granularity']}, W = {run['world_size']}, M = {run['micro_steps']}"
+        lines.append(
+            f"| {setting} | {run['wrapper']} | {run['parameters']:.1e} | {run['weights']:.1e} | "
+            f"{run['from_fsdp2']:.1e} | {run['milliseconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 # What stands under a name: the page, the file of the result, and how it is rendered.
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
     "quickstart": ("README.md", "quickstart-cpu.json", quickstart),
     "step-all": ("docs/benchmarks.md", "step-cpu.json", step_table.render),
     "kernels": ("docs/benchmarks.md", "kernels-cpu.json", table.to_markdown),
+    "wrappers": ("README.md", "wrappers-cpu.json", wrappers_table.summary),
+    "wrappers-all": ("docs/benchmarks.md", "wrappers-cpu.json", wrappers_table.render),
+    "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
+    "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 

@@ -1,9 +1,9 @@
-"""Renders a result of the step benchmark as Markdown."""
+"""Renders a result of a step benchmark as Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bucketmoo_ds.bench import provenance
@@ -16,73 +16,111 @@ PURPOSES = ("rows", "combined", "grams", "control", "parameters")
 
 def render(result: dict[str, Any]) -> str:
     """Returns the tables of time and memory, and of bytes, with where they come from and how to read them."""
-    first = result["sets"][0]
-    settings, arm = first["settings"], first["arms"][1]
-    parameters, languages = arm["parameters"], "language s mod K in slot s"
-    lines = [
-        f"ZeRO-{settings['stage']} over gloo on one machine, {parameters / 1e6:.1f} M parameters in {arm['buckets']} "
-        f"buckets, {settings['tokens']} tokens a micro-batch, {settings['threads']} thread a process, backend "
-        f"{arm['backend']}, {settings['steps']} timed windows an arm, {languages}.",
-        "",
-        f"{provenance.headline(result)}; `{result['command']}`",
-        "",
-        "### Time and memory",
-        "",
-        "Time of one optimizer step (M micro-steps), median with 20th to 80th percentile. All arms of a block took "
-        "turns in the same processes; the ratio is the median of the ratios to plain DeepSpeed within a turn, with its "
-        "20th to 80th percentile. Memory is the resident peak of the largest rank while it trains, above what it had "
-        "before the model was made, each arm in fresh processes (mean holds what mgda holds). Rows are what the row "
-        "store of the window holds of it.",
-        "",
-        *_table(
-            ("W", "dtype", "arm", "ms a step", "time, ratio", "peak MiB", "peak, ratio", "rows, MiB"),
-            (_time_row(entry, arm, plain) for entry, arm, plain in _pairs(result)),
-        ),
-        "",
-        "### Bytes sent by a rank in one optimizer step",
-        "",
-        "MiB of the rank that sent most, counted from what each collective carried. Gradients are DeepSpeed's "
-        "all-reduce, or the rows and combined pieces of bucket_moo; the ratio compares those. Updated parameters are "
-        "gathered alike in both. Sockets is what the kernel says all ranks' connections sent, over the sum of what was "
-        "counted: gloo's headers are the difference.",
-        "",
-        *_table(
-            ("W", "dtype", "arm", "gradients", "ratio", *PURPOSES, "sockets"),
-            (_bytes_row(entry, arm, plain) for entry, arm, plain in _pairs(result)),
-        ),
-    ]
+    settings = result["sets"][0]["settings"]
+    lines = [f"ZeRO-{settings['stage']} over gloo on one machine, {described(result)}", ""]
+    lines += [f"{provenance.headline(result)}; `{result['command']}`", ""]
+    gradients = "DeepSpeed's all-reduce, or the rows and combined pieces of bucket_moo"
+    lines += tables(result, PLACE, plain="plain DeepSpeed", gradients=gradients)
     return "\n".join(lines)
 
 
 def summary(result: dict[str, Any]) -> str:
     """Returns one short table: what MGDA costs over plain DeepSpeed of the same accumulation, in float32."""
-    rows = []
-    for settings, arm, plain in _pairs(result):
+    head = ("W", "arm (K languages, M micro-steps)", *RATIOS)
+    return "\n".join([f"{provenance.headline(result)}.", "", *table(head, ratios(result, ("world_size",)))])
+
+
+# Of a process set's settings: what tells a table's rows apart, by the heading of its column.
+PLACE = {"W": "world_size", "dtype": "dtype"}
+
+RATIOS = ("step time, ratio", "peak memory, ratio", "gradient bytes, ratio")
+
+
+def described(result: dict[str, Any]) -> str:
+    """Returns what all sets have in common."""
+    first = result["sets"][0]
+    settings, arm = first["settings"], first["arms"][1]
+    return (
+        f"{arm['parameters'] / 1e6:.1f} M parameters in {arm['buckets']} buckets, {settings['tokens']} tokens a "
+        f"micro-batch, {settings['threads']} thread a process, backend {arm['backend']}, {settings['steps']} timed "
+        "windows an arm, language s mod K in slot s."
+    )
+
+
+def tables(result: dict[str, Any], place: Mapping[str, str], *, plain: str, gradients: str) -> list[str]:
+    """Returns the two tables with how to read them.
+
+    Args:
+        place: see `PLACE`.
+        plain: what ratios are to.
+        gradients: which of the collectives count as gradients.
+    """
+    where = tuple(place.values())
+    return [
+        "### Time and memory",
+        "",
+        "Time of one optimizer step (M micro-steps), median with 20th to 80th percentile. All arms of a block took "
+        f"turns in the same processes; the ratio is the median of the ratios to {plain} within a turn, with its "
+        "20th to 80th percentile. Memory is the resident peak of the largest rank while it trains, above what it had "
+        "before the model was made, each arm in fresh processes (mean holds what mgda holds). Rows are what the row "
+        "store of the window holds of it.",
+        "",
+        *table(
+            (*place, "arm", "ms a step", "time, ratio", "peak MiB", "peak, ratio", "rows, MiB"),
+            (_place(*pair, where) + _time_row(*pair) for pair in _pairs(result)),
+        ),
+        "",
+        "### Bytes sent by a rank in one optimizer step",
+        "",
+        f"MiB of the rank that sent most, counted from what each collective carried. Gradients are {gradients}; the "
+        "ratio compares those. Updated parameters are gathered alike in both. Sockets is what the kernel says all "
+        "ranks' connections sent, over the sum of what was counted: gloo's headers are the difference.",
+        "",
+        *table(
+            (*place, "arm", "gradients", "ratio", *PURPOSES, "sockets"),
+            (_place(*pair, where) + _bytes_row(*pair) for pair in _pairs(result)),
+        ),
+    ]
+
+
+def ratios(result: dict[str, Any], where: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    """Yields rows of what MGDA costs in float32: settings, arm, and the three `RATIOS`."""
+    for pair in _pairs(result):
+        settings, arm, _ = pair
         if settings["dtype"] == "fp32" and arm["arm"]["aggregator"] == "mgda":
-            world, _, name, _, time, _, peak, _ = _time_row(settings, arm, plain)
-            rows.append((world, name, time, peak, _bytes_row(settings, arm, plain)[4]))
-    head = ("W", "arm (K languages, M micro-steps)", "step time, ratio", "peak memory, ratio", "gradient bytes, ratio")
-    return "\n".join([f"{provenance.headline(result)}.", "", *_table(head, rows)])
+            _, time, _, peak, _ = _time_row(*pair)
+            yield (*_place(*pair, where), time, peak, _bytes_row(*pair)[1])
 
 
-def _pairs(result: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Every (settings, arm, plain arm with as many micro-steps)."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+Entry = dict[str, Any]
+
+
+def _pairs(result: dict[str, Any]) -> Iterable[tuple[Entry, Entry, Entry]]:
+    """Every (settings, arm, plain arm that it is divided by: the last one that stands before it)."""
     for entry in result["sets"]:
-        plain = {arm["arm"]["micro_steps"]: arm for arm in entry["arms"] if arm["arm"]["aggregator"] is None}
         for arm in entry["arms"]:
-            yield entry["settings"], arm, plain[arm["arm"]["micro_steps"]]
+            if arm["arm"]["aggregator"] is None:
+                plain = arm
+            yield entry["settings"], arm, plain
 
 
-def _time_row(settings: dict[str, Any], arm: dict[str, Any], plain: dict[str, Any]) -> tuple[str, ...]:
+def _place(settings: Entry, arm: Entry, plain: Entry, where: Sequence[str]) -> tuple[str, ...]:
+    return (*(str(settings[key]) for key in where), arm["arm"]["name"])
+
+
+def _time_row(settings: Entry, arm: Entry, plain: Entry) -> tuple[str, ...]:
     milliseconds = [1e3 * seconds for seconds in arm["seconds"]]
     ratios = [ours / theirs for ours, theirs in zip(arm["seconds"], plain["seconds"], strict=True)]
     peak = max(arm["memory"]["peak_bytes"]) if "memory" in arm else None
     plain_peak = max(plain["memory"]["peak_bytes"])
     baseline = arm is plain
     return (
-        str(settings["world_size"]),
-        settings["dtype"],
-        arm["arm"]["name"],
         _spread(milliseconds, ".0f"),
         "1" if baseline else _spread(ratios, ".2f"),
         "" if peak is None else f"{peak / MEBI:.0f}",
@@ -91,7 +129,7 @@ def _time_row(settings: dict[str, Any], arm: dict[str, Any], plain: dict[str, An
     )
 
 
-def _bytes_row(settings: dict[str, Any], arm: dict[str, Any], plain: dict[str, Any]) -> tuple[str, ...]:
+def _bytes_row(settings: Entry, arm: Entry, plain: Entry) -> tuple[str, ...]:
     def most(purpose: str) -> str:
         sent = max(rank["by_purpose"].get(purpose, 0) for rank in arm["ranks"])
         return f"{sent / MEBI:.2f}" if sent >= 0.01 * MEBI else f"{sent} B" if sent else ""
@@ -99,9 +137,6 @@ def _bytes_row(settings: dict[str, Any], arm: dict[str, Any], plain: dict[str, A
     gradients, plain_gradients = (max(rank["gradients"] for rank in each["ranks"]) for each in (arm, plain))
     counted = sum(sum(rank["by_purpose"].values()) for rank in arm["ranks"])
     return (
-        str(settings["world_size"]),
-        settings["dtype"],
-        arm["arm"]["name"],
         f"{gradients / MEBI:.2f}",
         "1" if arm is plain else f"{gradients / plain_gradients:.3f}",
         *map(most, PURPOSES),
@@ -121,8 +156,3 @@ def _percentile(values: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -1,4 +1,4 @@
-"""One rank of the step benchmark: the arms, the model, and how time, memory and bytes are measured.
+"""One rank of a step benchmark: the arms, and how time, memory and bytes are measured.
 
 All arms of a process set live side by side and take turns, so that whatever else the machine does hits all alike.
 Memory is the exception: `measure_memory` runs one arm in processes of its own.
@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import traffic
-from torch import Tensor, nn
+from step_model import VOCABULARY, CausalLM
 
-import bucketmoo_ds
+from bucketmoo_ds import BucketMOOConfig
+from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.training.environment import prepare_rank
-
-VOCABULARY, WIDTH, HEADS = 4096, 384, 6
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h: blocks of at least this many bytes go back to the system when freed
 
@@ -36,9 +35,8 @@ class Settings:
     Args:
         dtype: `fp32` or `bf16`.
         parameters: of the model, about; whole layers are added until they are reached.
-        bucket_elements: DeepSpeed's `reduce_bucket_size`.
+        bucket_elements: of a bucket, where the framework lets one choose.
         tokens: of a micro-batch, one sequence.
-        stage: ZeRO-1 or ZeRO-2.
         steps: timed windows of every arm.
         threads: of every rank.
     """
@@ -48,38 +46,51 @@ class Settings:
     parameters: int
     bucket_elements: int
     tokens: int
-    stage: int
     steps: int
     threads: int
     seed: int
 
+    def run(self, arm: Arm, rank: int) -> Run:
+        """Makes an arm ready to train."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to train: plain DeepSpeed (`aggregator` is `None`), or bucket_moo.
+    """One way to train: the plain framework (`aggregator` is `None`), or bucket_moo.
 
     Args:
         micro_steps: M, micro-steps of a window.
         languages: K; slot s of a window (micro-step by micro-step, rank by rank) trains on language s mod K.
+        once_a_window: whether each rank adds up its micro-steps and they are reduced once.
     """
 
     micro_steps: int
     aggregator: str | None = None
     mode: str = "auto"
     languages: int = 1
+    once_a_window: bool = False
 
     @property
     def name(self) -> str:
         """A name that no other arm has."""
+        window = f"M = {self.micro_steps}" + " reduced once" * self.once_a_window
         if self.aggregator is None:
-            return f"plain, M = {self.micro_steps}"
-        return f"{self.mode} {self.aggregator}, K = {self.languages}, M = {self.micro_steps}"
+            return f"plain, {window}"
+        return f"{self.mode} {self.aggregator}, K = {self.languages}, {window}"
+
+    @property
+    def config(self) -> BucketMOOConfig:
+        """The settings of a bucket_moo arm."""
+        assert self.aggregator is not None
+        languages = [f"language{index}" for index in range(self.languages)]
+        return BucketMOOConfig(languages=languages, aggregator=self.aggregator, mode=self.mode)
 
 
 def measure(rank: int, port: int, settings: Settings, arms: list[Arm], out: Path) -> None:
     """Measures time and bytes of all arms; rank 0 writes a list with an entry for each of them to `out`."""
-    _join(rank, port, settings)
-    runs = [_Run(settings, arm, rank) for arm in arms]
+    join(rank, port, settings)
+    runs = [settings.run(arm, rank) for arm in arms]
     counted = [_count(run) for run in runs]  # a window of each, which also allocates the optimizer's state and the rows
     seconds: list[list[float]] = [[] for _ in arms]
     order = list(range(len(arms)))
@@ -109,62 +120,67 @@ def measure_memory(rank: int, port: int, settings: Settings, arm: Arm, out: Path
     model causes it.
     """
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
-    _join(rank, port, settings)
+    join(rank, port, settings)
     start = _resident_bytes("VmRSS")
-    run = _Run(settings, arm, rank)
+    run = settings.run(arm, rank)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, see proc(5)
     for _ in range(2):
         run.window()
     mine = {"start_bytes": start, "peak_bytes": _resident_bytes("VmHWM") - start}
-    everyone = _gather(mine)
+    everyone = gather(mine)
     if rank == 0:
         out.write_text(json.dumps({key: [each[key] for each in everyone] for key in mine}))
 
 
-class _Run:
-    """An engine of one arm, with its data."""
+class Run:
+    """An arm that trains, with its data. A subclass wraps the model and takes a window.
+
+    Attributes:
+        model: on all ranks and in all arms alike.
+        parameters: of the model.
+        batches: the arguments of the model, a micro-step each.
+        moo: the pipeline of a bucket_moo arm.
+    """
+
+    moo: BucketMOO | None
 
     def __init__(self, settings: Settings, arm: Arm, rank: int) -> None:
         torch.manual_seed(settings.seed)
-        model = CausalLM(settings.parameters, settings.tokens)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.arm, self.rank, self.world_size = arm, rank, settings.world_size
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        self.engine, *_ = bucketmoo_ds.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(settings, arm)
-        )
+        self.arm = arm
+        self.model = CausalLM(settings.parameters, settings.tokens)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         generator = torch.Generator().manual_seed(settings.seed + rank)
         shape = (arm.micro_steps, 1, settings.tokens)
-        self.batches = torch.randint(VOCABULARY, shape, generator=generator)
+        self.batches: list[dict[str, Any]] = [
+            {"input_ids": ids, "labels": ids} for ids in torch.randint(VOCABULARY, shape, generator=generator)
+        ]
+        if arm.aggregator is not None:
+            for step, batch in enumerate(self.batches):
+                batch["language"] = (step * settings.world_size + rank) % arm.languages
 
     def window(self) -> None:
-        for step, ids in enumerate(self.batches):
-            batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
-            if self.arm.aggregator is not None:
-                batch["language"] = (step * self.world_size + self.rank) % self.arm.languages
-            self.engine.backward(self.engine(**batch))
-            self.engine.step()
+        """Trains one window: its micro-steps and the optimizer step."""
+        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """What the arm turned out to be."""
-        if self.arm.aggregator is None:
+        if self.moo is None:
             return {"parameters": self.parameters}
-        moo = self.engine.moo
         return {
             "parameters": self.parameters,
-            "buckets": len(moo.plan.buckets),
-            "streaming": moo.streaming,
-            "backend": moo.backend,
+            "buckets": len(self.moo.plan.buckets),
+            "streaming": self.moo.streaming,
+            "backend": self.moo.backend,
         }
 
 
-def _count(run: _Run) -> dict[str, Any]:
+def _count(run: Run) -> dict[str, Any]:
     """Counts the bytes of one window, in the two ways of `traffic`.
 
     Raises:
         AssertionError: bucket_moo's own counters say something else.
     """
-    moo = run.engine.moo if run.arm.aggregator is not None else None
+    moo = run.moo
     own_before = dict(moo.exchange.sent_bytes) if moo else {}
     dist.barrier()
     before = traffic.socket_bytes()
@@ -176,7 +192,7 @@ def _count(run: _Run) -> dict[str, Any]:
         own = {name: sent - own_before.get(name, 0) for name, sent in moo.exchange.sent_bytes.items()}
         carried = traffic.exchange_counters(calls)
         assert own == carried, f"{run.arm.name}: Exchange counted {own}, the collectives carried {carried}"
-    everyone = _gather(
+    everyone = gather(
         {
             "by_purpose": traffic.sent_by(calls, "purpose"),
             "by_operation": traffic.sent_by(calls, "operation"),
@@ -188,84 +204,8 @@ def _count(run: _Run) -> dict[str, Any]:
     return {"ranks": everyone}
 
 
-def _deepspeed_config(settings: Settings, arm: Arm) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": arm.micro_steps,
-        "gradient_clipping": 1.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": settings.stage, "reduce_bucket_size": settings.bucket_elements},
-        "steps_per_print": 10**9,
-    }
-    if settings.dtype != "fp32":
-        config[settings.dtype] = {"enabled": True}
-    if arm.aggregator is not None:
-        config["bucket_moo"] = {
-            "languages": [f"language{index}" for index in range(arm.languages)],
-            "aggregator": arm.aggregator,
-            "mode": arm.mode,
-        }
-    return config
-
-
-class CausalLM(nn.Module):
-    """A pre-norm transformer with a tied head and as many layers as the parameters ask for.
-
-    It computes in float32, whatever the dtype of its parameters and so of their gradients: a CPU without bf16
-    instructions takes 15 times as long for a bf16 product, and would hide what this benchmark is for.
-    """
-
-    def __init__(self, parameters: int, length: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.position = nn.Embedding(length, WIDTH)
-        one = sum(p.numel() for p in Layer().parameters())
-        rest = (VOCABULARY + length) * WIDTH
-        self.layers = nn.ModuleList(Layer() for _ in range(max(1, round((parameters - rest) / one))))
-        self.norm = LayerNorm(WIDTH)
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Returns the mean loss per target token."""
-        hidden = self.embed(input_ids).float() + self.position.weight[: input_ids.shape[1]].float()
-        for layer in self.layers:
-            hidden = layer(hidden)
-        logits = self.norm(hidden) @ self.embed.weight.float().T
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
-class Layer(nn.Module):
-    """Causal attention, then an MLP of four times the width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm, self.mlp_norm = LayerNorm(WIDTH), LayerNorm(WIDTH)
-        self.qkv, self.out = Linear(WIDTH, 3 * WIDTH), Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(Linear(WIDTH, 4 * WIDTH), nn.GELU(), Linear(4 * WIDTH, WIDTH))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[N, T, WIDTH]` to the same."""
-        shape = (*hidden.shape[:2], 3, HEADS, WIDTH // HEADS)
-        query, key, value = self.qkv(self.attention_norm(hidden)).view(shape).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        hidden = hidden + self.out(mixed.transpose(1, 2).flatten(2))
-        return hidden + self.mlp(self.mlp_norm(hidden))
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` in float32."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.weight.float(), self.bias.float())
-
-
-class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` in float32."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.layer_norm(hidden, self.normalized_shape, self.weight.float(), self.bias.float())
-
-
-def _join(rank: int, port: int, settings: Settings) -> None:
+def join(rank: int, port: int, settings: Settings) -> None:
+    """Makes this process a rank."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -278,7 +218,8 @@ def _join(rank: int, port: int, settings: Settings) -> None:
     prepare_rank(quiet=True)
 
 
-def _gather(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def gather(mine: Any) -> list[Any]:
+    """Returns what every rank has, rank by rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone

@@ -1,8 +1,9 @@
 """Counts the bytes that this rank sends, in two ways that share nothing.
 
-* `record` notes every collective that Python starts on `torch.distributed` (DeepSpeed's go through it too) with its
-  elements and dtype, and charges what the standard algorithm sends per rank: a ring for a reduction or a gather, the
-  parts for other ranks for an all-to-all. That is the number that holds on any machine.
+* `record` notes every collective that Python starts on `torch.distributed` (DeepSpeed's and FSDP's go through it too),
+  and DDP's all-reduces, which C++ starts, with its elements and dtype, and charges what the standard algorithm sends
+  per rank: a ring for a reduction or a gather, the parts for other ranks for an all-to-all. That is the number that
+  holds on any machine.
 * `socket_bytes` asks the kernel what the TCP connections of this process really sent. On gloo that is everything, with
   gloo's headers; no other process on the machine disturbs it.
 """
@@ -17,17 +18,28 @@ import inspect
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a call is for. Rows and combined pieces are bucket_moo's gradient bytes, all-reduced gradients DeepSpeed's.
+# What a call is for. Rows and combined pieces are bucket_moo's gradient bytes, reduced gradients the framework's.
 GRADIENTS = ("gradients", "rows", "combined")
 
-_EXCHANGE = {"rows": "all_to_all", "combined": "all_to_all (combined)", "grams": "all_reduce (Grams)"}
+# What a collective of bucketmoo_ds.exchange is for, and the name under which `Exchange` counts it, by the method.
+_EXCHANGE = {
+    "scatter": ("rows", "all_to_all"),
+    "scatter_by_node": ("rows", "reduce_scatter (node)"),
+    "across": ("rows", "all_to_all (nodes)"),
+    "all_to_all": ("combined", "all_to_all (combined)"),
+    "all_gather": ("combined", "all_gather (combined)"),
+    "all_reduce": ("grams", "all_reduce (Grams)"),
+    "_gather": ("control", "all_gather (control)"),
+}
 
 _calls: list[Call] | None = None
 
@@ -39,7 +51,8 @@ def record() -> Iterator[list[Call]]:
     calls: list[Call] = []
     _calls = calls
     try:
-        yield calls
+        with _Reducer():
+            yield calls
     finally:
         _calls = None
 
@@ -50,12 +63,14 @@ class Call:
 
     Args:
         operation: the function of `torch.distributed`.
-        purpose: `gradients` (reduced by DeepSpeed), `rows` and `combined` (bucket_moo's exchange and delivery),
-            `grams` (float64), `parameters` (ZeRO gathers the updated ones) or `control` (integers, and single numbers
+        purpose: `gradients` (reduced by the framework), `rows` and `combined` (bucket_moo's exchange and delivery),
+            `grams`, `parameters` (ZeRO and FSDP gather the updated ones) or `control` (integers, and single numbers
             such as the gradient's norm).
         elements, dtype: of the tensor that this rank put in; of the gathered one for an all-gather.
         group_size: ranks that took part.
         sent_bytes: what this rank sends.
+        counter: the name under which bucketmoo_ds.exchange counts it; empty for what the framework does.
+        ranks: that took part.
     """
 
     operation: str
@@ -64,6 +79,8 @@ class Call:
     dtype: str
     group_size: int
     sent_bytes: int
+    counter: str = ""
+    ranks: tuple[int, ...] = ()
 
 
 def install() -> None:
@@ -91,10 +108,8 @@ def exchange_counters(calls: list[Call]) -> dict[str, int]:
     """Returns what `bucketmoo_ds.exchange.Exchange.sent_bytes` must have counted for these calls, in its own words."""
     total: collections.Counter[str] = collections.Counter()
     for call in calls:
-        if call.purpose in _EXCHANGE:
-            total[_EXCHANGE[call.purpose]] += call.sent_bytes
-        elif call.purpose == "control" and call.operation == "all_gather":  # the rest of it is DeepSpeed's
-            total["all_gather (control)"] += call.sent_bytes
+        if call.counter:
+            total[call.counter] += call.sent_bytes
     return dict(total)
 
 
@@ -124,7 +139,7 @@ def socket_bytes() -> int:
     return total
 
 
-Description = tuple[Tensor, float, bool]
+Description = tuple[Tensor, float]
 
 
 def _counting(name: str, original: Callable[..., Any], describe: Callable[..., Description]) -> Callable[..., Any]:
@@ -132,59 +147,76 @@ def _counting(name: str, original: Callable[..., Any], describe: Callable[..., D
 
     @functools.wraps(original)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        if _calls is not None:
+        global _calls  # noqa: PLW0603
+        calls, _calls = _calls, None  # what this call starts in turn is no further one
+        if calls is not None:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             group = bound.arguments["group"]
             size = dist.get_world_size(group)
-            tensor, elements_sent, uneven = describe(bound.arguments, size, dist.get_rank(group))
+            tensor, elements_sent = describe(bound.arguments, size, dist.get_rank(group))
             sent = round(elements_sent * tensor.element_size())
             dtype = str(tensor.dtype).removeprefix("torch.")
             # An all-gather is described by this rank's part; what it fills is `size` of them.
             elements = tensor.numel() * (size if name.startswith("all_gather") else 1)
-            _calls.append(Call(name, _purpose(name, tensor, uneven), elements, dtype, size, sent))
-        return original(*args, **kwargs)
+            caller = sys._getframe(1)
+            ours = caller.f_globals["__name__"] == "bucketmoo_ds.exchange"
+            purpose, counter = _EXCHANGE[caller.f_code.co_name] if ours else (_purpose(name, tensor), "")
+            ranks = tuple(dist.get_process_group_ranks(group))
+            calls.append(Call(name, purpose, elements, dtype, size, sent, counter, ranks))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _calls = calls
 
     counted._counted = True  # type: ignore[attr-defined]
     return counted
 
 
-def _purpose(operation: str, tensor: Tensor, uneven: bool) -> str:
-    if tensor.dtype == torch.float64:
-        return "grams"
-    if not tensor.is_floating_point() or (tensor.numel() == 1 and not uneven):
+def _purpose(operation: str, tensor: Tensor) -> str:
+    """Of a framework's collective."""
+    if not tensor.is_floating_point() or tensor.numel() == 1:
         return "control"
-    if operation.startswith("all_gather"):
-        return "parameters"
-    if operation == "all_to_all_single":
-        return "combined" if uneven else "rows"
-    return "gradients"
+    return "parameters" if operation.startswith("all_gather") else "gradients"
 
 
-# Each takes (arguments, W, rank) and returns (the tensor, elements that this rank sends, whether parts are uneven).
+class _Reducer(TorchDispatchMode):
+    """Notes the all-reduces that C++ starts: those of DDP's buckets, among all ranks."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _calls is not None and function is torch.ops.c10d.allreduce_.default:
+            size = dist.get_world_size()
+            for tensor in args[0]:
+                sent = round(2 * (size - 1) / size * tensor.nbytes)
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                _calls.append(Call("all_reduce", _purpose("all_reduce", tensor), tensor.numel(), dtype, size, sent))
+        return function(*args, **(kwargs or {}))
+
+
+# Each takes (arguments, W, rank) and returns (the tensor, elements that this rank sends).
 def _all_reduce(arguments: dict[str, Any], size: int, rank: int) -> Description:
-    return arguments["tensor"], 2 * (size - 1) / size * arguments["tensor"].numel(), False
+    return arguments["tensor"], 2 * (size - 1) / size * arguments["tensor"].numel()
 
 
 def _to_or_from_one(arguments: dict[str, Any], size: int, rank: int) -> Description:
     """Broadcast and reduce: a chain sends the tensor W - 1 times, spread over W ranks."""
-    return arguments["tensor"], (size - 1) / size * arguments["tensor"].numel(), False
+    return arguments["tensor"], (size - 1) / size * arguments["tensor"].numel()
 
 
 def _all_gather(arguments: dict[str, Any], size: int, rank: int) -> Description:
     tensor = arguments["input_tensor" if "input_tensor" in arguments else "tensor"]
-    return tensor, (size - 1) * tensor.numel(), False
+    return tensor, (size - 1) * tensor.numel()
 
 
 def _reduce_scatter(arguments: dict[str, Any], size: int, rank: int) -> Description:
     output = arguments["output"]
-    return output, (size - 1) * output.numel(), False
+    return output, (size - 1) * output.numel()
 
 
 def _all_to_all_single(arguments: dict[str, Any], size: int, rank: int) -> Description:
     tensor, parts = arguments["input"], arguments["input_split_sizes"]
     kept = parts[rank] if parts else tensor.numel() / size
-    return tensor, tensor.numel() - kept, bool(parts)
+    return tensor, tensor.numel() - kept
 
 
 _OPERATIONS: dict[str, Callable[[dict[str, Any], int, int], Description]] = {
@@ -193,7 +225,9 @@ _OPERATIONS: dict[str, Callable[[dict[str, Any], int, int], Description]] = {
     "broadcast": _to_or_from_one,
     "all_gather": _all_gather,
     "all_gather_into_tensor": _all_gather,
+    "all_gather_single": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "reduce_scatter_tensor": _reduce_scatter,
+    "reduce_scatter_single": _reduce_scatter,
     "all_to_all_single": _all_to_all_single,
 }

@@ -29,7 +29,12 @@ _PUBLIC = {
     "weights": "bucketmoo_ds.aggregate",
 }
 
-_MODULES = {"fsdp2": "bucketmoo_ds.adapters.fsdp2"}
+_MODULES = {
+    "ddp": "bucketmoo_ds.adapters.ddp",
+    "fsdp1": "bucketmoo_ds.adapters.fsdp1",
+    "fsdp2": "bucketmoo_ds.adapters.fsdp2",
+    "single": "bucketmoo_ds.adapters.single",
+}
 
 __all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__version__", "initialize", "weights"]
 

@@ -116,6 +116,10 @@ class BucketMOO:
         self.exchange = exchange
         self.micro_steps = micro_steps
         self.result_dtype = result_dtype
+        if config.exchange == "two_stage" and exchange.nodes == 1:
+            raise ConfigError(
+                f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'
+            )
         self.aggregator = create_aggregator(config)
         self.backend = ops.choose_backend(config.backend, device)
         self.streaming = choose_streaming(config, plan, exchanges=1 if local else micro_steps)
@@ -132,9 +136,21 @@ class BucketMOO:
         self._contributions = Contributions(plan.parameters)
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = segments or [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
-        settings = {**config.to_json(), "backend": self.backend}
+        settings = {**config.to_json(), "backend": self.backend, "micro_steps": micro_steps, "local": local}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._reset_results()
+
+    def check_ranks(self) -> None:
+        """Compares the settings and blocks of all ranks before the first step, whose collectives would not fit.
+
+        Raises:
+            DisagreementError: on every rank, if they differ.
+        """
+        check_equal(
+            self.exchange,
+            struct.pack("<q", self._fingerprint),
+            "ranks disagree about the settings, the trained parameters or how they are wrapped: run one script on all",
+        )
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Exchange:
         control: carries small host-side messages, so that agreeing on a language never waits for a device. It must
             be a gloo group, or `group` itself on the CPU.
         ranks_per_node: L, ranks that share a fast connection, consecutive in the group. With several nodes of several
-            ranks each, gradients can go by node; making the groups for that is a collective call.
+            ranks each, gradients can go by node; agreeing on that and making the groups for it are collective calls.
 
     Attributes:
         nodes: how many nodes `scatter_by_node` exchanges between; 1 where gradients cannot go by node.
@@ -52,12 +52,15 @@ class Exchange:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if together else 0
         self.world_size = dist.get_world_size(group) if together else 1
-        self.ranks_per_node = ranks_per_node if self.world_size % ranks_per_node == 0 else 1
+        self.sent_bytes: collections.Counter[str] = collections.Counter()
+        self.sent_between_nodes: collections.Counter[str] = collections.Counter()
+        self.ranks_per_node = 1
+        told = {row[0] for row in self.gather_numbers([ranks_per_node])}
+        if len(told) == 1 and self.world_size % ranks_per_node == 0:  # or nodes are not alike
+            self.ranks_per_node = ranks_per_node
         self.nodes = self.world_size // self.ranks_per_node if self.ranks_per_node > 1 else 1
         if self.nodes > 1:
             self._inside, self._across = _node_groups(group, self.rank, self.ranks_per_node)
-        self.sent_bytes: collections.Counter[str] = collections.Counter()
-        self.sent_between_nodes: collections.Counter[str] = collections.Counter()
 
     def shard_numel(self, numel: int) -> int:
         """Returns the elements of each rank's shard of a bucket of `numel` elements, padding included."""
@@ -105,11 +108,13 @@ class Exchange:
         group = group if group is not None else self.group
         if self.world_size == 1:
             return Received(shard)
-        others = dist.get_world_size(group) - 1
-        received = shard.new_empty((others + 1) * shard.numel())
+        members = dist.get_process_group_ranks(group)
+        received = shard.new_empty(len(members) * shard.numel())
         work = dist.all_gather_single(received, shard, group=group, async_op=True)
-        elsewhere = min(others, self._ranks_elsewhere)
-        self._count("all_gather (combined)", shard.nbytes * others, shard.nbytes * elsewhere)
+        everyone = dist.get_process_group_ranks(self.group)
+        first = self.rank // self.ranks_per_node * self.ranks_per_node
+        elsewhere = len(set(members) - set(everyone[first : first + self.ranks_per_node]))
+        self._count("all_gather (combined)", shard.nbytes * (len(members) - 1), shard.nbytes * elsewhere)
         return Received(received, work, sent=shard)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

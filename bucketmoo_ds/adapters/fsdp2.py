@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.tensor import DTensor
 
-from bucketmoo_ds.adapters.session import Adapter, Session
+from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
 from bucketmoo_ds.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
 from bucketmoo_ds.choices import ranks_per_node
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.exchange import Exchange, Received, control_group
 
 
@@ -93,66 +92,97 @@ def register(
 
 @dataclasses.dataclass
 class _Group:
-    """One parameter group of FSDP2: the module to set its communication at, and its trainable parameters in order.
+    """One parameter group of FSDP2 and what it trains.
 
     Args:
-        parameters: DTensors.
+        module: where to set its communication.
+        own: FSDP2's keeper of the group.
+        members: its keepers of the trainable parameters, in order.
         padded: elements of each parameter's padded chunk.
         indices: of the parameters in the plan.
+        communication: what FSDP2 calls for the group in place of its reduce-scatter.
     """
 
     module: FSDPModule
-    parameters: list[Any]
+    own: Any
+    members: list[Any]
     padded: list[int]
-    mesh: DeviceMesh
     indices: list[int] = dataclasses.field(default_factory=list)
+    communication: Any = None
+
+    @property
+    def parameters(self) -> list[Any]:
+        """The DTensors, asked for anew: loading a checkpoint may replace them."""
+        return [each.sharded_param for each in self.members]
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        mesh: DeviceMesh = self.parameters[0].device_mesh
+        return mesh
 
     @property
     def shard_numel(self) -> int:
         return sum(self.padded)
 
+    @property
+    def unused(self) -> bool:
+        """Whether no forward pass has ever come here; FSDP2 then has no gradients to fill up with zeros."""
+        return not any(hasattr(each, "_unsharded_param") for each in self.members)
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of what FSDP2 reduces."""
+        first = self.members[0]
+        dtype: torch.dtype = first.reduce_dtype or first.param_dtype or first.orig_dtype
+        return dtype
+
 
 def _groups(model: nn.Module) -> list[_Group]:
-    """The parameter groups that have something to train, in the model's order.
+    """The parameter groups that have something to train, in the model's order."""
+    groups: list[_Group] = []
+    for name, module, own in _own_groups(model):
+        _refuse(name, own)
+        trained = [each for each in own.fsdp_params if each.sharded_param.requires_grad]
+        if trained:
+            padded = [each.padded_sharded_param_size.numel() for each in trained]
+            groups.append(_Group(module, own, trained, padded))
+    if not groups:
+        raise ConfigError("fsdp2.register: the model has no trainable parameter that fully_shard has taken")
+    taken = {id(parameter) for group in groups for parameter in group.parameters}
+    others = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in taken]
+    if others:
+        raise ConfigError(
+            f'fsdp2.register: parameter "{others[0]}" is trained, but fully_shard has not taken it ({len(others)} in '
+            "all), so that its gradient would not pass through the reduction: add adapters before fully_shard, do not "
+            "ignore it, or freeze it"
+        )
+    return groups
+
+
+def _own_groups(model: nn.Module) -> list[tuple[str, FSDPModule, Any]]:
+    """FSDP2's own keepers of all parameter groups, each with a module that has it, in the model's order.
 
     FSDP2 offers no public way to ask which parameters a group holds, in which order.
     """
-    groups: list[_Group] = []
-    seen: set[int] = set()
+    found: dict[int, tuple[str, FSDPModule, Any]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
+        module.reshard()  # a forward pass without backward leaves parameters unsharded
         state: Any = module._get_fsdp_state()
         if len(state._fsdp_param_groups) > 1:
             raise ConfigError(
                 f'fsdp2.register: module "{name}" has several parameter groups (parameters on several meshes), for '
                 "which FSDP2 takes no custom reduce-scatter; apply fully_shard to a module for each mesh"
             )
-        for group in state._fsdp_param_groups:
-            if id(group) in seen:
-                continue
-            seen.add(id(group))
-            _refuse(name, group)
-            trained = [each for each in group.fsdp_params if each.sharded_param.requires_grad]
-            if trained:
-                parameters = [each.sharded_param for each in trained]
-                padded = [each.padded_sharded_param_size.numel() for each in trained]
-                groups.append(_Group(module, parameters, padded, parameters[0].device_mesh))
-    if not groups:
-        raise ConfigError("fsdp2.register: the model has no trainable parameter that fully_shard has taken")
-    plain = [
-        name for name, each in model.named_parameters() if each.requires_grad and not isinstance(each, DTensor)
-    ]
-    if plain:
-        raise ConfigError(
-            f'fsdp2.register: parameter "{plain[0]}" is trained, but not sharded ({len(plain)} in all), so that its '
-            "gradient would not pass through the reduction: add adapters before fully_shard, do not ignore it, or "
-            "freeze it"
-        )
-    return groups
+        for own in state._fsdp_param_groups:
+            found.setdefault(id(own), (name, module, own))
+    return list(found.values())
 
 
 def _refuse(name: str, group: Any) -> None:
+    if isinstance(group._reduce_scatter_comm, _ReduceScatter):
+        raise ConfigError("fsdp2.register: the model is registered already; register it once")
     communication = type(group._reduce_scatter_comm).__name__
     if communication != "DefaultReduceScatter":
         raise ConfigError(
@@ -187,6 +217,11 @@ def _common_mesh(groups: Sequence[_Group]) -> DeviceMesh:
             "fsdp2.register: parameters are sharded in both dimensions of their mesh (tensor parallelism); bucket_moo "
             "works with data-parallel meshes only"
         )
+    if any(placement[-1].is_replicate() for placement in placements):
+        raise ConfigError(
+            "fsdp2.register: parameters are replicated, not sharded (replicate), and FSDP2 then calls no "
+            "reduce-scatter; use fully_shard, or DDP (bucketmoo_ds.ddp)"
+        )
     return mesh
 
 
@@ -194,7 +229,9 @@ def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist
     """The exchange of all ranks of the mesh, and the group of this rank's replicas where there are any."""
     ranks = mesh.mesh.flatten().tolist()
     if ranks != sorted(ranks):
-        raise ConfigError("fsdp2.register: the mesh's ranks do not ascend, and process groups would reorder them")
+        raise ConfigError(
+            "fsdp2.register: the mesh's ranks do not ascend, and process groups would reorder them; list them in order"
+        )
     if mesh.ndim == 1:
         only = mesh.get_group()
         return Exchange(only, control_group(only), ranks_per_node(config, len(ranks))), None
@@ -225,7 +262,7 @@ class _Reduction(Adapter):
 
     def __init__(
         self,
-        model: FSDPModule,
+        model: Any,
         groups: Sequence[_Group],
         plan: BlockPlan,
         exchange: Exchange,
@@ -240,6 +277,8 @@ class _Reduction(Adapter):
         self._replicas = dist.get_world_size(replicas) if replicas is not None else 1
         self._once_a_window = once_a_window
         self._delivering: dict[int, Received] = {}
+        self._everything = [each for _, _, own in _own_groups(model) for each in own.fsdp_params]
+        self._trained = [each.sharded_param.requires_grad for each in self._everything]
 
     @property
     def device(self) -> torch.device:
@@ -253,13 +292,55 @@ class _Reduction(Adapter):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)
-            module.set_custom_reduce_scatter(_ReduceScatter(self, bucket, empty_output=self._replicas > 1))
+            group.communication = _ReduceScatter(self, bucket, empty_output=self._replicas > 1)
+            module.set_custom_reduce_scatter(group.communication)
             if self._exchange.world_size == 1:  # FSDP2 then reduces nothing, but still calls this hook
                 module.set_all_reduce_hook(functools.partial(self._take_all, bucket))
 
     @property
     def _shards(self) -> int:
         return self._exchange.world_size // self._replicas
+
+    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Adapter`."""
+        return [parameter for group in self._groups for parameter in group.parameters]
+
+    def obstacle(self, boundary: bool) -> LanguageError | None:
+        """See `Adapter`. Ranks may differ in it."""
+        if not self._once_a_window and not all(group.own.reduce_grads for group in self._groups):
+            return LanguageError(
+                "set_requires_gradient_sync(False) mixes the languages of a rank's micro-steps: leave it out, or "
+                "register with once_a_window=True, which sets it, and keep one language a rank and window"
+            )
+        if self._model._get_fsdp_state()._is_root is False:
+            return LanguageError(
+                "fsdp2.register got a module inside of the model that was called, whose other parameters would be "
+                "averaged; register the module to which fully_shard was applied last"
+            )
+        before = zip(self._everything, self._trained, strict=True)
+        changed = [each._param_fqn for each, trained in before if each.sharded_param.requires_grad != trained]
+        added = sum(parameter.requires_grad for parameter in self._model.parameters()) - len(self._plan.parameters)
+        if changed or added:
+            what = f'parameter "{changed[0]}" was frozen or unfrozen' if changed else f"{added} parameters were added"
+            return LanguageError(f"{what} after fsdp2.register, which fixed the blocks; do it before")
+        for group in self._groups:
+            if group.own._reduce_scatter_comm is not group.communication:
+                return LanguageError(
+                    "the reduce-scatter was changed after fsdp2.register, which had replaced it; leave out "
+                    "set_symm_mem_for_comm, set_allocate_memory_from_process_group_for_comm and "
+                    "set_custom_reduce_scatter"
+                )
+            if any(each.sharded_param._post_accumulate_grad_hooks for each in group.members):
+                return LanguageError(
+                    "a parameter has a post-accumulate-grad hook (an optimizer in backward), which would run before "
+                    "the gradients are combined; step after backward"
+                )
+        return None
+
+    def after_backward(self, callback: Callable[[], None]) -> None:
+        """See `Adapter`. FSDP2 has queued its own already, unless it casts outputs (`output_dtype`), or ours have ends
+        of their own: so this one goes to the end of the queue once more when backward is over."""
+        queue_callback(lambda: queue_callback(callback))
 
     def begin(self, factor: float, boundary: bool) -> None:
         """See `Adapter`."""
@@ -276,15 +357,9 @@ class _Reduction(Adapter):
         the same on every rank.
 
         Raises:
-            BucketMOOError: its size is not the bucket's, or it comes a second time.
+            BucketMOOError: no micro-step has begun, or the bucket comes a second time.
         """
-        group = self._groups[bucket]
-        if flat.numel() != self._shards * group.shard_numel:
-            raise BucketMOOError(
-                f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, "
-                f"{self._shards * group.shard_numel} were there at register; freeze, unfreeze or add parameters before "
-                "fsdp2.register"
-            )
+        self.check_open()
         if bucket < self._next or bucket in self._arrived:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: got a second gradient in one backward, after the first was "
@@ -321,13 +396,14 @@ class _Reduction(Adapter):
 
     def end(self) -> list[bool]:
         """See `Adapter`. A parameter without a gradient counts as a gradient of zeros."""
-        missing = [self._plan.buckets[bucket].name for bucket in range(self._next, len(self._groups))]
-        if self._expects and missing:
-            raise BucketMOOError(
-                f"{missing[0]} ({len(missing)} in all) was not reduced in this backward: "
-                "set_requires_gradient_sync(False) mixes the languages of a rank's micro-steps; leave it out, or "
-                "register with once_a_window=True, which sets it, and keep one language a rank and window"
-            )
+        while self._expects and self._next < len(self._groups):
+            group, name = self._groups[self._next], self._plan.buckets[self._next].name
+            if self._next not in self._arrived and not group.unused:
+                raise BucketMOOError(f"{name}: FSDP2 did not reduce it in this backward, which uses it")
+            if self._next not in self._arrived:
+                zeros = torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=self.device)
+                self._arrived[self._next] = zeros
+            self._leave(self._arrived.pop(self._next))
         return [True] * len(self._plan.parameters)
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
@@ -342,6 +418,9 @@ class _Reduction(Adapter):
         for bucket, received in self._delivering.items():
             self._write(bucket, received.wait())
         self._delivering.clear()
+        for parameter in self.optimized([]):
+            if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
+                parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _write(self, bucket: int, shard: Tensor) -> None:

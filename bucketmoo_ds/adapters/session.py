@@ -8,8 +8,9 @@ autograd callback closes it, still inside backward, once the wrapper has done it
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,50 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from bucketmoo_ds.batch import LanguageTracker
-from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.engine import BucketMOO, Resolution
-from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
 
 
 class Adapter:
-    """What a session asks of the adapter of one wrapper."""
+    """What a session asks of the adapter of one wrapper.
+
+    Attributes:
+        is_open: whether a micro-step has begun and not ended; the session sets it.
+    """
+
+    is_open = False
+
+    def check_open(self) -> None:
+        """Stops a backward that no output of the model opened.
+
+        Raises:
+            BucketMOOError: no micro-step has begun.
+        """
+        if not self.is_open:
+            raise BucketMOOError(
+                "a gradient came in a backward that did not pass through the model's outputs first: call the model "
+                "that was registered, return tensors (or lists, tuples, dictionaries and dataclasses of them) from its "
+                "forward, start backward at a loss made of them, and do not close the session"
+            )
+
+    def obstacle(self, boundary: bool) -> LanguageError | None:
+        """What keeps this micro-step from being exchanged, if this rank knows of anything; every rank then raises."""
+        return None
+
+    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The trainable parameters as the optimizer sees them now, which at register were these."""
+        return parameters
+
+    def holds_gradients(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the gradients of the window before are still there as backward begins."""
+        return any(parameter.grad is not None for parameter in parameters)
+
+    def after_backward(self, callback: Callable[[], None]) -> None:
+        """Queues a callback of this backward behind the wrapper's own. Here it has queued that already, when the
+        gradient reached it: before the hook on the outputs that calls this."""
+        queue_callback(callback)
 
     def begin(self, factor: float, boundary: bool) -> None:
         """A micro-step begins: the latest gradient counts `factor` times where gradients are added up locally."""
@@ -41,6 +78,9 @@ class Adapter:
         """The window is resolved: the rest of the combined gradients goes where the optimizer looks for it."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Takes off the hooks that can be."""
+
 
 class Session:
     """A model whose gradients are resolved, window by window. Made by the `register` of an adapter.
@@ -53,20 +93,23 @@ class Session:
         on_nonfinite: what becomes of a window in which a row was not finite. `drop`: all gradients are set to `None`,
             so that optimizers leave the parameters and their own state as they are. `keep`: they become NaN, which
             `torch.amp.GradScaler` looks for.
+
+    Raises:
+        ConfigError: an argument of `register` is out of range, or `enabled` is off.
+        DisagreementError: on every rank, if their settings, models or wrappers differ.
     """
 
     def __init__(
         self, model: nn.Module, config: BucketMOOConfig, moo: BucketMOO, adapter: Adapter, on_nonfinite: str
     ) -> None:
+        _check(config, moo.micro_steps, on_nonfinite)
+        moo.check_ranks()
         self.moo = moo
-        self._model = model
         self._adapter = adapter
         self._drop = on_nonfinite == "drop"
         self._tracker = LanguageTracker(config)
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._open = False
+        self._registered = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._finished = False
-        self._factor = 1.0
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after_forward),
@@ -120,6 +163,7 @@ class Session:
         """Takes the hooks off again. The wrapper keeps its communication hook."""
         for handle in self._handles:
             handle.remove()
+        self._adapter.close()
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
@@ -133,20 +177,34 @@ class Session:
         return args, kwargs
 
     @torch.compiler.disable
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.is_grad_enabled():
-            for leaf in pytree.tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(self._before_backward)
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        if self.moo.window.local:
+            return _map_tensors(self._with_scaled_gradient, output)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._open)
+        return output
+
+    def _with_scaled_gradient(self, output: Tensor) -> Tensor:
+        """Where gradients are scaled, a hook will not do: it would scale that of the logits a second time, of which the
+        model has made the loss that it returns with them. What the user gets are ends of their own."""
+        scaled: Tensor = _Scaled.apply(output, self._scale) if output.requires_grad else output
+        return scaled
 
     @torch.compiler.disable
-    def _before_backward(self, gradient: Tensor) -> Tensor | None:
-        if not self._open:
+    def _open(self, gradient: Tensor) -> None:
+        if not self._adapter.is_open:
             self._begin()
-        return None if self._factor == 1.0 else gradient * self._factor
+
+    def _scale(self, gradient: Tensor) -> Tensor:
+        self._open(gradient)
+        # Without a target token the loss may be 0/0.
+        return gradient * self._factor if self._factor else torch.zeros_like(gradient)
 
     def _begin(self) -> None:
-        if self._finished and any(parameter.grad is not None for parameter in self._parameters):
+        if self._finished and self._adapter.holds_gradients(self._parameters):
             raise BucketMOOError(
                 "backward after the boundary of a window: call optimizer.step() and optimizer.zero_grad() first, or "
                 f"register with micro_steps greater than {self.moo.micro_steps}"
@@ -154,15 +212,16 @@ class Session:
         self._finished = False
         moo = self.moo
         boundary = len(moo.window.table) + 1 == moo.micro_steps
-        moo.begin_micro_step(self._tracker.slot(moo.micro_steps, moo.exchange.world_size), boundary)
-        self._open, self._boundary = True, boundary
+        slot = self._adapter.obstacle(boundary) or self._tracker.slot(moo.micro_steps, moo.exchange.world_size)
+        moo.begin_micro_step(slot, boundary)
+        self._boundary = boundary
         self._factor = moo.window.local_factor(moo.exchange.rank) if moo.window.local else 1.0
         self._adapter.begin(self._factor, boundary)
-        # Behind the wrapper's own callback, which it queued when the gradient reached it: before this hook.
-        Variable._execution_engine.queue_callback(self._end)
+        self._adapter.is_open = True
+        self._adapter.after_backward(self._end)
 
     def _end(self) -> None:
-        self._open, self._factor = False, 1.0
+        self._adapter.is_open = False
         self.moo.end_micro_step(self._adapter.end())
         if self._boundary:
             self.moo.finish()
@@ -170,6 +229,10 @@ class Session:
             self._finished = True
             if self.skipped:
                 self._spoil()
+
+    @property
+    def _parameters(self) -> Sequence[Tensor]:
+        return self._adapter.optimized(self._registered)
 
     def _spoil(self) -> None:
         for parameter in self._parameters:
@@ -190,6 +253,59 @@ class Session:
                 "and leave out an incomplete last window (LanguageBatchSampler emits whole windows only)"
             )
         self._finished = False
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, and what `scale` does to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.scale = scale
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.scale(gradients[0]), None
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif _is_dataclass(leaf):
+            for field in dataclasses.fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+    def at_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if _is_dataclass(leaf):
+            fields = [field.name for field in dataclasses.fields(leaf) if field.init]
+            return dataclasses.replace(leaf, **{name: _map_tensors(function, getattr(leaf, name)) for name in fields})
+        return leaf
+
+    return pytree.tree_map(at_leaf, output)
+
+
+def _is_dataclass(leaf: Any) -> bool:
+    """Dataclasses are leaves to pytree, unless they are registered."""
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+
+def _check(config: BucketMOOConfig, micro_steps: object, on_nonfinite: str) -> None:
+    if not config.enabled:
+        raise ConfigError(f"{SECTION}.enabled = false: register changes the wrapper; leave the call out")
+    if isinstance(micro_steps, bool) or not isinstance(micro_steps, int) or micro_steps < 1:
+        raise ConfigError(f"micro_steps = {micro_steps!r}: expected a whole number, 1 or more")
+    if on_nonfinite not in ("drop", "keep"):
+        raise ConfigError(f'on_nonfinite = {on_nonfinite!r}: expected "drop" or "keep"')
+
+
+def queue_callback(callback: Callable[[], None]) -> None:
+    """Queues a callback for the end of the backward that is running."""
+    Variable._execution_engine.queue_callback(callback)
 
 
 def _weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:

@@ -40,15 +40,21 @@ class ToyLM(nn.Module):
         """Returns the mean loss per target token; a batch may come as one dictionary."""
         if isinstance(input_ids, Mapping):
             return self(**input_ids)
+        return loss_of(self.logits(input_ids, adapter), labels)
+
+    def logits(self, input_ids: Tensor, adapter: int | None = None) -> Tensor:
         hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         if adapter is not None:
             hidden = hidden + self.adapters[adapter](hidden)
-        logits = self.head(hidden)
-        return nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-        )
+        return self.head(hidden)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
 
 
 def micro_batch(

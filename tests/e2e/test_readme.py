@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -35,6 +37,26 @@ def test_deepspeed_example_trains(tmp_path: Path) -> None:
     assert all(path.exists() for path in left), done.stderr[-2000:]
     assert [path.read_text() for path in left] == ["6", "6"]
     assert "aggregator cagrad" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrap", "processes"), [("with_fsdp2", 2), ("with_fsdp1", 2), ("with_ddp", 2), ("alone", 1)]
+)
+def test_wrapper_example_trains(wrap: str, processes: int, tmp_path: Path) -> None:
+    example = next(block for block in BLOCKS if "def with_fsdp2" in block)
+    assert example.count("= with_fsdp2(") == 1
+    check = '\nopen(f"windows{dist.get_rank()}", "w").write(str(session.moo.counters["windows"]))\n'
+    (tmp_path / "train.py").write_text(example.replace("= with_fsdp2(", f"= {wrap}(") + check)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc_per_node={processes}", "train.py"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    left = [tmp_path / f"windows{rank}" for rank in range(processes)]
+    assert all(path.exists() for path in left), done.stderr[-2000:]
+    assert [path.read_text() for path in left] == ["10"] * processes
+    assert "aggregator cagrad" in done.stderr
+    assert "tensor(" in done.stdout
 
 
 def test_sampler_example_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bucketmoo_ds.config import CHOICES
 from bucketmoo_ds.store import RowStore
 
 
@@ -14,12 +15,16 @@ from bucketmoo_ds.store import RowStore
 @given(
     adds=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.floats(-4, 4)), min_size=1, max_size=12),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    storage=st.sampled_from(CHOICES["row_storage"]),
     windows=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )
-def test_rows_are_sums(adds: list[tuple[int, int, float]], dtype: torch.dtype, windows: int, seed: int) -> None:
+def test_rows_are_sums(
+    adds: list[tuple[int, int, float]], dtype: torch.dtype, storage: str, windows: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    store = RowStore()
+    store = RowStore(storage)
+    stored, rounding = (torch.bfloat16, 2**-9) if storage == "bfloat16" else (torch.float32, 2**-24)
     for _ in range(windows):
         expected: dict[tuple[int, int], torch.Tensor] = {}
         size: dict[tuple[int, int], float] = {}
@@ -31,24 +36,52 @@ def test_rows_are_sums(adds: list[tuple[int, int, float]], dtype: torch.dtype, w
             size[key] = size.get(key, 0.0) + abs(scale) * float(gradient.abs().max())
         for (bucket, language), row in expected.items():
             (found,) = store.rows(bucket, [language])
-            assert found.dtype == torch.float32
-            # At most 12 additions and products in float32, each off by at most 2^-24 of the sum of sizes.
-            torch.testing.assert_close(found.double(), row, rtol=0, atol=24 * 2**-24 * size[bucket, language] + 1e-37)
-        assert store.nbytes == sum(4 * (11 + bucket) for bucket, _ in expected)
+            assert found.dtype == stored
+            # At most 12 additions and products, each rounded by 2^-24 (2^-9 in bfloat16) of the sum of sizes at most.
+            limit = 24 * rounding * size[bucket, language] + 1e-37
+            torch.testing.assert_close(found.double(), row, rtol=0, atol=limit)
+        assert store.nbytes == sum(stored.itemsize * (11 + bucket) for bucket, _ in expected)
         store.clear()
 
 
-def test_one_gradient_of_scale_one_is_kept_to_the_bit() -> None:
-    gradient = torch.randn(100)
-    store = RowStore()
+@pytest.mark.parametrize(
+    ("storage", "dtype"),
+    [("float32", torch.float32), ("host", torch.float32), ("float32", torch.bfloat16), ("bfloat16", torch.bfloat16)],
+)
+def test_one_gradient_of_scale_one_is_kept_to_the_bit(storage: str, dtype: torch.dtype) -> None:
+    gradient = torch.randn(100).to(dtype)
+    store = RowStore(storage)
     store.add(0, 0, gradient, 1.0)
-    assert torch.equal(store.rows(0, [0])[0], gradient)
+    assert torch.equal(store.rows(0, [0])[0].to(dtype), gradient)
 
 
-def test_the_store_does_not_keep_the_callers_tensor() -> None:
+def test_bfloat16_rows_are_added_to_in_float32_and_rounded_once_each() -> None:
+    first, second = torch.randn(1000), torch.randn(1000)
+    store = RowStore("bfloat16")
+    store.add(0, 0, first, 1.0)
+    store.add(0, 0, second, 3.0)
+    expected = (first.bfloat16().float() + 3.0 * second).bfloat16()
+    torch.testing.assert_close(store.rows(0, [0])[0], expected, rtol=2**-8, atol=0)  # the last bit of a tie
+    assert (store.rows(0, [0])[0] == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("storage", CHOICES["row_storage"])
+def test_only_float32_rows_on_the_device_are_for_kernels_to_add_to(storage: str) -> None:
+    assert RowStore(storage).is_float32_on_device == (storage == "float32")
+
+
+def test_host_rows_lie_in_host_memory() -> None:
+    store = RowStore("host")
+    gradient = torch.empty(7, device="meta")
+    assert store._row((0, 0), gradient).device.type == "cpu", "whatever device the gradient is on"
+    assert RowStore()._row((0, 0), gradient).device.type == "meta"
+
+
+@pytest.mark.parametrize("storage", CHOICES["row_storage"])
+def test_the_store_does_not_keep_the_callers_tensor(storage: str) -> None:
     gradient = torch.randn(100)
     before = gradient.clone()
-    store = RowStore()
+    store = RowStore(storage)
     store.add(0, 0, gradient, 1.0)
     store.add(0, 0, gradient, 2.0)
     assert torch.equal(gradient, before)
@@ -56,16 +89,17 @@ def test_the_store_does_not_keep_the_callers_tensor() -> None:
     assert store.rows(0, [0])[0].isfinite().all()
 
 
-def test_a_new_window_forgets_even_nan_and_reuses_memory() -> None:
-    store = RowStore()
+@pytest.mark.parametrize("storage", CHOICES["row_storage"])
+def test_a_new_window_forgets_even_nan_and_reuses_memory(storage: str) -> None:
+    store = RowStore(storage)
     store.add(0, 1, torch.full((5,), float("nan")), 1.0)
     address = store.rows(0, [1])[0].data_ptr()
     store.clear()
-    gradient = torch.randn(5)
+    gradient = torch.randn(5).bfloat16().float()
     store.add(0, 1, gradient, 0.5)
     (row,) = store.rows(0, [1])
     assert row.data_ptr() == address
-    assert torch.equal(row, gradient * 0.5)
+    assert torch.equal(row.float(), gradient * 0.5)
 
 
 def test_rows_of_an_older_window_are_not_handed_out() -> None:

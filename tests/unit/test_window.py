@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bucketmoo_ds.window import Slot, Window
+from bucketmoo_ds.window import Slot, Window, merged_by_node
 
 ELEMENTS = 7
 
@@ -124,3 +124,39 @@ def test_changed_language(local: bool) -> None:
     assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == (1 if local else None)
     window.clear()
     assert window.changed_language([Slot(2, 2, 2.0), Slot(0, 2, 2.0)]) is None
+
+
+@settings(deadline=None)
+@given(
+    inside=st.integers(1, 4),
+    nodes=st.lists(st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 3, 50])), min_size=4), min_size=1),
+    micro_steps=st.integers(1, 3),
+)
+def test_a_nodes_slot_stands_for_the_sum_of_its_ranks(
+    inside: int, nodes: list[list[tuple[int, int]]], micro_steps: int
+) -> None:
+    """With gradient g_b of slot b worth `scale_b g_b`, the ranks add up `scale_b / scale g_b`, which is worth `scale`
+    times as much; those without a token take no part."""
+    slots = [
+        Slot(language, tokens, float(micro_steps * tokens)) for node in nodes for language, tokens in node[:inside]
+    ]
+    merged = merged_by_node(slots, inside)
+    by_node = [slots[first : first + inside] for first in range(0, len(slots), inside)]
+    fed = [[slot for slot in node if slot.target_tokens] for node in by_node]
+    if any(len({slot.language for slot in node}) > 1 for node in fed):
+        assert merged is None
+        return
+    assert merged is not None
+    assert len(merged) == len(by_node)
+    for found, ranks in zip(merged, fed, strict=True):
+        assert found.target_tokens == sum(slot.target_tokens for slot in ranks)
+        if ranks:
+            assert found.language == ranks[0].language
+            assert found.scale in {slot.scale for slot in ranks}, "a scale without which nobody's would be rounded"
+
+
+def test_ranks_without_a_token_do_not_mix_a_node() -> None:
+    slots = [Slot(1, 0, 0.0), Slot(2, 8, 16.0), Slot(0, 4, 8.0), Slot(0, 4, 8.0)]
+    assert merged_by_node(slots, 2) == [Slot(2, 8, 16.0), Slot(0, 8, 8.0)]
+    assert merged_by_node(slots, 4) is None
+    assert merged_by_node([Slot(1, 0, 0.0), Slot(2, 0, 0.0)], 2) == [Slot(1, 0, 0.0)]

@@ -1,0 +1,22 @@
+"""Worker: rank 1 fails inside DDP's communication hook in the second window, and nobody catches it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ddp_scenarios
+import worker
+
+
+def fail(*_: Any) -> None:
+    raise ValueError("the exchange failed on one rank")
+
+
+worker.start()
+run = ddp_scenarios.Run()
+run.window()
+worker.leave("one window done")
+if worker.RANK == 1:
+    run.session.moo.exchange.scatter = fail  # type: ignore[method-assign]
+run.window()
+worker.leave("went on")
