@@ -47,7 +47,8 @@ def register(
 
     Call it on all ranks, after `fully_shard` and before the first forward pass. Every micro-batch then names its
     language: by an entry of the batch (`config.language_key`), or inside `with session.language("de"):`. Divide the
-    loss by `micro_steps` as usual. When the last backward of a window returns, `.grad` holds the combined gradient.
+    loss by `micro_steps` as usual. When the last backward of a window returns, `.grad` holds the combined gradient;
+    that of a parameter that no rank has used is zero.
 
     Args:
         model: the root module, to which `fully_shard` was applied.
@@ -357,9 +358,15 @@ class _Reduction(Adapter):
         the same on every rank.
 
         Raises:
-            BucketMOOError: no micro-step has begun, or the bucket comes a second time.
+            BucketMOOError: no micro-step has begun, the bucket's size has changed, or it comes a second time.
         """
         self.check_open()
+        expected = self._shards * self._groups[bucket].shard_numel
+        if flat.numel() != expected:
+            raise BucketMOOError(
+                f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, {expected} were there at "
+                "register; leave out set_reduce_scatter_unused_params, and freeze parameters before fsdp2.register"
+            )
         if bucket < self._next or bucket in self._arrived:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: got a second gradient in one backward, after the first was "
@@ -399,7 +406,10 @@ class _Reduction(Adapter):
         while self._expects and self._next < len(self._groups):
             group, name = self._groups[self._next], self._plan.buckets[self._next].name
             if self._next not in self._arrived and not group.unused:
-                raise BucketMOOError(f"{name}: FSDP2 did not reduce it in this backward, which uses it")
+                raise BucketMOOError(
+                    f"{name}: FSDP2 did not reduce it in this backward; leave out set_requires_gradient_sync and "
+                    "set_reduce_scatter_unused_params after fsdp2.register"
+                )
             if self._next not in self._arrived:
                 zeros = torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=self.device)
                 self._arrived[self._next] = zeros
@@ -418,9 +428,10 @@ class _Reduction(Adapter):
         for bucket, received in self._delivering.items():
             self._write(bucket, received.wait())
         self._delivering.clear()
-        for parameter in self.optimized([]):
-            if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
-                parameter.grad = torch.zeros_like(parameter)
+        for group in self._groups:
+            for parameter in group.parameters:
+                if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
+                    parameter.grad = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def _write(self, bucket: int, shard: Tensor) -> None:

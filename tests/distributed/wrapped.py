@@ -161,7 +161,7 @@ def run(**fields: Any) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     return {name: max(error[name] for error in errors) for name in errors[0]} | {
-        "parameters": worker.checksum(whole(each) for each in weights_of(wrapped)),
+        "parameters": worker.checksum(weights_of(wrapped)),
         "decided": worker.checksum(decided),
         "streaming": session.moo.streaming,
         "sent": dict(session.moo.exchange.sent_bytes),
@@ -315,7 +315,7 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def weights_of(wrapped: nn.Module) -> list[Tensor]:
     if not isinstance(wrapped, FullyShardedDataParallel):
-        return list(wrapped.parameters())
+        return list(whole(dict(wrapped.named_parameters())).values())
     with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
         return [each.detach().clone() for each in wrapped.parameters()]
 
