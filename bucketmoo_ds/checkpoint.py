@@ -14,6 +14,7 @@ from bucketmoo_ds.exchange import Exchange
 from bucketmoo_ds.logs import logger
 
 FILE = "bucket_moo.json"
+LATEST = "latest"
 FORMAT = 1
 
 
@@ -42,18 +43,53 @@ def save(
             problem = f"{folder / FILE}: {error.strerror or error}"
         except (TypeError, ValueError) as error:
             problem = f"{folder / FILE}: a state is not plain JSON values ({error})"
-    found = exchange.gather_text(problem)[0]
-    if found:
-        raise BucketMOOError(f"the checkpoint was not saved: {found}")
+    check_saved(problem, exchange)
 
 
-def load(folder: Path, config: BucketMOOConfig) -> dict[str, dict[str, Any]] | None:
-    """Returns the states of a checkpoint, or `None` (with a warning) for one of a run without bucket_moo.
+def check_saved(problem: str, exchange: Exchange) -> None:
+    """Compares what the ranks could not write.
+
+    Args:
+        problem: of this rank; empty for none.
 
     Raises:
-        ConfigError: the file is damaged, of another format, or of other languages.
+        BucketMOOError: on every rank, where one of them had a problem.
+    """
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(exchange.gather_text(problem)) if text]
+    if found:
+        raise BucketMOOError(f"the checkpoint was not saved: {'; '.join(found)}")
+
+
+def name_latest(folder: Path, tag: str, exchange: Exchange) -> None:
+    """Makes `tag` the checkpoint that DeepSpeed's `load_checkpoint` takes, on rank 0, when all ranks have written it.
+
+    Raises:
+        BucketMOOError: on every rank, where rank 0 could not write.
+    """
+    problem = ""
+    if exchange.rank == 0:
+        try:
+            write_atomically(folder / LATEST, tag)
+        except OSError as error:
+            problem = f"{folder / LATEST}: {error.strerror or error}"
+    check_saved(problem, exchange)
+
+
+def load(folder: Path, config: BucketMOOConfig, *, universal: bool = False) -> dict[str, dict[str, Any]] | None:
+    """Returns the states of a checkpoint, or `None` (with a warning) for one of a run without bucket_moo.
+
+    Args:
+        universal: whether DeepSpeed's converter has made the folder, which leaves our file behind.
+
+    Raises:
+        ConfigError: the file is damaged, of another format, or of other languages; or a universal checkpoint has none.
     """
     path = folder / FILE
+    if universal and not path.exists():
+        raise ConfigError(
+            f"{folder} has no {FILE}, which ds_to_universal.py leaves behind: copy it there from the checkpoint that "
+            "was converted"
+        )
     if not path.exists():
         logger.warning("%s has no %s: a checkpoint of a run without bucket_moo; windows count from 0", folder, FILE)
         return None

@@ -31,6 +31,7 @@ from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.exchange import Exchange, Received
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.store import RowStore
+from bucketmoo_ds.streams import SideStream
 from bucketmoo_ds.window import Slot, Window, merged_by_node
 
 Sink = Callable[[int, Tensor], None]
@@ -129,6 +130,7 @@ class BucketMOO:
         self.last: Resolution | None = None
         self._sink = sink
         self._device = torch.device(device)
+        self._side = SideStream(self._device)
         self._depth = 1 if overlap else 0
         self._store = RowStore(config.row_storage)
         self._pending: collections.deque[_Pending] = collections.deque()
@@ -164,6 +166,7 @@ class BucketMOO:
         Raises:
             LanguageError: on every rank, if one of them has no valid micro-batch.
             DisagreementError: on every rank, if their positions, plans or settings differ.
+            BucketMOOError: on every rank, if the window has more than M micro-steps.
         """
         position = {
             "window": self.windows,
@@ -175,6 +178,12 @@ class BucketMOO:
         self._check_languages(slots)
         self.window.add(slots)
         self._check_nodes()
+        if not boundary and len(self.window.table) >= self.micro_steps:
+            raise BucketMOOError(
+                f"micro-step {len(self.window.table)} of {self.micro_steps} does not end its window: set "
+                "gradient_accumulation_steps to as many as there are between two optimizer steps (no_sync() and "
+                "set_gradient_accumulation_boundary() do not tell)"
+            )
         self._boundary = boundary
         if boundary and not self.window.present:
             raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
@@ -184,18 +193,9 @@ class BucketMOO:
 
         `flat` belongs to the engine from here on.
         """
-        sources = self.window.sources()
-        by_node = self._merged(sources)
-        if by_node is None:
-            self._pending.append(_Pending(bucket, self.exchange.scatter(flat), sources))
-        else:
-            mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
-            if mine.target_tokens == 0:
-                flat.zero_()
-            elif mine.scale != of_node.scale:
-                flat.mul_(mine.scale / of_node.scale)
-            self._pending.append(_Pending(bucket, self.exchange.scatter_by_node(flat), by_node))
-        self._receive(self._depth)
+        with self._side.after_current(flat):
+            self._pending.append(self._send(bucket, flat))
+            self._receive(self._depth)
 
     def end_micro_step(self, contributed: Sequence[bool]) -> None:
         """Waits for this micro-step's buckets.
@@ -203,24 +203,34 @@ class BucketMOO:
         Args:
             contributed: for each parameter of the plan, whether this rank had a gradient for it.
         """
-        self._receive(0)
+        with self._side.after_current():
+            self._receive(0)
         self._contributions.add(contributed)
 
-    def finish(self) -> Resolution:
+    def check_contributions(self) -> None:
+        """Compares for which parameters ranks had gradients, before the window's end; `finish` does it there.
+
+        Raises:
+            DisagreementError: on every rank, if they differ.
+        """
+        self._contributions.check(self.exchange)
+
+    def finish(self, gradient_scale: float = 1.0) -> Resolution:
         """Resolves what is not resolved yet and closes the window.
+
+        Args:
+            gradient_scale: what losses were multiplied by (fp16's loss scale); the resolution's Grams are without it.
 
         Raises:
             DisagreementError: on every rank, if the ranks had gradients of different parameters, or other weights.
             BucketMOOError: a bucket was not resolved.
         """
-        self._contributions.check(self.exchange)
+        self.check_contributions()
         self._check_complete(self._resolved if self.streaming else self._grams)
         if not self.streaming:
-            buckets = range(len(self.plan.buckets))
-            partial = torch.cat([self._grams[bucket] for bucket in buckets])
-            weights = self._resolve(partial, range(len(self.plan.cell_block)))
-            for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
-                self._combine(bucket, self._rows(bucket), of_bucket)
+            with self._side.after_current():
+                self._resolve_rows()
+        self._side.join()
         check_equal(
             self.exchange,
             self._block_weights.numpy().tobytes(),
@@ -228,7 +238,7 @@ class BucketMOO:
         )
         resolution = Resolution(
             window=self.windows,
-            gram=self._block_gram,
+            gram=self._block_gram / gradient_scale**2,
             weights=self._block_weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
@@ -280,7 +290,7 @@ class BucketMOO:
             f"{len(config.languages)} languages ({', '.join(config.languages)}), "
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
             f"{'streaming' if self.streaming else 'deferred'}, "
-            f"exchange {self._exchange_name} {'once a window' if self.window.local else 'every micro-step'}, "
+            f"{self._exchange_name}, "
             f"backend {self.backend}"
         )
 
@@ -290,11 +300,34 @@ class BucketMOO:
 
     @property
     def _exchange_name(self) -> str:
-        if not self._goes_by_node:
-            return "flat all-to-all"
-        return f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
+        if self.exchange.world_size == 1:
+            return "nothing to exchange"
+        how = "flat all-to-all"
+        if self._goes_by_node:
+            how = f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
+        return f"exchange {how} {'once a window' if self.window.local else 'every micro-step'}"
 
     # --- how it is done -----------------------------------------------------------------------------------------
+
+    def _send(self, bucket: int, flat: Tensor) -> _Pending:
+        sources = self.window.sources()
+        by_node = self._merged(sources)
+        if by_node is None:
+            return _Pending(bucket, self.exchange.scatter(flat), sources)
+        mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
+        if mine.target_tokens == 0:
+            flat.zero_()
+        elif mine.scale != of_node.scale:
+            flat.mul_(mine.scale / of_node.scale)
+        return _Pending(bucket, self.exchange.scatter_by_node(flat), by_node)
+
+    def _resolve_rows(self) -> None:
+        """Resolves the stored rows of all buckets at once."""
+        buckets = range(len(self.plan.buckets))
+        partial = torch.cat([self._grams[bucket] for bucket in buckets])
+        weights = self._resolve(partial, range(len(self.plan.cell_block)))
+        for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
+            self._combine(bucket, self._rows(bucket), of_bucket)
 
     def _receive(self, depth: int) -> None:
         """Takes in arrived buckets until at most `depth` are under way. The order is the same on every rank."""
@@ -342,9 +375,7 @@ class BucketMOO:
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), incoming)
         self._combine(bucket, rows, self._resolve(gram, self._cells[bucket]))
 
-    def _accumulate_gram(
-        self, bucket: int, rows: list[Tensor], fresh: list[bool], incoming: list[_Incoming]
-    ) -> Tensor:
+    def _accumulate_gram(self, bucket: int, rows: list[Tensor], fresh: list[bool], incoming: list[_Incoming]) -> Tensor:
         """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
         segments = self._segments[bucket]
         row_of = {language: row for row, language in enumerate(self.window.present)}

@@ -2,10 +2,10 @@
 
 Read in torch 2.13.0, `torch/nn/parallel/distributed.py` and its reducer. DDP calls the hook for each of its buckets and
 rebuilds these after the first backward. So gradients are copied out of them, parameter by parameter, into the plan's
-own static buckets, which are exchanged while backward goes on. DDP is handed zeros, which make `.grad`: the next
-micro-step's gradient is added to them before DDP hands it over. At the boundary the combined gradient is written into
-`.grad` when DDP has done with it, but backward has not returned; so it reaches clipping and the optimizer, and `.grad`
-stays the view of DDP's bucket that `gradient_as_bucket_view` made it.
+own static buckets, which are exchanged while backward goes on. Before the boundary DDP is handed zeros, which make
+`.grad`: the next micro-step's gradient is added to them before DDP hands it over. At the boundary the combined gradient
+becomes `.grad` when DDP has done with it, but backward has not returned; so it reaches clipping and the optimizer. With
+`gradient_as_bucket_view` it is written into the view of DDP's bucket that `.grad` stays.
 
 With W ranks and N bytes of gradients a rank sends (W-1)/W N in each exchange, and once a window (W-1)/W N of combined
 ones. DDP's own all-reduce sends 2 (W-1)/W N in every micro-step.
@@ -140,6 +140,7 @@ class _Reduction(Whole):
 
     def install(self, model: DistributedDataParallel) -> None:
         """Hooks the model's forward passes."""
+        self._as_views = model.gradient_as_bucket_view
         self._handle = model.register_forward_pre_hook(self._before_forward)
 
     def close(self) -> None:
@@ -179,10 +180,16 @@ class _Reduction(Whole):
             for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
                 if parameter.requires_grad:  # or it was frozen after it was wrapped
                     self.take(parameter, gradient)
-            buffer.zero_()
+            if not self._boundary:
+                buffer.zero_()
         done: Future[Tensor] = Future()
         done.set_result(buffer)
         return done
+
+    def begin(self, factor: float, boundary: bool) -> None:
+        """See `Adapter`."""
+        super().begin(factor, boundary)
+        self._boundary = boundary
 
     def end(self) -> list[bool]:
         """See `Adapter`. DDP fills up with zeros what a rank did not use, so that all ranks have all gradients."""
@@ -191,6 +198,10 @@ class _Reduction(Whole):
 
     def assign(self, index: int, combined: Tensor) -> None:
         """See `Whole`. What no rank used has no gradient, as without us."""
-        gradient = self.parameters[index].grad
-        if gradient is not None:
-            gradient.copy_(combined)
+        parameter = self.parameters[index]
+        if parameter.grad is None:
+            return
+        if self._as_views:
+            parameter.grad.copy_(combined)
+        else:
+            parameter.grad = combined.to(parameter.dtype)

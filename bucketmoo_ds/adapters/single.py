@@ -18,8 +18,6 @@ from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.exchange import Exchange
 
-BUCKET_BYTES = 25 * 2**20  # as DDP's, so that blocks are the same
-
 
 def register(
     model: nn.Module,
@@ -67,7 +65,6 @@ def register(
         micro_steps=micro_steps,
         local=False,
         bucket_size=bucket_size,
-        bucket_bytes=BUCKET_BYTES,
     )
     session = Session(model, config, adapter.moo, adapter, on_nonfinite)
     adapter.install()

@@ -6,13 +6,14 @@ missing: so every rank starts the same collectives in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bucketmoo_ds.blocks import BlockPlan
 from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.layout import Layout
 
 
 class Staging:
@@ -20,7 +21,8 @@ class Staging:
 
     Args:
         plan: the buckets.
-        padded: elements of each bucket's buffer, `W * S`; the padding is zero.
+        layout: of a bucket's buffer, `[W * S]`; the padding is zero.
+        world_size: W.
         dtype: dtype in which gradients are added up and exchanged.
         device: where the buffers lie.
         release: called with (bucket, flat buffer) when a bucket leaves; the buffer then belongs to the callee.
@@ -29,20 +31,22 @@ class Staging:
     def __init__(
         self,
         plan: BlockPlan,
-        padded: Sequence[int],
+        layout: Layout,
+        world_size: int,
         dtype: torch.dtype,
         device: torch.device,
         release: Callable[[int, Tensor], None],
     ) -> None:
         self._plan = plan
-        self._padded = padded
+        self._layout = layout
+        self._world_size = world_size
         self._dtype = dtype
         self._device = device
         self._release = release
         self._place = {
-            index: (number, offset)
+            index: (number, member)
             for number, bucket in enumerate(plan.buckets)
-            for index, offset in zip(bucket.parameters, bucket.offsets, strict=True)
+            for member, index in enumerate(bucket.parameters)
         }
         self._buffers: dict[int, Tensor] = {}
         self.start_window()
@@ -65,21 +69,23 @@ class Staging:
         Raises:
             BucketMOOError: the parameter's bucket has left already.
         """
-        bucket, offset = self._place[parameter]
+        bucket, member = self._place[parameter]
         if bucket < self._next:
             raise BucketMOOError(
                 f'parameter "{self._plan.parameters[parameter].name}" got a second gradient in one backward after its '
                 "bucket was exchanged (a parameter that is used inside and outside of reentrant checkpointing does "
                 "that); use torch.utils.checkpoint with use_reentrant=False"
             )
-        target = self._buffer(bucket).narrow(0, offset, gradient.numel())
-        if parameter in self._filled:
-            target.add_(gradient.reshape(-1), alpha=factor)
-        else:
-            target.copy_(gradient.reshape(-1))
-            if factor != 1.0:
-                target.mul_(factor)
-            self._filled.add(parameter)
+        flat = gradient.reshape(-1)
+        for target, start, numel in self._layout.parts(self._buffer(bucket), bucket, member):
+            source = flat.narrow(0, start, numel).view_as(target)
+            if parameter in self._filled:
+                target.add_(source, alpha=factor)
+            else:
+                target.copy_(source)
+                if factor != 1.0:
+                    target.mul_(factor)
+        self._filled.add(parameter)
         if parameter not in self._arrived:
             self._arrived.add(parameter)
             self._waiting[bucket] -= 1
@@ -103,14 +109,16 @@ class Staging:
         bucket = self._next
         self._next += 1
         flat = self._buffer(bucket)
-        members = self._plan.buckets[bucket]
-        for index, offset in zip(members.parameters, members.offsets, strict=True):
+        for member, index in enumerate(self._plan.buckets[bucket].parameters):
             if index not in self._filled:
-                flat.narrow(0, offset, self._plan.parameters[index].numel).zero_()
-        flat.narrow(0, members.numel, flat.numel() - members.numel).zero_()
+                for part in self._layout.parts(flat, bucket, member):
+                    part.target.zero_()
+        for padding in self._layout.padding(flat, bucket):
+            padding.zero_()
         self._release(bucket, self._buffers.pop(bucket))
 
     def _buffer(self, bucket: int) -> Tensor:
         if bucket not in self._buffers:
-            self._buffers[bucket] = torch.empty(self._padded[bucket], dtype=self._dtype, device=self._device)
+            numel = self._world_size * self._layout.shard_numel(bucket)
+            self._buffers[bucket] = torch.empty(numel, dtype=self._dtype, device=self._device)
         return self._buffers[bucket]

@@ -1,4 +1,5 @@
-"""Models whose parameters lie whole on every rank: what the adapters of DDP and of one process alone share.
+"""Models whose parameters lie whole on every rank: what the adapters of DDP, of ZeRO-0 and of one
+process alone share.
 
 Gradients are gathered in the plan's own static buckets and exchanged in the plan's order, whatever buckets a wrapper
 has. Every rank resolves an even slice of each bucket, and all ranks gather the combined slices.
@@ -19,6 +20,9 @@ from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.layout import Consecutive
+
+BUCKET_BYTES = 25 * 2**20  # DDP's own default, so that blocks are the same
 
 
 def trained_parameters(model: nn.Module, caller: str) -> dict[str, nn.Parameter]:
@@ -85,7 +89,7 @@ class Whole(Adapter):
         micro_steps: int,
         local: bool,
         bucket_size: int | None,
-        bucket_bytes: int,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         trained = trained_parameters(model, caller)
         dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
@@ -109,8 +113,8 @@ class Whole(Adapter):
             overlap=exchange.world_size > 1,
             device=device,
         )
-        padded = [exchange.world_size * exchange.shard_numel(bucket.numel) for bucket in plan.buckets]
-        self._staging = Staging(plan, padded, dtype, device, self.moo.ingest)
+        layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
+        self._staging = Staging(plan, layout, exchange.world_size, dtype, device, self.moo.ingest)
         self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._delivering: dict[int, Received] = {}
 

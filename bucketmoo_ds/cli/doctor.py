@@ -101,15 +101,16 @@ def _backends() -> list[Finding]:
 
 def _seams() -> Finding:
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     from bucketmoo_ds.adapters.deepspeed.checks import check_seams
 
     try:
-        check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer)
+        check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
     except ConfigError as error:
-        return Finding("deepspeed's seams for ZeRO-1/2", "changed", False, str(error))
-    return Finding("deepspeed's seams for ZeRO-1/2", "as expected", True)
+        return Finding("deepspeed's seams for ZeRO", "changed", False, str(error))
+    return Finding("deepspeed's seams for ZeRO", "as expected", True)
 
 
 def _compiler() -> Finding:

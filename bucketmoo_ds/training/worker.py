@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: RunSettings, resume: bool) -> None:
     """Trains as the settings say, on the ranks of the default process group."""
+    from deepspeed.zero import GatheredParameters
+
     from bucketmoo_ds.training.loop import train
     from bucketmoo_ds.training.models import load_model, load_tokenizer
 
@@ -57,12 +59,13 @@ def run(settings: RunSettings, resume: bool) -> None:
         evaluation_batch=settings.evaluation.batch_size if settings.evaluation else 1,
         resume=resume,
     )
-    if dist.get_rank() == 0:
-        temporary = output / ".model"
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(output / "model", ignore_errors=True)
-        temporary.rename(output / "model")
+    with GatheredParameters(list(model.parameters())):  # ZeRO-3 has taken them apart
+        if dist.get_rank() == 0:
+            temporary = output / ".model"
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            shutil.rmtree(output / "model", ignore_errors=True)
+            temporary.rename(output / "model")
 
 
 def _plain(settings: RunSettings) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: 
         found = save(tmp_path, {"moo": {"windows": 9}}, world_size)
     for error in found:
         assert isinstance(error, BucketMOOError)
-        assert str(error) == f"the checkpoint was not saved: {tmp_path / checkpoint.FILE}: No space left on device"
+        path = tmp_path / checkpoint.FILE
+        assert str(error) == f"the checkpoint was not saved: rank 0: {path}: No space left on device"
     assert (tmp_path / checkpoint.FILE).read_bytes() == before
     assert os.listdir(tmp_path) == [checkpoint.FILE]
 
@@ -139,6 +140,32 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         assert str(tmp_path / "file" / "global_step3" / checkpoint.FILE) in str(error)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_one_rank_could_not_write_all_are_told(rank: int) -> None:
+    def body(exchange: Any) -> None:
+        checkpoint.check_saved("/there: No space left on device" if exchange.rank == rank else "", exchange)
+
+    for error in run_ranks(3, body):
+        assert isinstance(error, BucketMOOError)
+        assert str(error) == f"the checkpoint was not saved: rank {rank}: /there: No space left on device"
+
+
+def test_latest_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(tag: str) -> list[Any]:
+        return run_ranks(2, lambda exchange: checkpoint.name_latest(tmp_path, tag, exchange))
+
+    assert name("one") == [None, None]
+    with monkeypatch.context() as patch:
+        fill_disk(patch)
+        for error in name("two"):
+            assert isinstance(error, BucketMOOError)
+            assert "rank 0: " in str(error)
+    assert (tmp_path / checkpoint.LATEST).read_text() == "one"
+    assert name("three") == [None, None]
+    assert (tmp_path / checkpoint.LATEST).read_text() == "three"
+    assert os.listdir(tmp_path) == [checkpoint.LATEST]
+
+
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"bytes", object()])
 def test_state_that_is_no_json_is_an_error_on_every_rank(tmp_path: Path, value: object) -> None:
     """Rank 0 alone notices: raising there alone would leave the others waiting."""
@@ -146,7 +173,7 @@ def test_state_that_is_no_json_is_an_error_on_every_rank(tmp_path: Path, value: 
     before = (tmp_path / checkpoint.FILE).read_bytes()
     for error in save(tmp_path, {"sampler": {"state": value}}, world_size=2):
         assert isinstance(error, BucketMOOError)
-        assert str(error).startswith(f"the checkpoint was not saved: {tmp_path / checkpoint.FILE}: ")
+        assert str(error).startswith(f"the checkpoint was not saved: rank 0: {tmp_path / checkpoint.FILE}: ")
         assert "plain JSON" in str(error)
     assert (tmp_path / checkpoint.FILE).read_bytes() == before
 
@@ -168,9 +195,21 @@ def test_present_file_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"null", b"[]", b'"text"', b"3", b"{}", b'{"format": 1}', b"\xff\xfe\x00", b'{"model_state": {}}',
-     b'{"format": 1, "bucket_moo": [], "states": {}}', b'{"format": 1, "bucket_moo": {"languages": ["de", "fr"]}}',
-     b'{"format": 1, "bucket_moo": {"languages": ["de", "fr"]}, "states": 3}'],
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"3",
+        b"{}",
+        b'{"format": 1}',
+        b"\xff\xfe\x00",
+        b'{"model_state": {}}',
+        b'{"format": 1, "bucket_moo": [], "states": {}}',
+        b'{"format": 1, "bucket_moo": {"languages": ["de", "fr"]}}',
+        b'{"format": 1, "bucket_moo": {"languages": ["de", "fr"]}, "states": 3}',
+    ],
 )
 def test_damaged_or_foreign(tmp_path: Path, data: bytes) -> None:
     (tmp_path / checkpoint.FILE).write_bytes(data)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import read_section
+from bucketmoo_ds.adapters.deepspeed.attach import STAGES
 from bucketmoo_ds.adapters.deepspeed.checks import REFUSALS, SEAMS, check_seams, refuse_engine, refuse_settings
+from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine
+from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer
+from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer
 from bucketmoo_ds.errors import ConfigError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 2,
@@ -31,13 +42,6 @@ def parsed(changes: dict[str, Any]) -> DeepSpeedConfig:
 
 # For each entry of REFUSALS: a JSON that triggers it, and a part of its message.
 TRIGGERS: dict[str, list[tuple[dict[str, Any], str]]] = {
-    "zero_optimization.stage": [
-        ({"zero_optimization": {"stage": 0}}, 'set "stage": 2 (or 1)'),
-        ({"zero_optimization": {"stage": 3}}, "inside the reduction of ZeRO-1 and ZeRO-2"),
-    ],
-    "zero_optimization.offload_optimizer": [
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload moves away; remove it"),
-    ],
     "zero_optimization.contiguous_gradients = false": [
         ({"zero_optimization": {"contiguous_gradients": False}}, "no gradient hooks; remove it (the default is true)"),
     ],
@@ -47,12 +51,41 @@ TRIGGERS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "zero_optimization.zenflow": [
         ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "ZenFlow replaces the reduction; remove it"),
     ],
+    "zero_optimization.zero_quantized_gradients": [
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "added up inside an exchange of their own; remove it",
+        ),
+    ],
+    "zero_optimization.offload_optimizer.super_offload": [
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "SuperOffload replaces the reduction; remove it (offload_optimizer without it works)",
+        ),
+    ],
     "compile.deepcompile": [({"compile": {"deepcompile": True}}, "DeepCompile replaces the reduction; remove it")],
     "prescale_gradients": [({"prescale_gradients": True}, "part of their per-language mean; remove it")],
     "gradient_predivide_factor": [({"gradient_predivide_factor": 2.0}, "part of their per-language mean; remove it")],
-    "fp16.enabled": [({"fp16": {"enabled": True}}, 'use "bf16": {"enabled": true}')],
-    "torch_autocast.enabled": [
-        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "several dtypes are then exchanged apart"),
+    "gradient_allreduce_op = sum": [
+        ({"gradient_allreduce_op": "sum"}, "part of their per-language mean; remove it (the default is mean)"),
+    ],
+    "fp16.enabled with zero_optimization.stage = 0": [
+        (
+            {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}},
+            "not multiplied the loss by; use stage 1, 2 or 3, or bf16.enabled",
+        ),
+    ],
+    "torch_autocast.dtype = float16": [
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            'a GradScaler of its own, outside of a window\'s overflow check; use "dtype": "bfloat16", or fp16.enabled',
+        ),
+    ],
+    "torch_autocast.enabled with zero_optimization.stage = 3": [
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 3}},
+            "gathers parameters in autocast's dtype",
+        ),
     ],
 }
 
@@ -75,9 +108,19 @@ def test_no_trigger_is_left_over() -> None:
     "changes",
     [
         {},
+        {"zero_optimization": {"stage": 0}},
         {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "sub_group_size": 100}},
+        {"zero_optimization": {"stage": 3, "reduce_scatter": False, "stage3_param_persistence_threshold": 0}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
         {"bf16": {"enabled": True}},
         {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"fp16": {"enabled": True}},
+        {"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         {"gradient_clipping": 1.0},
         {"zero_optimization": {"overlap_comm": True, "round_robin_gradients": True, "reduce_bucket_size": 1000}},
         {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
@@ -91,11 +134,20 @@ def test_what_works_is_not_refused(changes: dict[str, Any]) -> None:
     refuse_settings(parsed(changes), "bucket_moo")
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("deepspeed_*.json")), ids=lambda path: path.stem)
+def test_ready_files_are_accepted(path: Path) -> None:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert read_section(raw) is not None
+    refuse_settings(DeepSpeedConfig(raw), "bucket_moo")
+    assert f"zero{raw['zero_optimization']['stage']}" in path.stem
+
+
 class FakeOptimizer:
-    def __init__(self, **changes: Any) -> None:
-        self.gradient_average = True
-        self.bit16_groups = [[torch.nn.Parameter(torch.randn(2))]]
-        self.__dict__.update(changes)
+    pass
+
+
+class OfAnotherStage(FakeOptimizer):
+    """As SuperOffloadOptimizer_Stage3 is to DeepSpeedZeroOptimizer_Stage3: it inherits, and reduces otherwise."""
 
 
 class FakeEngine:
@@ -108,14 +160,22 @@ class FakeEngine:
         self.__dict__.update(changes)
 
 
-def muon() -> FakeOptimizer:
-    parameter = torch.nn.Parameter(torch.randn(2))
-    parameter.use_muon = True  # type: ignore[attr-defined]
-    return FakeOptimizer(bit16_groups=[[torch.nn.Parameter(torch.randn(2))], [parameter]])
+KNOWN: dict[type, str] = {FakeOptimizer: "a stage", torch.optim.Optimizer: "no stage"}
 
 
-def test_the_engine_that_the_adapter_extends_is_taken() -> None:
-    refuse_engine(FakeEngine(), FakeOptimizer, FakeEngine)
+def muon() -> torch.nn.Module:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[1].weight.use_muon = True  # type: ignore[assignment]
+    return module
+
+
+def sgd() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.randn(2))], lr=0.1)
+
+
+def test_what_the_adapter_knows_is_taken() -> None:
+    assert refuse_engine(FakeEngine(), FakeEngine, KNOWN) == "a stage"
+    assert refuse_engine(FakeEngine(optimizer=sgd()), FakeEngine, KNOWN) == "no stage"
 
 
 @pytest.mark.parametrize(
@@ -124,14 +184,13 @@ def test_the_engine_that_the_adapter_extends_is_taken() -> None:
         ({"has_moe_layers": True}, "mixture-of-experts layers"),
         ({"sequence_parallel_size": 2}, "sequence parallelism"),
         ({"mpu": SimpleNamespace()}, "tensor or pipeline parallelism (mpu)"),
-        ({"optimizer": FakeOptimizer(gradient_average=False)}, "gradient_allreduce_op = sum"),
         ({"module": torch.nn.Sequential(torch.nn.Embedding(3, 2, sparse=True))}, "embeddings with sparse=True"),
-        ({"optimizer": muon()}, "the Muon optimizer"),
+        ({"module": muon()}, "the Muon optimizer"),
     ],
 )
 def test_every_refused_engine(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        refuse_engine(FakeEngine(**changes), FakeOptimizer, FakeEngine)
+        refuse_engine(FakeEngine(**changes), FakeEngine, KNOWN)
     assert str(caught.value) == f"bucket_moo cannot be combined with {what}: gradients are then reduced another way"
 
 
@@ -140,25 +199,35 @@ def test_another_engine_is_refused() -> None:
         pass
 
     with pytest.raises(ConfigError) as caught:
-        refuse_engine(PipelineEngine(), FakeOptimizer, FakeEngine)
+        refuse_engine(PipelineEngine(), FakeEngine, KNOWN)
     assert str(caught.value).startswith("bucket_moo works with FakeEngine, DeepSpeed built PipelineEngine (pipeline")
     assert "use a plain module" in str(caught.value)
 
 
-@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD([torch.nn.Parameter(torch.randn(2))], lr=0.1)])
+@pytest.mark.parametrize("optimizer", [None, OfAnotherStage(), BF16_Optimizer.__new__(BF16_Optimizer)])
 def test_another_optimizer_is_refused(optimizer: object) -> None:
     with pytest.raises(ConfigError) as caught:
-        refuse_engine(FakeEngine(optimizer=optimizer), FakeOptimizer, FakeEngine)
-    assert f"this configuration built {type(optimizer).__name__}" in str(caught.value)
-    assert "pass an optimizer, and use ZeRO stage 1 or 2" in str(caught.value)
+        refuse_engine(FakeEngine(optimizer=optimizer), FakeEngine, KNOWN)
+    assert f"does not know DeepSpeed's {type(optimizer).__name__}; it works with one of " in str(caught.value)
+    assert "pass an optimizer, and use ZeRO stage 0, 1, 2 or 3" in str(caught.value)
+
+
+def test_every_stage_is_known() -> None:
+    assert {DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, torch.optim.Optimizer} <= set(STAGES)
+    assert BF16_Optimizer not in STAGES
+    assert SuperOffloadOptimizer_Stage3 not in STAGES
+
+
+OWNERS: dict[str, type] = {
+    "engine": DeepSpeedEngine,
+    "ZeRO-1/2": DeepSpeedZeroOptimizer,
+    "ZeRO-3": DeepSpeedZeroOptimizer_Stage3,
+}
 
 
 def test_seams_of_the_installed_deepspeed() -> None:
-    check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer)
-
-
-def stand_in(owner: type, changed: dict[str, Any]) -> type:
-    return type(owner.__name__, (owner,), changed)
+    assert list(OWNERS) == list(SEAMS)
+    check_seams(*OWNERS.values())
 
 
 @pytest.mark.parametrize(("which", "name"), [(which, name) for which, methods in SEAMS.items() for name in methods])
@@ -166,15 +235,30 @@ def stand_in(owner: type, changed: dict[str, Any]) -> type:
 def test_every_seam_is_checked(which: str, name: str, gone: bool) -> None:
     def other(self: object, something: object, new: object) -> None: ...
 
-    changed = {name: None if gone else other}
-    engine = stand_in(DeepSpeedEngine, changed) if which == "engine" else DeepSpeedEngine
-    optimizer = stand_in(DeepSpeedZeroOptimizer, changed) if which == "optimizer" else DeepSpeedZeroOptimizer
+    stand_in = type(OWNERS[which].__name__, (OWNERS[which],), {name: None if gone else other})
     with pytest.raises(ConfigError) as caught:
-        check_seams(engine, optimizer)
+        check_seams(*(OWNERS | {which: stand_in}).values())
     message = str(caught.value)
-    assert f".{name} has parameters {'None' if gone else repr(('self', 'something', 'new'))}" in message
+    found = "None" if gone else repr(("self", "something", "new"))
+    assert f"this DeepSpeed's {stand_in.__name__}.{name} has parameters {found}" in message
     assert f"expected {SEAMS[which][name]}" in message
     assert "install a version that bucketmoo_ds supports (0.19.8 is tested)" in message
+
+
+@pytest.mark.parametrize(
+    ("extended", "of"),
+    [
+        (BucketMOOEngine, "engine"),
+        (ReplicatedEngine, "engine"),
+        (BucketMOOZeroOptimizer, "ZeRO-1/2"),
+        (BucketMOOZero3Optimizer, "ZeRO-3"),
+    ],
+)
+def test_everything_that_is_overridden_is_a_seam(extended: type, of: str) -> None:
+    """What an adapter overrides without checking it would be lost silently when DeepSpeed renames it."""
+    public = {"forward", "coalesce_grad_reduction", "save_checkpoint", "load_checkpoint"}  # documented for users
+    overridden = {name for name in vars(extended) if hasattr(OWNERS[of], name) and not name.startswith("__")}
+    assert overridden - public <= set(SEAMS[of])
 
 
 def test_read_section() -> None:

@@ -13,30 +13,42 @@ from torch import Tensor
 from bucketmoo_ds.adapters.staging import Staging
 from bucketmoo_ds.blocks import BlockPlan, Parameter, plan_blocks
 from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.layout import Chunked, Consecutive
 
 Left = list[tuple[int, Tensor]]
 
 
-def make(plan: BlockPlan, dtype: torch.dtype = torch.float32) -> tuple[Staging, Left]:
+def make(plan: BlockPlan, dtype: torch.dtype = torch.float32, chunks: int = 0) -> tuple[Staging, Left]:
+    """Staging of parameters in a row, or, as ZeRO-3 lays them out, each cut into so many chunks."""
     left: Left = []
 
     def release(bucket: int, flat: Tensor) -> None:
         left.append((bucket, flat.clone()))
         flat.fill_(float("nan"))  # it belongs to the callee: whoever still uses it is found out
 
-    padded = [bucket.numel + 3 for bucket in plan.buckets]
-    return Staging(plan, padded, dtype, torch.device("cpu"), release), left
+    layout = (
+        Chunked(plan, chunks, [-(-each.numel // chunks) for each in plan.parameters])
+        if chunks
+        else Consecutive(plan, [bucket.numel + 3 for bucket in plan.buckets])
+    )
+    return Staging(plan, layout, chunks or 1, dtype, torch.device("cpu"), release), left
 
 
-def expected_flat(plan: BlockPlan, bucket: int, values: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+def expected_flat(
+    plan: BlockPlan, bucket: int, values: dict[int, Tensor], dtype: torch.dtype, chunks: int = 0
+) -> Tensor:
     parts = [
         values.get(index, torch.zeros(plan.parameters[index].numel)).flatten().to(dtype)
         for index in plan.buckets[bucket].parameters
     ]
-    return torch.cat([*parts, torch.zeros(3, dtype=dtype)])
+    if not chunks:
+        return torch.cat([*parts, torch.zeros(3, dtype=dtype)])
+    padded = [torch.nn.functional.pad(part, (0, -len(part) % chunks)) for part in parts]
+    return torch.cat([part.view(chunks, -1) for part in padded], dim=1).flatten()
 
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=9)
+layouts = st.integers(0, 5)  # chunks of a parameter, or 0 for parameters in a row
 
 
 def plan_of(numels: list[int], bucket_size: int = 15) -> BlockPlan:
@@ -48,12 +60,15 @@ def plan_of(numels: list[int], bucket_size: int = 15) -> BlockPlan:
     numels=sizes,
     data=st.data(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    chunks=layouts,
     seed=st.integers(0, 2**32),
 )
-def test_each_micro_step_stands_alone(numels: list[int], data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
-    """ZeRO-2: any order, any missing, twice in a row; what left early is what was complete."""
+def test_each_micro_step_stands_alone(
+    numels: list[int], data: st.DataObject, dtype: torch.dtype, chunks: int, seed: int
+) -> None:
+    """ZeRO-2 and ZeRO-3: any order, any missing, twice in a row; what left early is what was complete."""
     plan = plan_of(numels)
-    staging, left = make(plan, dtype)
+    staging, left = make(plan, dtype, chunks)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
         staging.start_window()
@@ -73,17 +88,19 @@ def test_each_micro_step_stands_alone(numels: list[int], data: st.DataObject, dt
         assert [bucket for bucket, _ in left] == list(range(len(plan.buckets)))
         for bucket, flat in left:
             assert flat.dtype == dtype
-            assert torch.equal(flat, expected_flat(plan, bucket, values, dtype))
+            assert torch.equal(flat, expected_flat(plan, bucket, values, dtype, chunks))
         staging.release_all()
         assert len(left) == len(plan.buckets), "a second call lets nothing go"
 
 
 @settings(deadline=None)
-@given(numels=sizes, data=st.data(), micro_steps=st.integers(1, 4), seed=st.integers(0, 2**32))
-def test_micro_steps_add_up(numels: list[int], data: st.DataObject, micro_steps: int, seed: int) -> None:
+@given(numels=sizes, data=st.data(), micro_steps=st.integers(1, 4), chunks=layouts, seed=st.integers(0, 2**32))
+def test_micro_steps_add_up(
+    numels: list[int], data: st.DataObject, micro_steps: int, chunks: int, seed: int
+) -> None:
     """ZeRO-1: one release a window, of the sums; a parameter may miss any of the micro-steps."""
     plan = plan_of(numels)
-    staging, left = make(plan)
+    staging, left = make(plan, chunks=chunks)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(2):
         staging.start_window()
@@ -106,7 +123,8 @@ def test_micro_steps_add_up(numels: list[int], data: st.DataObject, micro_steps:
         assert [bucket for bucket, _ in left] == list(range(len(plan.buckets)))
         for bucket, flat in left:
             # A fused multiply-add may differ by one rounding from two steps.
-            torch.testing.assert_close(flat, expected_flat(plan, bucket, sums, torch.float32), rtol=1e-6, atol=1e-6)
+            expected = expected_flat(plan, bucket, sums, torch.float32, chunks)
+            torch.testing.assert_close(flat, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_gradient_in_one_backward_is_added_while_its_bucket_waits() -> None:

@@ -8,17 +8,23 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 import wrapt
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import checks
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
-from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, Reduction
+from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
+from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer, ShardReduction
+from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, PartitionReduction
 from bucketmoo_ds.batch import LanguageTracker
 from bucketmoo_ds.blocks import Parameter, plan_blocks
 from bucketmoo_ds.choices import create_aggregator, ranks_per_node
@@ -26,6 +32,24 @@ from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
 from bucketmoo_ds.exchange import Exchange, control_group
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
+
+
+class Stage(NamedTuple):
+    """What a stage's engine, optimizer and reduction become; without ZeRO the optimizer stays as it is."""
+
+    engine: type[BucketMOOEngine]
+    optimizer: type | None
+    reduction: Any
+
+
+# By the optimizer that DeepSpeed has built. On ZeRO-0 it is the user's own, or one of its two for 16 bits.
+STAGES: dict[type, Stage] = {
+    DeepSpeedZeroOptimizer: Stage(BucketMOOEngine, BucketMOOZeroOptimizer, PartitionReduction),
+    DeepSpeedZeroOptimizer_Stage3: Stage(BucketMOOEngine, BucketMOOZero3Optimizer, ShardReduction),
+    FP16_Optimizer: Stage(ReplicatedEngine, None, ReplicatedReduction),
+    FP16_UnfusedOptimizer: Stage(ReplicatedEngine, None, ReplicatedReduction),
+    torch.optim.Optimizer: Stage(ReplicatedEngine, None, ReplicatedReduction),
+}
 
 
 def install() -> None:
@@ -68,28 +92,39 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     Raises:
         ConfigError: the engine reduces gradients in a way that the adapter does not know.
     """
-    checks.refuse_engine(engine, DeepSpeedZeroOptimizer, DeepSpeedEngine)
+    stage = checks.refuse_engine(engine, DeepSpeedEngine, STAGES)
     optimizer = engine.optimizer
-    engine.__class__ = BucketMOOEngine
+    engine.__class__ = stage.engine
     engine.moo_config = config
     engine.language_tracker = LanguageTracker(config)
     engine._moo_states = {}
-    trainable = {id(param): name for param, name in optimizer.param_names.items()}
-    used = {id(param) for group in optimizer.bit16_groups for param in group if param.numel() > 0}
-    parameters = [
-        Parameter(trainable[id(param)], param.numel()) for param in engine.module.parameters() if id(param) in used
-    ]
-    plan = plan_blocks(parameters, int(optimizer.reduce_bucket_size), config.granularity)
-    group = optimizer.dp_process_group
-    per_node = ranks_per_node(config, dist.get_world_size(group))
-    exchange = Exchange(group, control_group(group), per_node)
-    optimizer.__class__ = BucketMOOZeroOptimizer
-    engine.reduction = optimizer.reduction = Reduction(engine, optimizer, plan, exchange)
+    group = engine.seq_data_parallel_group
+    exchange = Exchange(group, control_group(group), ranks_per_node(config, dist.get_world_size(group)))
+    if stage.optimizer is None:
+        engine.reduction = stage.reduction(engine, exchange)
+    else:
+        plan = plan_blocks(_parameters(engine), int(optimizer.reduce_bucket_size), config.granularity)
+        optimizer.__class__ = stage.optimizer
+        engine.reduction = optimizer.reduction = stage.reduction(engine, optimizer, plan, exchange)
     show_by_default()
     if exchange.rank == 0:
         logger.info(engine.moo.describe())
-        for bucket in plan.buckets:
+        for bucket in engine.moo.plan.buckets:
             logger.debug("bucket_moo: %s, %d elements", bucket.name, bucket.numel)
+
+
+def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
+    """The parameters that a ZeRO optimizer has taken, in the model's order."""
+    optimizer: Any = engine.optimizer
+    sharded = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+    groups = optimizer.fp16_groups if sharded else optimizer.bit16_groups
+    taken = {param for group in groups for param in group if param.requires_grad}
+    numels = {param: int(param.ds_numel if sharded else param.numel()) for param in taken}
+    return [
+        Parameter(optimizer.param_names[param], numels[param])
+        for param in engine.module.parameters()
+        if numels.get(param, 0) > 0
+    ]
 
 
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +134,7 @@ def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, .
     if config is None:
         wrapped(*args, **kwargs)
         return
-    checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer)
+    checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
     checks.refuse_settings(parsed, SECTION)
     wrapped(*args, **kwargs)
     attach(engine, config)

@@ -7,27 +7,19 @@ the run would silently train by averaging.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from bucketmoo_ds.errors import ConfigError
+import torch
+
+from bucketmoo_ds.errors import ConfigError, one_of
+
+T = TypeVar("T")
 
 # (setting, whether it is on, why not, what to do)
 Refusal = tuple[str, Callable[[Any], bool], str, str]
 
 REFUSALS: tuple[Refusal, ...] = (
-    (
-        "zero_optimization.stage",
-        lambda c: c.zero_config.stage not in (1, 2),
-        "the gradients of languages are resolved inside the reduction of ZeRO-1 and ZeRO-2",
-        'set "stage": 2 (or 1)',
-    ),
-    (
-        "zero_optimization.offload_optimizer",
-        lambda c: c.zero_config.offload_optimizer is not None and c.zero_config.offload_optimizer.device != "none",
-        "the combined gradient is written to the accelerator's partition, which offload moves away",
-        "remove it",
-    ),
     (
         "zero_optimization.contiguous_gradients = false",
         lambda c: not c.zero_config.contiguous_gradients,
@@ -45,6 +37,18 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.zero_config.zenflow is not None,
         "ZenFlow replaces the reduction",
         "remove it",
+    ),
+    (
+        "zero_optimization.zero_quantized_gradients",
+        lambda c: bool(c.zero_config.zero_quantized_gradients),
+        "quantised gradients are added up inside an exchange of their own",
+        "remove it",
+    ),
+    (
+        "zero_optimization.offload_optimizer.super_offload",
+        lambda c: bool(getattr(c.zero_config.offload_optimizer, "super_offload", False)),
+        "SuperOffload replaces the reduction",
+        "remove it (offload_optimizer without it works)",
     ),
     (
         "compile.deepcompile",
@@ -65,16 +69,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove it",
     ),
     (
-        "fp16.enabled",
-        lambda c: bool(c.float16_config.enabled),
-        "a window's overflow is only proven to be found and skipped with bf16 and float32",
-        'use "bf16": {"enabled": true}',
+        "gradient_allreduce_op = sum",
+        lambda c: c.gradient_allreduce_op == "sum",
+        "scaling of gradients is part of their per-language mean",
+        "remove it (the default is mean)",
     ),
     (
-        "torch_autocast.enabled",
-        lambda c: bool(c.torch_autocast_enabled),
-        "gradients of several dtypes are then exchanged apart from each other",
-        "use bf16.enabled",
+        "fp16.enabled with zero_optimization.stage = 0",
+        lambda c: bool(c.float16_config.enabled) and c.zero_config.stage == 0,
+        "DeepSpeed 0.19.8 then divides gradients by a loss scale that it has not multiplied the loss by",
+        "use stage 1, 2 or 3, or bf16.enabled",
+    ),
+    (
+        "torch_autocast.dtype = float16",
+        lambda c: bool(c.torch_autocast_enabled) and c.torch_autocast_dtype == torch.float16,
+        "its gradients are scaled by a GradScaler of its own, outside of a window's overflow check",
+        'use "dtype": "bfloat16", or fp16.enabled',
+    ),
+    (
+        "torch_autocast.enabled with zero_optimization.stage = 3",
+        lambda c: bool(c.torch_autocast_enabled) and c.zero_config.stage == 3,
+        "ZeRO-3 then gathers parameters in autocast's dtype, and gradients differed from the reference by 1 %",
+        "use stage 1 or 2, or bf16.enabled",
     ),
 )
 
@@ -91,31 +107,37 @@ def refuse_settings(parsed: Any, moo_enabled_by: str) -> None:
             raise ConfigError(f"{setting} cannot be combined with {moo_enabled_by}: {reason}; {way_out}")
 
 
-def refuse_engine(engine: Any, optimizer_class: type, engine_class: type) -> None:
-    """Raises `ConfigError` where DeepSpeed built something else than the classes that the adapter extends."""
-    found: type = type(engine)
-    if found is not engine_class:
+def refuse_engine(engine: Any, engine_class: type, known: Mapping[type, T]) -> T:
+    """Returns what `known` has for the engine's optimizer.
+
+    Raises:
+        ConfigError: DeepSpeed built something else than the classes that the adapter extends.
+    """
+    kind: type = type(engine)
+    if kind is not engine_class:
         raise ConfigError(
-            f"bucket_moo works with {engine_class.__name__}, DeepSpeed built {found.__name__} (pipeline and "
+            f"bucket_moo works with {engine_class.__name__}, DeepSpeed built {kind.__name__} (pipeline and "
             "hybrid engines reduce gradients elsewhere); use a plain module"
         )
     optimizer: Any = engine.optimizer
     built: type = type(optimizer)
-    if built is not optimizer_class:
+    # Any optimizer of the user's is one; a subclass of DeepSpeed's own reduces gradients in another way.
+    found = known.get(torch.optim.Optimizer if isinstance(optimizer, torch.optim.Optimizer) else built)
+    if found is None:
         raise ConfigError(
-            f"bucket_moo works with DeepSpeed's {optimizer_class.__name__}, this configuration built "
-            f"{built.__name__}; pass an optimizer, and use ZeRO stage 1 or 2"
+            f"bucket_moo does not know DeepSpeed's {built.__name__}; it works with "
+            f"{one_of([each.__name__ for each in known])}: pass an optimizer, and use ZeRO stage 0, 1, 2 or 3"
         )
     for what, is_on in (
         ("mixture-of-experts layers", engine.has_moe_layers),
         ("sequence parallelism", engine.sequence_parallel_size > 1),
         ("tensor or pipeline parallelism (mpu)", engine.mpu is not None),
-        ("gradient_allreduce_op = sum", not optimizer.gradient_average),
         ("embeddings with sparse=True", any(getattr(m, "sparse", False) for m in engine.module.modules())),
-        ("the Muon optimizer", any(getattr(p, "use_muon", False) for group in optimizer.bit16_groups for p in group)),
+        ("the Muon optimizer", any(getattr(param, "use_muon", False) for param in engine.module.parameters())),
     ):
         if is_on:
             raise ConfigError(f"bucket_moo cannot be combined with {what}: gradients are then reduced another way")
+    return found
 
 
 # The methods that the adapter overrides or calls, with the parameters that 0.19.8 gives them.
@@ -124,21 +146,32 @@ SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
         "_backward_prologue": ("self",),
         "_backward_epilogue": ("self",),
         "is_gradient_accumulation_boundary": ("self",),
+        "buffered_allreduce_fallback": ("self", "grads", "elements_per_buffer"),
+        "_take_model_step": ("self", "lr_kwargs"),
     },
-    "optimizer": {
+    "ZeRO-1/2": {
         "process_gradients": ("self", "param", "i"),
         "independent_gradient_partition_epilogue": ("self",),
         "check_overflow": ("self", "partition_gradients"),
         "step": ("self", "closure"),
         "_build_compact_grad_partition_buffer": ("self", "group_idx"),
     },
+    # A profiler's decorator hides the parameters of some.
+    "ZeRO-3": {
+        "reduce_independent_p_g_buckets_and_remove_grads": ("self", "param"),
+        "independent_gradient_partition_epilogue": ("args", "kwargs"),
+        "_overflow_check_and_loss_scale_update": ("args", "kwargs"),
+        "_loss_scale_update_and_overflow_cleanup": ("self",),
+        "partition_grads": ("args", "kwargs"),
+        "step": ("args", "kwargs"),
+    },
 }
 
 
-def check_seams(engine_class: type, optimizer_class: type) -> None:
+def check_seams(engine_class: type, zero12_class: type, zero3_class: type) -> None:
     """Raises `ConfigError` where this DeepSpeed lacks a method that the adapter builds on, or has changed its
     parameters."""
-    for owner, methods in ((engine_class, SEAMS["engine"]), (optimizer_class, SEAMS["optimizer"])):
+    for owner, methods in zip((engine_class, zero12_class, zero3_class), SEAMS.values(), strict=True):
         for name, expected in methods.items():
             method = getattr(owner, name, None)
             found = tuple(inspect.signature(method).parameters) if method is not None else None

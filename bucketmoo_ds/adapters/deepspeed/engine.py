@@ -8,17 +8,55 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from bucketmoo_ds import checkpoint
-from bucketmoo_ds.adapters.deepspeed.zero12 import Reduction
 from bucketmoo_ds.batch import LanguageTracker
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.logs import logger
+
+
+class Reduction(Protocol):
+    """What the engine asks of a stage's reduction."""
+
+    @property
+    def moo(self) -> BucketMOO:
+        """The pipeline."""
+
+    def begin_micro_step(self, boundary: bool) -> None:
+        """Backward begins."""
+
+    def close_local_micro_step(self) -> None:
+        """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
+
+
+class CarefulCheckpointEngine:
+    """DeepSpeed's checkpoint engine. What it could not write is kept until all ranks are through: in between, the
+    others wait for this one in barriers.
+
+    Attributes:
+        problem: the first file that could not be written, and why; empty for none.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.problem = ""
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        """Writes a file."""
+        try:
+            return self._engine.save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.problem = self.problem or f"{path}: {error}"
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 class BucketMOOEngine(DeepSpeedEngine):
@@ -27,6 +65,7 @@ class BucketMOOEngine(DeepSpeedEngine):
     moo_config: BucketMOOConfig
     language_tracker: LanguageTracker
     reduction: Reduction
+    checkpoint_engine: Any
 
     @property
     def moo(self) -> BucketMOO:
@@ -79,13 +118,21 @@ class BucketMOOEngine(DeepSpeedEngine):
         )
         yield
 
-    def save_checkpoint(self, save_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
         """DeepSpeed's checkpoint, with `bucket_moo.json` in the same folder.
 
-        Ours is written first, and `latest` last: a checkpoint that `latest` names is whole.
+        Ours is written first, and `latest` last, when all ranks have written their parts: a checkpoint that `latest`
+        names is whole. (DeepSpeed's own rank 0 names it as soon as its part is there.)
 
         Raises:
-            BucketMOOError: in the middle of a window, or (on every rank) where rank 0 could not write.
+            BucketMOOError: in the middle of a window, or (on every rank) where a rank could not write.
         """
         if self.moo.in_window:
             raise BucketMOOError(
@@ -93,24 +140,43 @@ class BucketMOOEngine(DeepSpeedEngine):
                 "languages; save after engine.step() at the boundary"
             )
         tag = str(tag) if tag is not None else f"global_step{self.global_steps}"
-        states = {"moo": self.moo.state_dict()} | {
-            name: owner.state_dict() for name, owner in self._moo_states.items()
-        }
-        checkpoint.save(Path(save_dir) / tag, self.moo_config, self.moo.plan, states, self.moo.exchange)
-        return super().save_checkpoint(save_dir, tag, *args, **kwargs)
+        states = {"moo": self.moo.state_dict()} | {name: owner.state_dict() for name, owner in self._moo_states.items()}
+        exchange = self.moo.exchange
+        checkpoint.save(Path(save_dir) / tag, self.moo_config, self.moo.plan, states, exchange)
+        theirs, careful = self.checkpoint_engine, CarefulCheckpointEngine(self.checkpoint_engine)
+        later = theirs.is_decoupled()  # then it is written in the background, and named when it is there
+        self.checkpoint_engine = careful
+        try:
+            saved = super().save_checkpoint(
+                save_dir, tag, client_state or {}, save_latest and later, exclude_frozen_parameters
+            )
+        finally:
+            self.checkpoint_engine = theirs
+        checkpoint.check_saved(careful.problem, exchange)
+        if save_latest and not later:
+            checkpoint.name_latest(Path(save_dir), tag, exchange)
+        return saved
 
     def load_checkpoint(self, load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's `load_checkpoint`, and our state where the checkpoint has one.
+
+        From a universal checkpoint, which may be of another world size, the pipeline's state is restored and what
+        `register_state` added is not: a sampler's position is one among other ranks.
 
         Raises:
             ConfigError: our state is of other languages or blocks, or lacks something that was registered.
         """
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
-        if path is not None:
-            states = checkpoint.load(Path(path).parent, self.moo_config)
-            if states is not None:
-                for name, owner in {"moo": self.moo, **self._moo_states}.items():
-                    if name not in states:
-                        raise ConfigError(f'{path}: the checkpoint has no state "{name}" (it has {", ".join(states)})')
-                    owner.load_state_dict(states[name])
+        if path is None:
+            return path, client_state
+        universal = self.load_universal_checkpoint()
+        states = checkpoint.load(Path(path).parent, self.moo_config, universal=universal)
+        if states is None:
+            return path, client_state
+        for name, owner in {"moo": self.moo, **({} if universal else self._moo_states)}.items():
+            if name not in states:
+                raise ConfigError(f'{path}: the checkpoint has no state "{name}" (it has {", ".join(states)})')
+            owner.load_state_dict(states[name])
+        if universal and self._moo_states and self.moo.exchange.rank == 0:
+            logger.warning("%s: %s not restored from a universal checkpoint", path, ", ".join(self._moo_states))
         return path, client_state

@@ -8,7 +8,7 @@ Read in DeepSpeed 0.19.8, `runtime/zero/stage_1_and_2.py`. What is overridden:
 * `step` and `check_overflow`, so that a window which is not finite is skipped as an fp16 overflow is.
 
 DeepSpeed's own buckets stay empty. Its optimizer, clipping and loss scaling find the combined gradient in
-`averaged_gradients`, in the flat form that it uses itself for float32 accumulation.
+`averaged_gradients`, in the flat form that it uses itself for float32 accumulation, or, with offload, in host memory.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from bucketmoo_ds.adapters.staging import Staging
+from bucketmoo_ds.adapters.deepspeed.reduction import Reduction
 from bucketmoo_ds.blocks import BlockPlan
 from bucketmoo_ds.delivery import Delivery, Piece
-from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.layout import Consecutive
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 
 
 class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
-    """See the module. Made from a `DeepSpeedZeroOptimizer` by `take_over`."""
+    """See the module. Made from a `DeepSpeedZeroOptimizer` by `attach`."""
 
-    reduction: Reduction
+    reduction: PartitionReduction
     overflow: bool
     check_grad_overflow: bool
 
@@ -51,11 +50,25 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
                 self.process_gradients(param, 0)  # nothing is left where hooks have run
         self.reduction.end_micro_step()
         if self.is_gradient_accumulation_boundary() and not self.reduction.finished:
-            groups = range(len(self.bit16_groups))
-            partitions = [self._build_compact_grad_partition_buffer(group) for group in groups]
-            self.reduction.finish([partition.flat_partition for partition in partitions])
-            self.averaged_gradients.update(enumerate(partitions))
+            self.reduction.finish()
+            if self.cpu_offload:
+                self._write_to_host()
+            else:
+                groups = range(len(self.bit16_groups))
+                partitions = [self._build_compact_grad_partition_buffer(group) for group in groups]
+                self.reduction.write([partition.flat_partition for partition in partitions])
+                self.averaged_gradients.update(enumerate(partitions))
         self._epilogue_ran_this_backward = True
+
+    def _write_to_host(self) -> None:
+        """With offload the gradient is the `.grad` of the float32 partitions, and norms are kept by parameter."""
+        self.reduction.write([partition.grad for partition in self.single_partition_of_fp32_groups])
+        for group, params in enumerate(self.params_in_partition):
+            gradient = self.single_partition_of_fp32_groups[group].grad
+            for param in params:
+                _, _, start, numel = self.grad_position[self.get_param_id(param)]
+                part = gradient.narrow(0, start, numel)
+                self.norm_for_param_grads[self.get_param_id(param)] = part.norm(2, dtype=torch.float64)
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Reports an overflow on all ranks where a row of the window was not finite."""
@@ -77,128 +90,43 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
         self.reduction.start_window()
 
 
-class Reduction:
-    """Connects one ZeRO optimizer with the engine: staging in front of it, delivery to the partitions behind it.
-
-    Args:
-        engine: the DeepSpeed engine, which knows the languages.
-        optimizer: its optimizer.
-        moo: the pipeline; its sink is `self.deliver`.
-        plan, exchange: as in `moo`.
-    """
+class PartitionReduction(Reduction):
+    """ZeRO-1 and ZeRO-2: partitions are no even slices of a bucket, so combined pieces are sent on to their owners."""
 
     def __init__(
         self, engine: BucketMOOEngine, optimizer: DeepSpeedZeroOptimizer, plan: BlockPlan, exchange: Exchange
     ) -> None:
-        config, local = engine.moo_config, not optimizer.partition_gradients
-        device = optimizer.bit16_groups[0][0].device
-        self.moo = BucketMOO(
-            config,
-            plan,
-            exchange,
-            self.deliver,
-            micro_steps=engine.gradient_accumulation_steps(),
-            local=local,
-            result_dtype=optimizer.gradient_accumulation_dtype,
-            overlap=bool(optimizer.overlap_comm),
-            device=device,
-        )
-        padded = [exchange.world_size * exchange.shard_numel(bucket.numel) for bucket in plan.buckets]
-        # ZeRO-1 adds up the micro-steps of a window here, so in the dtype that the user chose for that.
-        self._wire_dtype = optimizer.communication_data_type
-        staging_dtype = optimizer.gradient_accumulation_dtype if local else self._wire_dtype
-        self._staging = Staging(plan, padded, staging_dtype, device, self._ingest)
         names = {parameter.name: index for index, parameter in enumerate(plan.parameters)}
-        self._index = {
+        index = {
             id(param): names[optimizer.param_names[param]]
             for group in optimizer.bit16_groups
             for param in group
             if param.numel() > 0
         }
-        pieces = partition_pieces(optimizer, plan, self._index)
-        self._deliveries = [
-            Delivery(exchange, pieces[bucket], exchange.shard_numel(plan.buckets[bucket].numel))
-            for bucket in range(len(plan.buckets))
-        ]
-        self._engine = engine
-        self.start_window()
-
-    @property
-    def skip(self) -> bool:
-        """Whether the window that is closed now holds a row that is not finite."""
-        return self.moo.last is not None and bool(self.moo.last.nonfinite)
-
-    def start_window(self) -> None:
-        """After an optimizer step: nothing is resolved yet."""
-        self.finished = False
-        self._open = False
+        shards = [exchange.shard_numel(bucket.numel) for bucket in plan.buckets]
+        pieces = partition_pieces(optimizer, plan, index)
+        self._deliveries = [Delivery(exchange, pieces[bucket], numel) for bucket, numel in enumerate(shards)]
         self._delivering: dict[int, Received] = {}
-        self._staging.start_window()
-
-    def begin_micro_step(self, boundary: bool) -> None:
-        """Agrees with the other ranks on this micro-step's languages; further calls in the same one do nothing."""
-        if self._open:
-            return
-        if self.finished:
-            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
-        slot = self._engine.language_tracker.slot(self.moo.micro_steps, self.moo.exchange.world_size)
-        self.moo.begin_micro_step(slot, boundary)
-        self._open = True
-        window = self.moo.window
-        self._counts = window.table[-1][self.moo.exchange.rank].target_tokens > 0
-        self._factor = window.local_factor(self.moo.exchange.rank) if window.local else 1.0
-        self._boundary = boundary
-        if window.local:
-            self._staging.start_micro_step()
-        else:
-            self._staging.start_window()
-
-    def add(self, param: Tensor, gradient: Tensor) -> None:
-        """Takes the gradient of one parameter; of a micro-batch without a target token it is no number."""
-        self.begin_micro_step(self._engine.at_boundary())
-        if not self._counts:
-            gradient = torch.zeros_like(gradient)
-        self._staging.add(self._index[id(param)], gradient, self._factor)
-        if self._boundary or not self.moo.window.local:
-            self._staging.release_complete()
-
-    def end_micro_step(self) -> None:
-        """Exchanges what is left of the micro-step; a second call does nothing."""
-        if not self._open:
-            return
-        self._open = False
-        contributed = self._staging.contributed
-        if self._boundary or not self.moo.window.local:
-            self._staging.release_all()
-        self.moo.end_micro_step(contributed)
-
-    def close_local_micro_step(self) -> None:
-        """ZeRO-1 before the boundary: the next backward is another micro-step."""
-        if self.moo.window.local and not self._boundary:
-            self._open = False
+        super().__init__(
+            engine,
+            optimizer,
+            plan,
+            exchange,
+            layout=Consecutive(plan, shards),
+            index=index,
+            local=not optimizer.partition_gradients,
+            device=optimizer.bit16_groups[0][0].device,
+        )
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
-        """Sends a combined shard to its owners."""
+        """See `Reduction`."""
         self._delivering[bucket] = self._deliveries[bucket].start(shard)
 
-    def finish(self, partitions: list[Tensor]) -> None:
-        """Resolves the window into this rank's flat partitions."""
-        self.moo.finish()
+    def write(self, partitions: list[Tensor]) -> None:
+        """Writes the combined gradient into this rank's flat partitions."""
         for bucket, received in self._delivering.items():
             self._deliveries[bucket].finish(received, partitions)
         self._delivering.clear()
-        self.finished = True
-
-    def check_finished(self) -> None:
-        """Stops a step whose gradients took another way."""
-        if not self.finished:
-            raise BucketMOOError(
-                "optimizer step without a resolved window: the gradients of this window did not pass through "
-                "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
-            )
-
-    def _ingest(self, bucket: int, flat: Tensor) -> None:
-        self.moo.ingest(bucket, flat.to(self._wire_dtype))
 
 
 def partition_pieces(

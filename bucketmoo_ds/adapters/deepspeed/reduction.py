@@ -1,0 +1,137 @@
+"""What stands between a ZeRO optimizer and the engine: staging in front of it, the optimizer's partitions behind it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.adapters.staging import Staging
+from bucketmoo_ds.blocks import BlockPlan
+from bucketmoo_ds.engine import BucketMOO
+from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.layout import Layout
+
+if TYPE_CHECKING:
+    from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+
+
+class Reduction:
+    """Takes gradients from a ZeRO optimizer's hooks; a stage's subclass brings combined shards to its partitions.
+
+    Args:
+        engine: the DeepSpeed engine, which knows the languages.
+        optimizer: its optimizer.
+        plan, exchange: as in `BucketMOO`.
+        layout: of the buckets in the exchange.
+        index: for the `id` of each parameter its index in the plan.
+        local: whether each rank adds up the micro-steps of a window before they are exchanged.
+        device: where gradients are.
+    """
+
+    def __init__(
+        self,
+        engine: BucketMOOEngine,
+        optimizer: Any,
+        plan: BlockPlan,
+        exchange: Exchange,
+        layout: Layout,
+        index: dict[int, int],
+        local: bool,
+        device: torch.device,
+    ) -> None:
+        self.moo = BucketMOO(
+            engine.moo_config,
+            plan,
+            exchange,
+            self.deliver,
+            micro_steps=engine.gradient_accumulation_steps(),
+            local=local,
+            segments=[layout.segments(bucket, exchange.rank) for bucket in range(len(plan.buckets))],
+            result_dtype=optimizer.gradient_accumulation_dtype,
+            overlap=bool(engine.zero_overlap_comm()),
+            device=device,
+        )
+        # What is added up here is added up in the dtype that the user chose for that.
+        self._wire_dtype = optimizer.communication_data_type
+        staging_dtype = optimizer.gradient_accumulation_dtype if local else self._wire_dtype
+        self._staging = Staging(plan, layout, exchange.world_size, staging_dtype, device, self._ingest)
+        self._index = index
+        self._engine = engine
+        self._optimizer = optimizer
+        self.start_window()
+
+    def deliver(self, bucket: int, shard: Tensor) -> None:
+        """The engine's sink: takes a combined shard to where the optimizer looks for it, or starts to."""
+        raise NotImplementedError
+
+    @property
+    def skip(self) -> bool:
+        """Whether the window that is closed now holds a row that is not finite."""
+        return self.moo.last is not None and bool(self.moo.last.nonfinite)
+
+    def start_window(self) -> None:
+        """After an optimizer step: nothing is resolved yet."""
+        self.finished = False
+        self._open = False
+        self._staging.start_window()
+
+    def begin_micro_step(self, boundary: bool) -> None:
+        """Agrees with the other ranks on this micro-step's languages; further calls in the same one do nothing."""
+        if self._open:
+            return
+        if self.finished:
+            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
+        slot = self._engine.language_tracker.slot(self.moo.micro_steps, self.moo.exchange.world_size)
+        self.moo.begin_micro_step(slot, boundary)
+        self._open = True
+        window = self.moo.window
+        self._counts = window.table[-1][self.moo.exchange.rank].target_tokens > 0
+        self._factor = window.local_factor(self.moo.exchange.rank) if window.local else 1.0
+        self._boundary = boundary
+        if window.local:
+            self._staging.start_micro_step()
+        else:
+            self._staging.start_window()
+
+    def add(self, param: Tensor, gradient: Tensor) -> None:
+        """Takes the gradient of one parameter; of a micro-batch without a target token it is no number."""
+        self.begin_micro_step(self._engine.at_boundary())
+        if not self._counts:
+            gradient = torch.zeros_like(gradient)
+        self._staging.add(self._index[id(param)], gradient, self._factor)
+        if self._boundary or not self.moo.window.local:
+            self._staging.release_complete()
+
+    def end_micro_step(self) -> None:
+        """Exchanges what is left of the micro-step; a second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        contributed = self._staging.contributed
+        if self._boundary or not self.moo.window.local:
+            self._staging.release_all()
+        self.moo.end_micro_step(contributed)
+
+    def close_local_micro_step(self) -> None:
+        """ZeRO-1 before the boundary: the next backward is another micro-step."""
+        if self.moo.window.local and not self._boundary:
+            self._open = False
+
+    def finish(self) -> None:
+        """Resolves the window."""
+        self.moo.finish(float(self._optimizer.loss_scale))
+        self.finished = True
+
+    def check_finished(self) -> None:
+        """Stops a step whose gradients took another way."""
+        if not self.finished:
+            raise BucketMOOError(
+                "optimizer step without a resolved window: the gradients of this window did not pass through "
+                "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
+            )
+
+    def _ingest(self, bucket: int, flat: Tensor) -> None:
+        self.moo.ingest(bucket, flat.to(self._wire_dtype))
