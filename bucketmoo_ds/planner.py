@@ -40,7 +40,7 @@ class Setup:
             functions; ZeRO-1 always does), so that it keeps one language for the window.
         dtype: of gradients on the wire, `fp32` or `bf16`.
         framework: `fsdp2`, `fsdp1`, `ddp` or `deepspeed`: what the plain run sends, and where combined gradients go.
-        stage: 1, 2 or 3, of DeepSpeed's ZeRO.
+        stage: 0 to 3, of DeepSpeed's ZeRO.
         replicas: R > 1: HSDP, R replicas of W/R consecutive ranks; FSDP2 only.
         buckets: how many the gradient is reduced in.
         blocks: how many it is resolved in, a block counting once for each bucket that it lies in; 0: one a bucket.
@@ -89,16 +89,16 @@ class Setup:
 
     def _check_framework(self) -> None:
         if self.framework == "deepspeed":
-            if self.stage not in (1, 2, 3):
-                raise ConfigError(f"stage = {self.stage}: expected 1, 2 or 3, the ZeRO stage of DeepSpeed")
+            if self.stage not in (0, 1, 2, 3):
+                raise ConfigError(f"stage = {self.stage}: expected 0, 1, 2 or 3, the ZeRO stage of DeepSpeed")
         elif self.stage is not None:
             raise ConfigError(f'stage = {self.stage}: "{self.framework}" has no stages; use framework = "deepspeed"')
         if self.replicas > 1 and self.framework != "fsdp2":
             reason = "its HYBRID strategies take no hook" if self.framework == "fsdp1" else "it has no 2-D mesh"
             raise ConfigError(f'replicas = {self.replicas}: not with "{self.framework}", {reason}; use "fsdp2"')
-        if self.once_a_window and self.stage in (2, 3):
+        if self.once_a_window and self.stage in (0, 2, 3):
             raise ConfigError(
-                f"once_a_window: ZeRO-{self.stage} reduces gradients in every micro-step; leave it out, or use stage 1"
+                f"once_a_window: on ZeRO-{self.stage} every micro-step is exchanged; leave it out, or use stage 1"
             )
 
     @property
@@ -115,6 +115,11 @@ class Setup:
     def exchanges(self) -> int:
         """How often gradients are exchanged in a window; a place for a language counts once for each."""
         return 1 if self.once_a_window or self.stage == 1 else self.micro_steps
+
+    @property
+    def reductions(self) -> int:
+        """How often the plain framework reduces gradients in a window."""
+        return 1 if self.stage == 0 else self.exchanges
 
     def places(self, exchange: str) -> int:
         """Returns how many places for languages a window has: ranks, or nodes in two stages, in each exchange."""
@@ -239,7 +244,7 @@ def plan(setup: Setup) -> Plan:
         setup=setup,
         exchange=exchange,
         reason=reason,
-        plain=Traffic(_plain(setup) * setup.exchanges),
+        plain=Traffic(_plain(setup) * setup.reductions),
         flat=_ours(setup, "flat", _all_to_all(setup)),
         two_stage=_ours(setup, "two_stage", _two_stage(setup)) if setup.several_nodes else None,
         memory=_memory(setup, min(setup.languages, setup.places(exchange))),
@@ -260,7 +265,7 @@ def _choose(setup: Setup) -> tuple[str, str]:
 def _plain(setup: Setup) -> Sent:
     """What the framework sends in one reduction."""
     everyone = [range(setup.world_size)]
-    if setup.framework == "ddp" or setup.stage in (1, 2):
+    if setup.framework == "ddp" or setup.stage in (0, 1, 2):
         return _ring(setup, everyone, setup.piece) * 2  # an all-reduce
     shards = setup.world_size // setup.replicas
     replicas = [range(first, first + shards) for first in range(0, setup.world_size, shards)]
@@ -285,7 +290,7 @@ def _ours(setup: Setup, exchange: str, gradients: Sent) -> Traffic:
 
 
 def _combined(setup: Setup) -> Sent:
-    if setup.framework == "ddp":
+    if setup.framework == "ddp" or setup.stage == 0:
         return _ring(setup, [range(setup.world_size)], setup.piece)
     if setup.stage in (1, 2):
         return Sent(setup.piece if setup.world_size > 1 else 0, setup.piece if setup.nodes > 1 else 0)

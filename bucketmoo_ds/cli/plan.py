@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parameters", default="1B", metavar="P", help="trainable, such as 20M or 8B (default 1B)")
     parser.add_argument("--dtype", default="fp32", help="of gradients on the wire: fp32 (default) or bf16")
     parser.add_argument("--framework", default="fsdp2", help="fsdp2 (default), fsdp1, ddp or deepspeed")
-    parser.add_argument("--stage", help="of ZeRO, with --framework deepspeed: 1, 2 or 3")
+    parser.add_argument("--stage", help="of ZeRO, with --framework deepspeed: 0 to 3")
     parser.add_argument("--replicas", default="1", metavar="R", help="of the model, with --framework fsdp2 (HSDP)")
     parser.add_argument("--buckets", default="32", help="that the gradient is reduced in (default 32)")
     parser.add_argument("--blocks", help="that it is resolved in (default: one a bucket)")

@@ -119,7 +119,7 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (("--per-node", "7"), "ranks_per_node = 7: world_size = 64 is no multiple of it"),
         (("--micro-steps", "0"), "micro_steps = 0: expected a whole number, 1 or more"),
         (("--framework", "fsdp"), 'did you mean "fsdp2"'),
-        (("--framework", "deepspeed"), "stage = None: expected 1, 2 or 3"),
+        (("--framework", "deepspeed"), "stage = None: expected 0, 1, 2 or 3"),
         (("--per-node", "64", "--exchange", "two_stage"), "64 ranks with 64 a node are not several nodes"),
     ],
 )

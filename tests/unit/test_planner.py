@@ -254,6 +254,14 @@ def test_zero_as_theory_says(stage: int, micro_steps: int) -> None:
     assert ratio == 1 / 2 + 1 / (2 * exchanges)
 
 
+def test_zero_0_reduces_once_and_exchanges_every_micro_step() -> None:
+    found = make(world_size=4, ranks_per_node=4, framework="deepspeed", stage=0, micro_steps=3, parameters=2**20)
+    gradient_bytes = 4 * 2**20
+    assert found.plain.sum.total == 2 * 3 / 4 * gradient_bytes
+    assert found.flat.gradients.total == 3 * 3 / 4 * gradient_bytes
+    assert found.flat.combined.total == 3 / 4 * gradient_bytes
+
+
 # --- what always holds ------------------------------------------------------------------------------------------------
 
 
@@ -422,12 +430,12 @@ def test_on_the_device_only_a_windows_languages_but_kept_are_all() -> None:
         ({"dtype": "fp16"}, 'dtype = "fp16": unknown, expected one of "fp32", "bf16"'),
         ({"exchange": "two_stages"}, 'exchange = "two_stages": unknown, .* did you mean "two_stage"'),
         ({"framework": "fsdp"}, 'framework = "fsdp": unknown'),
-        ({"framework": "deepspeed"}, "stage = None: expected 1, 2 or 3"),
-        ({"framework": "deepspeed", "stage": 0}, "stage = 0: expected 1, 2 or 3"),
+        ({"framework": "deepspeed"}, "stage = None: expected 0, 1, 2 or 3"),
+        ({"framework": "deepspeed", "stage": 4}, "stage = 4: expected 0, 1, 2 or 3"),
         ({"stage": 2}, 'stage = 2: "fsdp2" has no stages'),
         ({"framework": "fsdp1", "replicas": 2}, 'replicas = 2: not with "fsdp1", its HYBRID strategies take no hook'),
         ({"framework": "ddp", "replicas": 2}, 'replicas = 2: not with "ddp"'),
-        ({"framework": "deepspeed", "stage": 2, "once_a_window": True}, "once_a_window: ZeRO-2 reduces"),
+        ({"framework": "deepspeed", "stage": 2, "once_a_window": True}, "on ZeRO-2 every micro-step is exchanged"),
         ({"exchange": "two_stage", "ranks_per_node": 8}, '"two_stage": 8 ranks with 8 a node are not several nodes'),
         ({"exchange": "two_stage", "ranks_per_node": 1}, "8 ranks with 1 a node"),
     ],
