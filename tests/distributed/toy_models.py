@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import toy
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 
 @dataclasses.dataclass
@@ -66,3 +67,32 @@ class Flat(toy.ToyLM):
 
     def logits(self, input_ids: Tensor, adapter: int | None = None) -> Tensor:
         return super().logits(input_ids, adapter) * self.gain + self.shift
+
+
+class Sparse(toy.ToyLM):
+    """An embedding whose gradient names its rows."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.embed = nn.Embedding(toy.VOCABULARY, 13, sparse=True)
+
+
+class ForMuon(toy.ToyLM):
+    """Matrices marked as DeepSpeed marks them for its Muon optimizer."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for layer in self.layers:
+            layer[0].weight.use_muon = True
+
+
+def with_checkpoints(model: toy.ToyLM, how: str) -> toy.ToyLM:
+    """Activation checkpointing of every layer.
+
+    Args:
+        how: `none`, `reentrant` or `no_reentrant`.
+    """
+    if how != "none":
+        for index, layer in enumerate(model.layers):
+            model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=getattr(CheckpointImpl, how.upper()))
+    return model

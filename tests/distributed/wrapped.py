@@ -19,7 +19,6 @@ import toy_models
 import worker
 from compare_with_reference import blocks_of, random_order_seed, ratio
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffload,
@@ -172,11 +171,7 @@ def run(**fields: Any) -> dict[str, Any]:
 
 
 def wrap(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
-    if case.checkpoint != "none":
-        implementation = getattr(CheckpointImpl, case.checkpoint.upper())
-        for index, layer in enumerate(model.layers):
-            model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=implementation)
-    return WRAPPERS[case.wrapper](case, model)
+    return WRAPPERS[case.wrapper](case, toy_models.with_checkpoints(model, case.checkpoint))
 
 
 def wrap_fsdp2(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
