@@ -75,16 +75,60 @@ def same_weights(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compatibility(result: dict[str, Any]) -> str:
+    """Returns a row for every feature, a column for every stage, and below them what refusals say."""
+    messages: list[str] = []
+
+    def cell(said: str | None) -> str:
+        if said is None:
+            return ""
+        message = said.removeprefix("refused: ")
+        if message == said:
+            return said
+        if message not in messages:
+            messages.append(message)
+        return f"refused ({messages.index(message) + 1})"
+
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{versions}, 2 ranks over gloo.", "", "| | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "| --- |" + " --- |" * 4]
+    for group, rows in result["table"].items():
+        lines.append(f"| **{group}** | | | | |")
+        for row in rows:
+            cells = (cell(row["stages"].get(str(stage))) for stage in range(4))
+            lines.append(f"| {row['feature']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(messages, start=1))])
+
+
+def faults(result: dict[str, Any]) -> str:
+    """Returns what the other ranks saw of each death, how soon, and what the run was taken up from."""
+    lines = [
+        f"{headline(result)}; 2 ranks; a checkpoint after every window.",
+        "",
+        "| fault | ZeRO | the other rank saw | after, s | taken up from |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["faults"]:
+        seconds = f"{row['seconds']:.1f}" if row["seconds"] else ""
+        lines.append(f"| {row['fault']} | {row['stage']} | {row['seen']} | {seconds} | {row['resumed_from']} |")
+    return "\n".join(lines)
+
+
 # What stands under a name: the page, the file of the result, and how it is rendered.
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
     "quickstart": ("README.md", "quickstart-cpu.json", quickstart),
     "step-all": ("docs/benchmarks.md", "step-cpu.json", step_table.render),
+    **{
+        f"step-zero{stage}": ("docs/benchmarks.md", f"step-zero{stage}-cpu.json", step_table.render)
+        for stage in (0, 1, 3)
+    },
     "kernels": ("docs/benchmarks.md", "kernels-cpu.json", table.to_markdown),
     "wrappers": ("README.md", "wrappers-cpu.json", wrappers_table.summary),
     "wrappers-all": ("docs/benchmarks.md", "wrappers-cpu.json", wrappers_table.render),
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
+    "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
+    "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 

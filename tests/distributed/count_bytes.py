@@ -26,7 +26,8 @@ def run(*, seed: int, **case: Any) -> dict[str, Any]:
 def train(
     *, seed: int, stage: int, micro_steps: int, dtype: str, accumulate: str | None, languages: int | None
 ) -> dict[str, Any]:
-    """Trains two windows and counts the second, when nothing is done for the first time any more.
+    """Trains four windows and counts the last, when nothing is done for the first time any more: by then ZeRO-3 has
+    noted the order of the modules, and compared it across ranks.
 
     Args:
         accumulate: DeepSpeed's `grad_accum_dtype`.
@@ -34,12 +35,17 @@ def train(
     """
     torch.manual_seed(seed)
     model = make_model(seed)
+    numel = sum(parameter.numel() for parameter in model.parameters())
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 25_000},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 25_000,
+            "stage3_param_persistence_threshold": 1000,
+        },
         "steps_per_print": 10**9,
     }
     if dtype != "fp32":
@@ -51,7 +57,8 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     engine, *_ = bucketmoo_ds.initialize(model=model, optimizer=optimizer, config=config)
     moo = engine.moo if languages else None
-    window(engine)
+    for _ in range(3):
+        window(engine)
     own = dict(moo.exchange.sent_bytes) if moo else {}
     dist.barrier()
     before = traffic.socket_bytes()
@@ -60,7 +67,7 @@ def train(
     dist.barrier()  # every rank has read what was sent to it, so it has been sent
     sockets = traffic.socket_bytes() - before
     found: dict[str, Any] = {
-        "numel": sum(p.numel() for p in model.parameters()),
+        "numel": numel,
         "sent": traffic.sent_by(calls, "purpose"),
         "gradients": traffic.gradient_bytes(calls),
         "rows_calls": [call.elements for call in calls if call.purpose == "rows"],
@@ -69,12 +76,16 @@ def train(
         "sockets": sockets,
     }
     if moo:
-        shards = [moo.exchange.shard_numel(bucket.numel) for bucket in moo.plan.buckets]
         found |= {
             "own": {name: sent - own[name] for name, sent in moo.exchange.sent_bytes.items()},
             "carried": traffic.exchange_counters(calls),
             "streaming": moo.streaming,
             "buckets": [bucket.numel for bucket in moo.plan.buckets],
+            "parameters": [parameter.numel for parameter in moo.plan.parameters],
+        }
+    if moo and stage < 3:
+        shards = [moo.exchange.shard_numel(bucket.numel) for bucket in moo.plan.buckets]
+        found |= {
             "held": [
                 int(moo.plan.segments(bucket, worker.RANK * size, (worker.RANK + 1) * size).spans[:, 1].sum())
                 for bucket, size in enumerate(shards)

@@ -24,21 +24,20 @@ def run(name: str, **arguments: Any) -> Any:
 
 
 def not_finite(
-    *, stage: int, dtype: str, mode: str, micro_steps: int, value: float, where: str | None
+    *, stage: int, dtype: str, mode: str, micro_steps: int, value: float, where: str | None, offload: bool
 ) -> dict[str, Any]:
     """In the second of four windows, the gradients of "fr" hold `value`: all of them, or one parameter's."""
-    engine = make_engine(
-        settings(stage, dtype=dtype, micro_steps=micro_steps, moo={"mode": mode}), seed=SEED, optimizer=torch.optim.Adam
-    )
+    config = settings(stage, dtype=dtype, micro_steps=micro_steps, offload=offload, moo={"mode": mode})
+    engine = make_engine(config, seed=SEED, optimizer=torch.optim.Adam)
     generator = generator_for(SEED)
     train_window(engine, generator)
-    before = worker.checksum([*engine.module.parameters(), *worker.optimizer_state(engine.optimizer)])
+    before = worker.checksum([*worker.weights(engine.module), *worker.optimizer_state(engine.optimizer)])
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)
     logging.getLogger("bucketmoo_ds").addHandler(handler)
     _poisoned_window(engine, generator, value, where)
     logging.getLogger("bucketmoo_ds").removeHandler(handler)
-    after = worker.checksum([*engine.module.parameters(), *worker.optimizer_state(engine.optimizer)])
+    after = worker.checksum([*worker.weights(engine.module), *worker.optimizer_state(engine.optimizer)])
     found = {
         "unchanged": before == after,
         "nonfinite": engine.moo.last.nonfinite,
@@ -50,10 +49,10 @@ def not_finite(
         train_window(engine, generator, window)
     return found | {
         "counters": dict(engine.moo.counters),
-        "goes_on": worker.checksum(engine.module.parameters()) != before,
-        "finite": all(bool(p.isfinite().all()) for p in engine.module.parameters()),
+        "goes_on": worker.checksum(worker.weights(engine.module)) != before,
+        "finite": all(bool(each.isfinite().all()) for each in worker.weights(engine.module)),
         "nonfinite_later": engine.moo.last.nonfinite,
-        "parameters": worker.checksum(engine.module.parameters()),
+        "parameters": worker.checksum(worker.weights(engine.module)),
     }
 
 
@@ -72,11 +71,42 @@ def _poisoned_window(engine: Any, generator: torch.Generator, value: float, wher
         engine.step()
 
 
+def overflow(*, stage: int, micro_steps: int, offload: bool, hysteresis: int) -> dict[str, Any]:
+    """fp16 with dynamic scaling: in the second of four windows the loss of "fr" is large enough to overflow."""
+    config = settings(stage, dtype="fp16", micro_steps=micro_steps, offload=offload, moo={})
+    config["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 1000, "hysteresis": hysteresis}
+    engine = make_engine(config, seed=SEED, optimizer=torch.optim.Adam)
+    generator = generator_for(SEED)
+    scales, bits, nonfinite = [], [], []
+    for window in range(4):
+        if window == 1:
+            _poisoned_window(engine, generator, 1e6, None)
+        else:
+            train_window(engine, generator, window)
+        scales.append(float(engine.optimizer.loss_scale))
+        bits.append(worker.checksum([*worker.weights(engine.module), *worker.optimizer_state(engine.optimizer)]))
+        nonfinite.append({language for language, _ in engine.moo.last.nonfinite})
+    return {
+        "scales": scales,
+        "bits": bits,
+        "nonfinite": nonfinite,
+        "skipped_steps": engine.skipped_steps,
+        "counters": dict(engine.moo.counters),
+        "finite": all(bool(each.isfinite().all()) for each in worker.weights(engine.module)),
+        "parameters": worker.checksum(worker.weights(engine.module)),
+    }
+
+
 def adapters_of_ranks(stage: int, adapters: list[int | None], micro_steps: int) -> None:
-    """In the second window, rank r's forward passes use adapter `adapters[r]`."""
+    """In the second window, rank r's forward passes use adapter `adapters[r]`.
+
+    On ZeRO-3 in the first one: when DeepSpeed knows the order of the modules, ranks that use others wait for each other
+    while they gather parameters, with or without bucket_moo.
+    """
     engine = make_engine(settings(stage, micro_steps=micro_steps, moo={}), seed=SEED, adapters=2)
     generator = generator_for(SEED)
-    train_window(engine, generator, adapter=0)
+    if stage < 3:
+        train_window(engine, generator, adapter=0)
     train_window(engine, generator, adapter=adapters[worker.RANK])
 
 
@@ -158,13 +188,14 @@ def second_gradient(stage: int, reentrant: bool, bucket_size: int) -> str:
     batch = toy.micro_batch(worker.RANK, generator_for(SEED))
     engine.backward(engine(**batch, reentrant=reentrant, language=LANGUAGES[worker.RANK]))
     engine.step()
-    return worker.checksum(engine.module.parameters())
+    return worker.checksum(worker.weights(engine.module))
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         not_finite,
+        overflow,
         adapters_of_ranks,
         adapter_used_on_all,
         step_without_backward,

@@ -81,7 +81,7 @@ def said_in_some_way(stage: int, way: str) -> str:
         batch = toy.micro_batch(index, generator, ragged=True)
         engine.backward(_forward(engine, way, batch, index))
         engine.step()
-    return worker.checksum(engine.module.parameters())
+    return worker.checksum(worker.weights(engine.module))
 
 
 def _forward(engine: Any, way: str, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
@@ -119,7 +119,7 @@ def with_evaluation(stage: int, micro_steps: int, evaluate: bool) -> str:
         index = language_of(step // micro_steps)
         engine.backward(engine(**toy.micro_batch(index, generator), language=LANGUAGES[index]))
         engine.step()
-    return worker.checksum(engine.module.parameters())
+    return worker.checksum(worker.weights(engine.module))
 
 
 def absent(stage: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def absent(stage: int) -> dict[str, Any]:
         "target_tokens": last_window.target_tokens,
         "weights": last_window.weights,
         "gram": last_window.gram,
-        "finite": all(bool(p.isfinite().all()) for p in engine.module.parameters()),
+        "finite": all(bool(each.isfinite().all()) for each in worker.weights(engine.module)),
     }
 
 

@@ -13,7 +13,13 @@ LANGUAGES = ("de", "fr", "pl")
 
 
 def settings(
-    stage: int, *, micro_steps: int = 1, dtype: str = "fp32", moo: dict[str, Any] | None = None, **more: Any
+    stage: int,
+    *,
+    micro_steps: int = 1,
+    dtype: str = "fp32",
+    offload: bool = False,
+    moo: dict[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """A DeepSpeed JSON with several buckets; `moo` is its bucket_moo section, or `None` for none."""
     config: dict[str, Any] = {
@@ -24,6 +30,11 @@ def settings(
         "steps_per_print": 10**9,
         **more,
     }
+    if stage == 3:  # by default all of the toy model would be kept whole
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
     if dtype != "fp32":
         config[dtype] = {"enabled": True}
     if moo is not None:

@@ -14,7 +14,7 @@ WINDOWS = 3
 # after); one of the three SGD steps moves the parameters by less than a tenth of their norm.
 TOLERANCE = 1e-7
 
-LAYOUTS = list(itertools.product((1, 2), (1, 2)))  # (stage, micro-steps)
+LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)]  # (stage, micro-steps)
 MEAN_LAYOUTS = [(1, 1), (2, 1), (2, 2)]
 MOO: dict[str, Any] = {"aggregator": "mgda", "granularity": "layer"}
 BY_TOKENS: dict[str, Any] = {"aggregator": "mean", "weighting": "token"}

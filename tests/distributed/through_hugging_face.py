@@ -55,7 +55,7 @@ def run(*, way: str, stage: int, micro_steps: int, moo: dict[str, Any] | None, r
     moo_engine = engine.moo if moo is not None else None
     return {
         "type": type(engine).__name__,
-        "parameters": torch.cat([p.detach().double().flatten() for p in engine.module.parameters()]),
+        "parameters": torch.cat([each.double().flatten() for each in worker.weights(engine.module)]),
         "windows": None if moo_engine is None else moo_engine.counters["windows"],
         "target_tokens": None if moo_engine is None else moo_engine.last.target_tokens,
         "weights": None if moo_engine is None else moo_engine.last.weights,

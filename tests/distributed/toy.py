@@ -18,9 +18,12 @@ class ToyLM(nn.Module):
         tied: the head is the embedding.
         frozen: the middle layer takes no gradient.
         adapters: layers of equal size, of which a forward pass uses the one it is told, or none.
+        small: a last layer with parameters of 1 and 5 elements, which leave some ranks a short chunk, or none.
     """
 
-    def __init__(self, *, tied: bool = False, frozen: bool = False, adapters: int = 0) -> None:
+    def __init__(
+        self, *, tied: bool = False, frozen: bool = False, adapters: int = 0, small: bool = False
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, 13)
         self.layers = nn.ModuleList(
@@ -28,6 +31,8 @@ class ToyLM(nn.Module):
         )
         self.head = nn.Linear(13, VOCABULARY, bias=False)
         self.adapters = nn.ModuleList(nn.Linear(13, 13) for _ in range(adapters))
+        if small:
+            self.layers.append(nn.Sequential(nn.Linear(13, 1), nn.Tanh(), nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 13)))
         if tied:
             self.head.weight = self.embed.weight
         if frozen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -28,12 +29,13 @@ def run(name: str, **arguments: Any) -> Any:
 class Run:
     """An engine, its sampler and its data: 20 samples of every language, the same in every process."""
 
-    def __init__(self, *, seed: int, stage: int, micro_steps: int, dtype: str, moo: dict[str, Any]) -> None:
-        self.engine = make_engine(
-            settings(stage, micro_steps=micro_steps, dtype=dtype, moo=moo, gradient_clipping=1.0),
-            seed=seed,
-            optimizer=torch.optim.AdamW,
+    def __init__(
+        self, *, seed: int, stage: int, micro_steps: int, dtype: str, offload: bool, moo: dict[str, Any]
+    ) -> None:
+        config = settings(
+            stage, micro_steps=micro_steps, dtype=dtype, offload=offload, moo=moo, gradient_clipping=1.0
         )
+        self.engine = make_engine(config, seed=seed, optimizer=torch.optim.AdamW)
         generator = torch.Generator().manual_seed(seed)
         self.rows = [
             {"language": name} | toy.micro_batch(index, generator, ragged=True)
@@ -69,7 +71,7 @@ class Run:
         moo = self.engine.moo
         return {
             "bits": worker.checksum(
-                [*self.engine.module.parameters(), *worker.optimizer_state(self.engine.optimizer)]
+                [*worker.weights(self.engine.module), *worker.optimizer_state(self.engine.optimizer)]
             ),
             "losses": self.losses,
             "windows": moo.windows,
@@ -128,7 +130,7 @@ def disk_full(folder: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(worker.RANK)
     train_window(engine, generator)
     engine.save_checkpoint(folder, tag="first")
-    saved = worker.checksum(engine.module.parameters())
+    saved = worker.checksum(worker.weights(engine.module))
     train_window(engine, generator, window=1)
     if worker.RANK == 0:
         (Path(folder) / "second").write_text("in the way")
@@ -141,9 +143,37 @@ def disk_full(folder: str) -> dict[str, Any]:
     return {
         "message": message,
         "path": Path(path).parent.name,
-        "bits": worker.checksum(engine.module.parameters()) == saved,
+        "bits": worker.checksum(worker.weights(engine.module)) == saved,
         "windows": engine.moo.windows,
     }
+
+
+def disk_fills(folder: str, stage: int, rank: int) -> dict[str, Any]:
+    """While DeepSpeed writes the second checkpoint, on one rank: half of a file is there, then there is no space."""
+    engine = make_engine(settings(stage, moo={}), seed=1)
+    generator = torch.Generator().manual_seed(worker.RANK)
+    train_window(engine, generator)
+    engine.save_checkpoint(folder, tag="first")
+    saved = worker.checksum(worker.weights(engine.module))
+    train_window(engine, generator, window=1)
+    write = torch.save
+    if rank == worker.RANK:
+        torch.save = _fill_disk
+    try:
+        engine.save_checkpoint(folder, tag="second")
+    except BucketMOOError as error:
+        message = str(error)
+    torch.save = write
+    path, _ = engine.load_checkpoint(folder)
+    loaded = {"path": Path(path).parent.name, "bits": worker.checksum(worker.weights(engine.module)) == saved}
+    train_window(engine, generator, window=1)
+    engine.save_checkpoint(folder, tag="second")
+    return {"message": message, "latest": (Path(folder) / "latest").read_text()} | loaded
+
+
+def _fill_disk(content: Any, path: str, **options: Any) -> None:
+    Path(path).write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def plain_checkpoint(folder: str) -> dict[str, Any]:
@@ -159,9 +189,27 @@ def plain_checkpoint(folder: str) -> dict[str, Any]:
     logging.getLogger("bucketmoo_ds").addHandler(handler)
     engine.load_checkpoint(folder)
     logging.getLogger("bucketmoo_ds").removeHandler(handler)
-    same = worker.checksum(engine.module.parameters()) == worker.checksum(plain.module.parameters())
+    same = worker.checksum(worker.weights(engine.module)) == worker.checksum(worker.weights(plain.module))
     train_window(engine, torch.Generator().manual_seed(worker.RANK))
     return {"same": same, "messages": messages, "windows": engine.moo.windows}
+
+
+def save_16bit(folder: str) -> dict[str, Any]:
+    config = settings(3, dtype="bf16", moo={})
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    engine = make_engine(config, seed=1)
+    train_window(engine, torch.Generator().manual_seed(worker.RANK))
+    saved = engine.save_16bit_model(folder, "model.pt")
+    weights = worker.weights(engine.module)
+    if worker.RANK != 0:
+        return {"saved": saved}
+    found = torch.load(Path(folder) / "model.pt", weights_only=True)
+    names = [name for name, _ in engine.module.named_parameters()]
+    return {
+        "saved": saved,
+        "same": all(found[name].equal(each) for name, each in zip(names, weights, strict=True)),
+        "dtypes": sorted({str(each.dtype) for each in found.values()}),
+    }
 
 
 SCENARIOS: dict[str, Callable[..., Any]] = {
@@ -174,7 +222,9 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         resume_with_other,
         save_in_a_window,
         disk_full,
+        disk_fills,
         plain_checkpoint,
+        save_16bit,
     )
 }
 

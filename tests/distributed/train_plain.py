@@ -42,7 +42,7 @@ def run(
         importlib.import_module("bucketmoo_ds")
     on = moo is not None and moo.get("enabled", True)
     config = settings(stage, dtype=dtype, micro_steps=micro_steps, moo=moo, gradient_clipping=0.5)
-    config["zero_optimization"]["overlap_comm"] = stage == 2
+    config["zero_optimization"]["overlap_comm"] = stage >= 2
     engine = make_engine(config, seed=SEED, optimizer=OPTIMIZERS[optimizer])
     generators = [torch.Generator().manual_seed(SEED + rank) for rank in range(worker.WORLD_SIZE)]
     for window in range(STEPS):
@@ -61,8 +61,8 @@ def run(
     return {
         "type": type(engine).__name__,
         "imported": "bucketmoo_ds" in sys.modules,
-        "bits": worker.checksum([*engine.module.parameters(), *worker.optimizer_state(engine.optimizer)]),
-        "parameters": torch.cat([p.detach().double().flatten() for p in engine.module.parameters()]),
+        "bits": worker.checksum([*worker.weights(engine.module), *worker.optimizer_state(engine.optimizer)]),
+        "parameters": torch.cat([each.double().flatten() for each in worker.weights(engine.module)]),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import hashlib
 import os
 import traceback
@@ -30,6 +31,10 @@ def start() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=45))
     deepspeed.init_distributed("gloo")
+    # DeepSpeed asks for AVX-512 FP16; torch computes in fp16 on any CPU.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    # ZeRO-3 collects garbage whenever an engine is made, and would go through all that was imported.
+    gc.freeze()
 
 
 def serve(function: Callable[..., Any]) -> None:
@@ -67,14 +72,32 @@ def checksum(tensors: Iterable[torch.Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Copies of all of a module's parameters, which ZeRO-3 has taken apart: all ranks call it."""
+    import deepspeed
+
+    parameters = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [parameter.detach().clone() for parameter in parameters]
+
+
 def optimizer_state(optimizer: Any) -> list[torch.Tensor]:
-    """The tensors of this rank's partition of a ZeRO optimizer: float32 parameters, and what the optimizer keeps."""
-    inner = optimizer.optimizer
+    """The tensors of this rank's part of a DeepSpeed optimizer: float32 parameters, and what is kept for each."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # ZeRO-3 shows its sub-groups to the inner optimizer during a step only, and leaves their padding uninitialised.
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    parameters = flat or [parameter for group in inner.param_groups for parameter in group["params"]]
     kept = [
         value.reshape(-1)
-        for group in inner.param_groups
-        for parameter in group["params"]
+        for parameter in parameters
         for _, value in sorted(inner.state[parameter].items())
         if isinstance(value, torch.Tensor)
     ]
-    return [*optimizer.single_partition_of_fp32_groups, *kept]
+    if flat is None:
+        return [*parameters, *kept]
+    trained = [parameter for group in optimizer.fp16_groups for parameter in group if parameter.requires_grad]
+    chunks = []
+    for parameter in trained:
+        left = max(parameter.ds_numel - RANK * parameter.partition_numel(), 0)
+        chunks.append(optimizer.get_local_fp32_param(parameter).reshape(-1)[:left])
+    return [*chunks, *kept]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from bucketmoo_ds.corpus import tokenizer
 from bucketmoo_ds.monitor.reader import read
@@ -138,6 +139,24 @@ def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, tmp_path:
     assert losses(cut_output) == losses(whole_output)
     assert weights(cut_output) == weights(whole_output)
     assert "report.html" in resumed.stdout
+
+
+def test_train_on_zero3_saves_the_whole_model(settings: dict, tmp_path: Path) -> None:
+    """ZeRO-3 keeps chunks of the weights on each rank; what is saved is what ZeRO-2 saves."""
+    found = []
+    for stage in (2, 3):
+        zero = {"stage": stage, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 100}
+        deepspeed = settings["deepspeed"] | {"zero_optimization": zero}
+        run = settings | {"deepspeed": deepspeed}
+        path, output = write(tmp_path, run, f"stage{stage}", steps=3, learning_rate=1e-4)
+        done = bucketmoo("train", path)
+        assert done.returncode == 0, done.stderr
+        found.append(load_file(output / "model" / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    for name, whole in found[0].items():
+        # AdamW moves an element by at most the learning rate in each of 3 steps, whichever sign its gradient has.
+        assert (found[1][name] - whole).abs().max() <= 2 * 3 * 1e-4, name
+        assert whole.std() > 0.01 or whole.dim() == 1
 
 
 def test_ctrl_c_ends_all_ranks_with_a_message(settings: dict, tmp_path: Path) -> None:
