@@ -17,12 +17,17 @@ from step_deepspeed import ZeroSettings
 from step_worker import Arm
 
 # What a rank imports: DeepSpeed, and with Muon's file, which every engine imports, the whole of torch.compile.
-PRELOADED = ["step_deepspeed", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOADED = [
+    "step_deepspeed",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 def main() -> None:
     options = step_launch.parser(__doc__)
-    options.add_argument("--stage", type=int, choices=(1, 2), default=2, help="ZeRO stage (default 2)")
+    options.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default 2)")
     step_launch.run(options, sets, step_launch.step_costs, step_table.render, PRELOADED)
 
 
@@ -31,17 +36,18 @@ def sets(arguments: argparse.Namespace) -> Iterable[step_launch.ProcessSet]:
     for world_size in arguments.world:
         for dtype in arguments.dtype:
             settings = ZeroSettings(stage=arguments.stage, **step_launch.shared(arguments, world_size, dtype))
-            yield settings, arms_of(world_size, dtype)
+            yield settings, arms_of(world_size, dtype, arguments.stage)
 
 
-def arms_of(world_size: int, dtype: str) -> list[Arm]:
+def arms_of(world_size: int, dtype: str, stage: int) -> list[Arm]:
     """Returns what is compared: each bucket_moo arm stands after the plain one that it is divided by.
 
-    Rows are float32 whatever the gradients are: what more languages and another aggregator cost, fp32 shows.
+    Rows are float32 whatever the gradients are: what more languages and another aggregator cost, fp32 shows. On ZeRO-1
+    a rank keeps its language, so that there are no more of them than ranks.
     """
     accumulating = [
         Arm(micro_steps=4, aggregator=aggregator, mode="deferred", languages=languages)
-        for languages in ((world_size, 2 * world_size) if dtype == "fp32" else (world_size,))
+        for languages in ((world_size, 2 * world_size) if dtype == "fp32" and stage != 1 else (world_size,))
         for aggregator in (("mean", "mgda") if dtype == "fp32" else ("mgda",))
     ]
     return [

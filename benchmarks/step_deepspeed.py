@@ -16,7 +16,7 @@ class ZeroSettings(Settings):
     """What all arms of a process set share.
 
     Args:
-        stage: ZeRO-1 or ZeRO-2.
+        stage: of ZeRO.
     """
 
     stage: int
