@@ -70,6 +70,7 @@ class _Pending:
     bucket: int
     received: Received
     sources: list[Slot]
+    last: bool  # of this bucket in the window
 
 
 class _Incoming(NamedTuple):
@@ -87,7 +88,8 @@ class BucketMOO:
         exchange: the group's collectives.
         sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
         micro_steps: M, micro-steps between two optimizer steps.
-        local: whether each rank adds up its micro-steps before one exchange at the boundary (ZeRO-1, `no_sync`).
+        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (ZeRO-1, `no_sync`).
+        apart: whether it then keeps the sums of its languages apart, and hands over one after the other.
         segments: for each bucket the segments of this rank's shard; left out where shard j is the j-th slice of the
             bucket's parameters laid one after the other.
         result_dtype: dtype of the combined shards.
@@ -107,6 +109,7 @@ class BucketMOO:
         *,
         micro_steps: int,
         local: bool,
+        apart: bool = False,
         segments: Sequence[Segments] | None = None,
         result_dtype: torch.dtype = torch.float32,
         overlap: bool = False,
@@ -124,7 +127,7 @@ class BucketMOO:
         self.aggregator = create_aggregator(config)
         self.backend = ops.choose_backend(config.backend, device)
         self.streaming = choose_streaming(config, plan, exchanges=1 if local else micro_steps)
-        self.window = Window(len(config.languages), config.weighting, local)
+        self.window = Window(len(config.languages), config.weighting, local, apart)
         self.windows = 0
         self.counters: collections.Counter[str] = collections.Counter()
         self.last: Resolution | None = None
@@ -134,7 +137,7 @@ class BucketMOO:
         self._depth = 1 if overlap else 0
         self._store = RowStore(config.row_storage)
         self._pending: collections.deque[_Pending] = collections.deque()
-        self._boundary = False
+        self._boundary = self._streams = False
         self._contributions = Contributions(plan.parameters)
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = segments or [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
@@ -187,14 +190,22 @@ class BucketMOO:
         self._boundary = boundary
         if boundary and not self.window.present:
             raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
+        parts = self.window.parts
+        self._streams = self.streaming and parts == 1
+        if self.config.mode == "streaming" and boundary and parts > 1:
+            raise LanguageError(
+                f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, whose parts '
+                'are then exchanged one after the other; keep one language (LanguageBatchSampler(affinity="window")), '
+                'or use "auto"'
+            )
 
-    def ingest(self, bucket: int, flat: Tensor) -> None:
-        """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot that `Window.sources` gives.
+    def ingest(self, bucket: int, flat: Tensor, part: int = 0) -> None:
+        """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot in `Window.sources(part)`.
 
         `flat` belongs to the engine from here on.
         """
         with self._side.after_current(flat):
-            self._pending.append(self._send(bucket, flat))
+            self._pending.append(self._send(bucket, flat, part))
             self._receive(self._depth)
 
     def end_micro_step(self, contributed: Sequence[bool]) -> None:
@@ -226,8 +237,8 @@ class BucketMOO:
             BucketMOOError: a bucket was not resolved.
         """
         self.check_contributions()
-        self._check_complete(self._resolved if self.streaming else self._grams)
-        if not self.streaming:
+        self._check_complete(self._resolved if self._streams else self._grams)
+        if not self._streams:
             with self._side.after_current():
                 self._resolve_rows()
         self._side.join()
@@ -309,17 +320,17 @@ class BucketMOO:
 
     # --- how it is done -----------------------------------------------------------------------------------------
 
-    def _send(self, bucket: int, flat: Tensor) -> _Pending:
-        sources = self.window.sources()
+    def _send(self, bucket: int, flat: Tensor, part: int) -> _Pending:
+        sources, last = self.window.sources(part), self._boundary and part == self.window.parts - 1
         by_node = self._merged(sources)
         if by_node is None:
-            return _Pending(bucket, self.exchange.scatter(flat), sources)
+            return _Pending(bucket, self.exchange.scatter(flat), sources, last)
         mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
         if mine.target_tokens == 0:
             flat.zero_()
         elif mine.scale != of_node.scale:
             flat.mul_(mine.scale / of_node.scale)
-        return _Pending(bucket, self.exchange.scatter_by_node(flat), by_node)
+        return _Pending(bucket, self.exchange.scatter_by_node(flat), by_node, last)
 
     def _resolve_rows(self) -> None:
         """Resolves the stored rows of all buckets at once."""
@@ -334,18 +345,18 @@ class BucketMOO:
         while len(self._pending) > depth:
             pending = self._pending.popleft()
             slices = pending.received.wait()
-            if self.streaming:
+            if self._streams:
                 self._stream(pending.bucket, slices, pending.sources)
                 continue
             incoming = self._incoming(slices, pending.sources)
-            if self._boundary and self._store.is_float32_on_device:
+            if pending.last and self._store.is_float32_on_device:
                 languages = self.window.present
                 claim = self._store.claim(pending.bucket, languages, {each.language for each in incoming}, slices[0])
                 self._grams[pending.bucket] = self._accumulate_gram(pending.bucket, *claim, incoming)
                 continue
             for gradient, language, scale in incoming:
                 self._store.add(pending.bucket, language, gradient, scale)
-            if self._boundary:
+            if pending.last:
                 self._grams[pending.bucket] = self._gram(pending.bucket, self._rows(pending.bucket))
 
     def _rows(self, bucket: int) -> list[Tensor]:
@@ -465,9 +476,9 @@ class BucketMOO:
             languages = self.config.languages
             raise LanguageError(
                 f'rank {rank} went from language "{languages[first]}" to "{languages[now]}" within a window, but '
-                "gradients are exchanged only at the boundary (ZeRO-1, no_sync) and would be mixed: keep one language "
-                'a rank and window (LanguageBatchSampler(affinity="window")), or exchange them in every micro-step '
-                "(zero_optimization.stage = 2, no no_sync)"
+                "gradients are exchanged only at the boundary and would be mixed: keep one language a rank and window "
+                '(LanguageBatchSampler(affinity="window")), or exchange them in every micro-step (without '
+                "once_a_window, no_sync)"
             )
 
     def _check_nodes(self) -> None:

@@ -36,14 +36,16 @@ class Window:
     Args:
         num_languages: K.
         weighting: `language` or `token`, see `BucketMOOConfig`.
-        local: whether each rank adds up its micro-steps before they are exchanged once (ZeRO-1), so that a rank must
-            keep one language for the window.
+        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (ZeRO-1).
+        apart: whether it keeps the sums of its languages apart, and exchanges one after the other; else it must keep
+            one language for the window.
     """
 
-    def __init__(self, num_languages: int, weighting: str, local: bool) -> None:
+    def __init__(self, num_languages: int, weighting: str, local: bool, apart: bool = False) -> None:
         self.num_languages = num_languages
         self.weighting = weighting
         self.local = local
+        self.apart = apart
         self.table: list[list[Slot]] = []
 
     def clear(self) -> None:
@@ -56,7 +58,7 @@ class Window:
 
     def changed_language(self, slots: Sequence[Slot]) -> int | None:
         """Returns the first rank whose language differs from its earlier micro-steps where that is not allowed."""
-        if not self.local or not self.table:
+        if not self.local or self.apart or not self.table:
             return None
         pairs = enumerate(zip(self.table[0], slots, strict=True))
         return next((rank for rank, (first, now) in pairs if first.language != now.language), None)
@@ -75,20 +77,42 @@ class Window:
                 tokens[slot.language] += slot.target_tokens
         return tokens
 
+    @property
+    def parts(self) -> int:
+        """How many exchanges carry what the ranks hold now: where they have added up several languages, as many as the
+        rank with the most of them."""
+        if not self.local:
+            return 1
+        return max(1, *(len(self.languages_of(rank)) for rank in range(len(self.table[0]))))
+
+    def languages_of(self, rank: int) -> list[int]:
+        """Returns the languages that a rank has fed to this window, in the order in which they came."""
+        return list(dict.fromkeys(slot.language for slot in self._slots_of(rank) if slot.target_tokens > 0))
+
     def local_factor(self, rank: int) -> float:
         """Returns by what a rank's latest gradient is multiplied where it adds up micro-steps itself; 1 for its first
-        gradient, whose scale then holds for the sum."""
-        slots = [slots[rank] for slots in self.table]
-        first = next((slot for slot in slots if slot.target_tokens > 0), slots[-1])
-        return slots[-1].scale / first.scale if first.scale else 0.0
+        gradient of the language, whose scale then holds for the sum."""
+        latest = self.table[-1][rank]
+        fed = (slot for slot in self._slots_of(rank) if slot.target_tokens > 0 and slot.language == latest.language)
+        first = next(fed, latest)
+        return latest.scale / first.scale if first.scale else 0.0
 
-    def sources(self) -> list[Slot]:
-        """Returns, rank by rank, the slot that stands for what the rank exchanges now."""
+    def sources(self, part: int = 0) -> list[Slot]:
+        """Returns, rank by rank, the slot that stands for what the rank exchanges in this part."""
         if not self.local:
             return self.table[-1]
-        ranks = range(len(self.table[0]))
-        by_rank = [[slots[rank] for slots in self.table] for rank in ranks]
-        return [next((slot for slot in slots if slot.target_tokens > 0), slots[-1]) for slots in by_rank]
+        return [self._source(rank, part) for rank in range(len(self.table[0]))]
+
+    def _source(self, rank: int, part: int) -> Slot:
+        languages = self.languages_of(rank)
+        if part >= len(languages):
+            return Slot(self.table[-1][rank].language, 0, 0.0)
+        return next(
+            slot for slot in self._slots_of(rank) if slot.target_tokens > 0 and slot.language == languages[part]
+        )
+
+    def _slots_of(self, rank: int) -> list[Slot]:
+        return [slots[rank] for slots in self.table]
 
     def reference_scale(self, language: int) -> float:
         """Returns the scale of the language's first slot. Rows are kept in its units, so that equal micro-batches are

@@ -44,6 +44,7 @@ class Case:
 
     Args:
         affinity: whether a rank keeps its language for a `window` or a `micro_step`; left out, what the stage asks for.
+        by_node: whether ranks 2 n and 2 n + 1 train on one language.
         used_adapters: which of the model's `adapters` each rank's forward passes use.
         model: a key of `MODELS`.
         checkpoint: see `toy_models.with_checkpoints`.
@@ -82,6 +83,7 @@ class Case:
     offload_params: bool = False
     model: str = "toy"
     affinity: str = ""
+    by_node: bool = False
     used_adapters: list[int] | None = None
     checkpoint: str = "none"
     forwards: int = 1
@@ -143,6 +145,11 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed + window)
         keeps = self.stage == 1 if not self.affinity else self.affinity == "window"
         rows = 1 if keeps else self.micro_steps
+        if self.by_node:
+            places = range(rows * worker.WORLD_SIZE // 2)
+            pairs = [2 * [(window + place) % self.languages] for place in places]
+            flat = [language for pair in pairs for language in pair]
+            return [flat[at : at + worker.WORLD_SIZE] for at in range(0, len(flat), worker.WORLD_SIZE)]
         slots = [(2 * window + slot) % self.languages for slot in range(rows * worker.WORLD_SIZE)]
         places = torch.randperm(len(slots), generator=generator).tolist()
         table = [

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import launch
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from distributed.tolerances import tolerance
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
@@ -39,14 +39,14 @@ class Feature(NamedTuple):
         case: fields of `Case` in compare_with_reference.py, or arguments of the scenario.
         stages: where DeepSpeed has it.
         scenario: a function of try_features.py; of those but `parity`, bits are compared.
-        nvme: whether it needs libaio and an op that takes minutes to compile.
+        compiles: the op of DeepSpeed's that it needs, which takes minutes to compile.
     """
 
     name: str
     case: Case = {}  # noqa: RUF012 (never changed)
     stages: tuple[int, ...] = STAGES
     scenario: str = "parity"
-    nvme: bool = False
+    compiles: Any = None
 
 
 def top(**entries: Any) -> Case:
@@ -116,11 +116,13 @@ FEATURES: dict[str, list[Feature]] = {
     ],
     "Offload": [
         Feature("optimizer to the CPU, torch's Adam", {"offload": True}, ZERO),
-        Feature("optimizer to the CPU, DeepSpeed's Adam", {"offload": True, "cpu_adam": True}, ZERO),
+        Feature(
+            "optimizer to the CPU, DeepSpeed's Adam", {"offload": True, "cpu_adam": True}, ZERO, compiles=CPUAdamBuilder
+        ),
         Feature("optimizer and parameters to the CPU", {"offload": True, "offload_params": True}, SHARDED),
         Feature("`super_offload`", zero(offload_optimizer={"device": "cpu", "super_offload": True}), SHARDED),
-        Feature("optimizer to NVMe", {"cpu_adam": True} | zero(offload_optimizer=NVME), SHARDED, nvme=True),
-        Feature("parameters to NVMe", zero(offload_param=NVME), SHARDED, nvme=True),
+        Feature("optimizer to NVMe", {"cpu_adam": True} | zero(offload_optimizer=NVME), SHARDED, compiles=AsyncIOBuilder),
+        Feature("parameters to NVMe", zero(offload_param=NVME), SHARDED, compiles=AsyncIOBuilder),
     ],
     "bucket_moo": [
         Feature("`granularity: parameter`", {"granularity": "parameter"}),
@@ -158,14 +160,14 @@ def case_of(feature: Feature, stage: int) -> Case:
 
 
 CASES = {Cell(feature.name, stage): case_of(feature, stage) for feature in ROWS for stage in feature.stages}
-ON_NVME = {Cell(feature.name, stage) for feature in ROWS for stage in feature.stages if feature.nvme}
+COMPILES = {Cell(each.name, stage): each.compiles for each in ROWS for stage in each.stages if each.compiles}
 
 
 class _Cells(dict[Cell, list[dict[str, Any]]]):
-    """What came of every case, on all ranks; those with NVMe and those without are run when one is asked for."""
+    """What came of every case, on all ranks; those that compile an op and those that do not are run when one of them is asked for."""
 
     def __missing__(self, cell: Cell) -> list[dict[str, Any]]:
-        together = [each for each in CASES if (each in ON_NVME) == (cell in ON_NVME)]
+        together = [each for each in CASES if (each in COMPILES) == (cell in COMPILES)]
         found = launch.run("try_features.py", WORLD_SIZE, [CASES[each] for each in together], timeout=900)
         self.update(zip(together, found, strict=True))
         return self[cell]
@@ -227,9 +229,13 @@ def committed() -> dict[Cell, str]:
 
 
 def every_cell() -> Iterator[Any]:
-    no_libaio = pytest.mark.skipif(not AsyncIOBuilder().is_compatible(verbose=False), reason="needs libaio-dev")
     for cell in CASES:
-        yield pytest.param(cell, marks=[pytest.mark.slow, no_libaio]) if cell in ON_NVME else cell
+        if cell not in COMPILES:
+            yield cell
+            continue
+        cannot = not COMPILES[cell]().is_compatible(verbose=False)
+        reason = f"DeepSpeed cannot build {COMPILES[cell].NAME} here (async_io: install libaio-dev)"
+        yield pytest.param(cell, marks=[pytest.mark.slow, pytest.mark.skipif(cannot, reason=reason)])
 
 
 @pytest.mark.timeout(1000)

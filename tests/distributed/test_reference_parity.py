@@ -55,6 +55,7 @@ def grid(world_size: int) -> Iterator[tuple[str, Case]]:
             "granularity": GRANULARITIES[(index + index // 4) % len(GRANULARITIES)],
             "weighting": ("language", "token")[index // 2 % 2],
             "overlap": index % 2 == 0,
+            "affinity": ("window", "micro_step")[index % 2] if stage == 1 else "",
         }
 
 
@@ -68,6 +69,7 @@ FEATURES: dict[str, Case] = {
     "unused": {"adapters": 2, "granularity": "parameter"},
     "tied": {"tied": True},
     "no_target": {"empty": True, "micro_steps": 2},
+    "no_target-languages_apart": {"empty": True, "micro_steps": 3, "affinity": "micro_step"},
     "normalize": {"normalize": "unit", "rescale": "mean", "aggregator": "upgrad"},
     "small": {"small": True, "groups": True},
     "offload": {"offload": True, "groups": True, "clip": 0.3, "stages": (1, 2, 3)},
@@ -99,6 +101,20 @@ def features(world_size: int) -> Iterator[tuple[str, Case]]:
     for index, (name, extra) in enumerate(FEATURES_OF_3.items()):
         if world_size in (2, 3 + index % 2):
             yield f"zero3-{name}", {"stage": 3, "micro_steps": 1 + index % 2, "languages": world_size} | extra
+
+
+def nodes(world_size: int) -> Iterator[tuple[str, Case]]:
+    """Two nodes of two ranks, each with one language in a micro-step."""
+    two_stages = {"ranks_per_node": 2, "exchange": "two_stage"}
+    for stage in STAGES if world_size == 4 else ():
+        yield f"zero{stage}-nodes", {
+            "stage": stage,
+            "micro_steps": 2,
+            "languages": 3,
+            "affinity": "micro_step",
+            "by_node": True,
+            "moo": two_stages,
+        }
 
 
 def half_precision(world_size: int) -> Iterator[tuple[str, Case]]:
@@ -150,11 +166,12 @@ def drawn(world_size: int) -> Iterator[tuple[str, Case]]:
             "adapters": draw.choice((0, 0, 1)),
             "small": draw.random() < 0.5,
             "offload": draw.random() < 0.3 and stage > 0,
+            "affinity": draw.choice(("window", "micro_step")),
         }
 
 
 def cases_of(world_size: int) -> dict[str, Case]:
-    named = itertools.chain(*(source(world_size) for source in (grid, features, half_precision, drawn)))
+    named = itertools.chain(*(source(world_size) for source in (grid, features, nodes, half_precision, drawn)))
     return {name: case | {"seed": SEED + index} for index, (name, case) in enumerate(named)}
 
 
@@ -163,8 +180,8 @@ KEYS = [(world_size, name) for world_size in WORLD_SIZES for name in CASES[world
 
 
 def exchanges(case: Case) -> int:
-    """Exchanges a window: ZeRO-1 has one."""
-    return 1 if case["stage"] == 1 else int(case["micro_steps"])
+    """Exchanges a window: ZeRO-1 has one where ranks keep their languages, and else is not asked."""
+    return 1 if case["stage"] == 1 and case.get("affinity") != "micro_step" else int(case["micro_steps"])
 
 
 def runs_twice(world_size: int, case: Case) -> bool:

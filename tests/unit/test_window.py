@@ -33,25 +33,26 @@ def row_by_definition(
 
 
 @st.composite
-def windows(draw: st.DrawFn) -> tuple[bool, str, int, list[list[int]], list[list[int]], list[list[float | None]], int]:
-    local = draw(st.booleans())
+def windows(draw: st.DrawFn) -> tuple[str, str, int, list[list[int]], list[list[int]], list[list[float | None]], int]:
+    """How gradients are exchanged: in every micro-step; once, of one language a rank; or once, with languages apart."""
+    how = draw(st.sampled_from(["every", "once", "apart"]))
     micro_steps, world_size, count = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
     language = st.integers(0, count - 1)
     first = draw(st.lists(language, min_size=world_size, max_size=world_size))
-    rows = [first if local else [draw(language) for _ in first] for _ in range(micro_steps)]
+    rows = [first if how == "once" else [draw(language) for _ in first] for _ in range(micro_steps)]
     number = st.one_of(st.just(0), st.integers(1, 500))
     tokens = [[draw(number) for _ in first] for _ in range(micro_steps)]
     if not any(map(any, tokens)):
         tokens[0][0] = 1
     # Trainer tells the model num_items_in_batch: the loss is then a sum over it, and DeepSpeed does not divide by M.
     items = draw(st.none() | st.integers(1, 1000))
-    return local, draw(st.sampled_from(["language", "token"])), count, rows, tokens, items, draw(st.integers(0, 2**32))
+    return how, draw(st.sampled_from(["language", "token"])), count, rows, tokens, items, draw(st.integers(0, 2**32))
 
 
 @settings(deadline=None)
 @given(case=windows())
 def test_rows_are_what_the_definition_says(case: tuple) -> None:
-    local, weighting, count, languages, tokens, items, seed = case
+    how, weighting, count, languages, tokens, items, seed = case
     micro_steps, world_size = len(tokens), len(tokens[0])
     generator = torch.Generator().manual_seed(seed)
     # The gradient of the sum of each micro-batch's token losses.
@@ -66,32 +67,46 @@ def test_rows_are_what_the_definition_says(case: tuple) -> None:
         scale = items / world_size if items is not None else float(micro_steps * tokens[step][rank])
         return Slot(languages[step][rank], tokens[step][rank], scale)
 
-    window = Window(count, weighting, local)
+    window = Window(count, weighting, local=how != "every", apart=how == "apart")
     stored: dict[int, Tensor] = {}
-    local_sums = [torch.zeros(ELEMENTS, dtype=torch.float64) for _ in range(world_size)]
+    zeros = torch.zeros(ELEMENTS, dtype=torch.float64)
+    local_sums: list[dict[int, Tensor]] = [{} for _ in range(world_size)]
     for step in range(micro_steps):
         assert window.changed_language([slot(step, rank) for rank in range(world_size)]) is None
         window.add([slot(step, rank) for rank in range(world_size)])
-        gradients = [
-            handed_over(step, rank) if tokens[step][rank] else torch.zeros(ELEMENTS, dtype=torch.float64)
-            for rank in range(world_size)
-        ]
-        if local:
+        gradients = [handed_over(step, rank) if tokens[step][rank] else zeros for rank in range(world_size)]
+        if how != "every":
             for rank, gradient in enumerate(gradients):
-                local_sums[rank] += window.local_factor(rank) * gradient
+                of_rank, language = local_sums[rank], languages[step][rank]
+                of_rank[language] = of_rank.get(language, 0) + window.local_factor(rank) * gradient
             if step < micro_steps - 1:
                 continue
-            gradients = local_sums
-        for gradient, source in zip(gradients, window.sources(), strict=True):
-            if source.target_tokens > 0:
-                scaled = source.scale / window.reference_scale(source.language) * gradient
-                stored[source.language] = stored.get(source.language, 0) + scaled
+        for part in range(window.parts):
+            sources = window.sources(part)
+            if how != "every":
+                gradients = [sums.get(slot.language, zeros) for sums, slot in zip(local_sums, sources, strict=True)]
+            for gradient, source in zip(gradients, sources, strict=True):
+                if source.target_tokens > 0:
+                    scaled = source.scale / window.reference_scale(source.language) * gradient
+                    stored[source.language] = stored.get(source.language, 0) + scaled
     expected = row_by_definition(tokens, languages, sums, weighting)
     assert window.present == sorted(expected)
     for language, coefficient in zip(window.present, window.coefficients(), strict=True):
         # float64, at most 16 terms and a handful of factors; signs may cancel, so relative to the largest element.
         size = float(expected[language].abs().max())
         torch.testing.assert_close(coefficient * stored[language], expected[language], rtol=0, atol=1e-12 * size)
+
+
+def test_parts_are_as_many_as_the_rank_with_the_most_languages_has() -> None:
+    window = Window(3, "language", local=True, apart=True)
+    window.add([Slot(0, 1, 1.0), Slot(1, 1, 1.0), Slot(2, 0, 0.0)])
+    assert window.parts == 1
+    window.add([Slot(1, 2, 2.0), Slot(1, 3, 3.0), Slot(2, 0, 0.0)])
+    window.add([Slot(0, 4, 4.0), Slot(2, 0, 0.0), Slot(0, 5, 5.0)])
+    assert [window.languages_of(rank) for rank in range(3)] == [[0, 1], [1], [0]]
+    assert window.parts == 2
+    assert [slot.target_tokens for slot in window.sources(0)] == [1, 1, 5]
+    assert [slot.target_tokens for slot in window.sources(1)] == [2, 0, 0]
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ class Reduction:
         plan, exchange: as in `BucketMOO`.
         layout: of the buckets in the exchange.
         index: for the `id` of each parameter its index in the plan.
-        local: whether each rank adds up the micro-steps of a window before they are exchanged.
+        local: whether each rank adds up the micro-steps of a window, each language apart, before they are exchanged.
         device: where gradients are.
     """
 
@@ -49,6 +50,7 @@ class Reduction:
             self.deliver,
             micro_steps=engine.gradient_accumulation_steps(),
             local=local,
+            apart=local,
             segments=[layout.segments(bucket, exchange.rank) for bucket in range(len(plan.buckets))],
             result_dtype=optimizer.gradient_accumulation_dtype,
             overlap=bool(engine.zero_overlap_comm()),
@@ -57,7 +59,12 @@ class Reduction:
         # What is added up here is added up in the dtype that the user chose for that.
         self._wire_dtype = optimizer.communication_data_type
         staging_dtype = optimizer.gradient_accumulation_dtype if local else self._wire_dtype
-        self._staging = Staging(plan, layout, exchange.world_size, staging_dtype, device, self._ingest)
+        self._make_staging = functools.partial(
+            Staging, plan, layout, exchange.world_size, staging_dtype, device, self._ingest
+        )
+        self._staging = self._make_staging()
+        self._sums: dict[int, Staging] = {}  # by language, where micro-steps are added up
+        self._part = 0
         self._index = index
         self._engine = engine
         self._optimizer = optimizer
@@ -77,6 +84,7 @@ class Reduction:
         self.finished = False
         self._open = False
         self._staging.start_window()
+        self._sums.clear()
 
     def begin_micro_step(self, boundary: bool) -> None:
         """Agrees with the other ranks on this micro-step's languages; further calls in the same one do nothing."""
@@ -87,13 +95,18 @@ class Reduction:
         slot = self._engine.language_tracker.slot(self.moo.micro_steps, self.moo.exchange.world_size)
         self.moo.begin_micro_step(slot, boundary)
         self._open = True
-        window = self.moo.window
-        self._counts = window.table[-1][self.moo.exchange.rank].target_tokens > 0
-        self._factor = window.local_factor(self.moo.exchange.rank) if window.local else 1.0
+        window, rank = self.moo.window, self.moo.exchange.rank
+        language, self._counts = window.table[-1][rank].language, window.table[-1][rank].target_tokens > 0
         self._boundary = boundary
         if window.local:
+            self._factor = window.local_factor(rank)
+            self._leaves = boundary and window.parts == 1 and window.languages_of(rank) in ([], [language])
+            if language not in self._sums:
+                self._sums[language] = self._make_staging()
+            self._staging = self._sums[language]
             self._staging.start_micro_step()
         else:
+            self._factor, self._leaves = 1.0, True
             self._staging.start_window()
 
     def add(self, param: Tensor, gradient: Tensor) -> None:
@@ -102,7 +115,7 @@ class Reduction:
         if not self._counts:
             gradient = torch.zeros_like(gradient)
         self._staging.add(self._index[id(param)], gradient, self._factor)
-        if self._boundary or not self.moo.window.local:
+        if self._leaves:
             self._staging.release_complete()
 
     def end_micro_step(self) -> None:
@@ -110,10 +123,24 @@ class Reduction:
         if not self._open:
             return
         self._open = False
-        contributed = self._staging.contributed
-        if self._boundary or not self.moo.window.local:
+        stagings = list(self._sums.values()) or [self._staging]
+        contributed = [any(of_parameter) for of_parameter in zip(*(each.contributed for each in stagings), strict=True)]
+        if self._leaves:
             self._staging.release_all()
+        elif self._boundary:
+            self._release_parts()
         self.moo.end_micro_step(contributed)
+
+    def _release_parts(self) -> None:
+        """Exchanges one language after the other; a rank that has fewer of them than others goes on with zeros."""
+        window = self.moo.window
+        languages = window.languages_of(self.moo.exchange.rank)
+        for self._part in range(window.parts):
+            mine = self._part < len(languages)
+            staging = self._sums[languages[self._part]] if mine else self._make_staging()
+            staging.start_micro_step()
+            staging.release_all()
+        self._part = 0
 
     def close_local_micro_step(self) -> None:
         """ZeRO-1 before the boundary: the next backward is another micro-step."""
@@ -134,4 +161,4 @@ class Reduction:
             )
 
     def _ingest(self, bucket: int, flat: Tensor) -> None:
-        self.moo.ingest(bucket, flat.to(self._wire_dtype))
+        self.moo.ingest(bucket, flat.to(self._wire_dtype), self._part)
