@@ -121,7 +121,9 @@ FEATURES: dict[str, list[Feature]] = {
         ),
         Feature("optimizer and parameters to the CPU", {"offload": True, "offload_params": True}, SHARDED),
         Feature("`super_offload`", zero(offload_optimizer={"device": "cpu", "super_offload": True}), SHARDED),
-        Feature("optimizer to NVMe", {"cpu_adam": True} | zero(offload_optimizer=NVME), SHARDED, compiles=AsyncIOBuilder),
+        Feature(
+            "optimizer to NVMe", {"cpu_adam": True} | zero(offload_optimizer=NVME), SHARDED, compiles=AsyncIOBuilder
+        ),
         Feature("parameters to NVMe", zero(offload_param=NVME), SHARDED, compiles=AsyncIOBuilder),
     ],
     "bucket_moo": [
@@ -164,7 +166,8 @@ COMPILES = {Cell(each.name, stage): each.compiles for each in ROWS for stage in 
 
 
 class _Cells(dict[Cell, list[dict[str, Any]]]):
-    """What came of every case, on all ranks; those that compile an op and those that do not are run when one of them is asked for."""
+    """What came of every case, on all ranks. Those that compile an op are run when one of them is asked for, and so are
+    those that do not."""
 
     def __missing__(self, cell: Cell) -> list[dict[str, Any]]:
         together = [each for each in CASES if (each in COMPILES) == (cell in COMPILES)]
