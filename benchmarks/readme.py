@@ -99,6 +99,26 @@ def compatibility(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(messages, start=1))])
 
 
+def deepspeed_tests(result: dict[str, Any]) -> str:
+    """Returns a line for every file of DeepSpeed's own tests, and what became of those that pass without us only."""
+    outcomes = ("passed", "failed", "skipped", "refused")
+    lines = [
+        f"{headline(result['made_by'])}; 2 ranks.",
+        "",
+        "| tests | stock: passed | failed | skipped | bucket_moo: passed | failed | skipped | refused |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for file, (stock, ours) in result["counts"].items():
+        numbers = [stock[each] for each in outcomes[:3]] + [ours[each] for each in outcomes]
+        lines.append(f"| {file.removeprefix('unit/')} | {' | '.join(map(str, numbers))} |")
+    lines += ["", "Passed with stock, and with bucket_moo not:", ""]
+    by_reason: dict[str, list[str]] = {}
+    for name, ended in result["differing"].items():
+        by_reason.setdefault(ended["reason"].split("\n")[0][:160], []).append(name.split("::", 1)[1])
+    lines += [f"* {len(names)}, such as `{names[0]}`: {reason}" for reason, names in by_reason.items()]
+    return "\n".join(lines)
+
+
 def faults(result: dict[str, Any]) -> str:
     """Returns what the other ranks saw of each death, how soon, and what the run was taken up from."""
     lines = [
@@ -128,6 +148,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
+    "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }

@@ -119,6 +119,55 @@ def adapter_used_on_all(stage: int) -> bool:
     return bool(engine.moo.counters["windows"] == 3)
 
 
+def given_up(stage: int) -> dict[str, Any]:
+    """The second of three windows is given up by `engine.zero_grad()`, and the third takes its data."""
+    ends = []
+    for gives_up in (False, True):
+        engine = make_engine(settings(stage, moo={}), seed=SEED)
+        train_window(engine, generator_for(SEED))
+        if gives_up:
+            engine.backward(engine(**toy.micro_batch(2, generator_for(SEED + 1)), language=LANGUAGES[2]))
+            engine.zero_grad()
+        train_window(engine, generator_for(SEED + 2))
+        ends.append(worker.checksum(worker.weights(engine.module)))
+    return {"windows": engine.moo.windows, "same": ends[0] == ends[1]}
+
+
+class _Branches(nn.Module):
+    """Calls the modules of a list, never the list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.head = nn.Linear(5, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.branches[0](inputs) + self.branches[1](inputs)).square().mean()
+
+
+def leaf_modules() -> bool:
+    """ZeRO-3, with the list of modules as a leaf, and without."""
+    import deepspeed
+
+    ends = []
+    for leaf in (False, True):
+        torch.manual_seed(SEED)
+        module = _Branches()
+        if leaf:
+            deepspeed.utils.set_z3_leaf_modules(module, [nn.ModuleList])
+        config = settings(3, micro_steps=2, moo={})
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        generator = generator_for(SEED)
+        for step in range(4):
+            with engine.language(language_of(step), target_tokens=1):
+                engine.backward(engine(torch.randn(3, 5, generator=generator)))
+            engine.step()
+        ends.append(worker.checksum(worker.weights(engine.module)))
+    return ends[0] == ends[1]
+
+
 def step_without_backward(stage: int) -> None:
     engine = make_engine(settings(stage, moo={}), seed=SEED)
     train_window(engine, generator_for(SEED))
@@ -198,6 +247,8 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         overflow,
         adapters_of_ranks,
         adapter_used_on_all,
+        given_up,
+        leaf_modules,
         step_without_backward,
         module_behind_the_engine,
         gradient_from_elsewhere,

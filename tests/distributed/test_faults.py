@@ -98,6 +98,8 @@ CASES: list[dict[str, Any]] = [
     *OVERFLOWS,
     *({"name": name, **arguments} for name, arguments, _, _ in ERRORS),
     *({"name": "adapter_used_on_all", "stage": stage} for stage in STAGES),
+    *({"name": "given_up", "stage": stage} for stage in STAGES),
+    {"name": "leaf_modules"},
     *(
         {"name": "second_gradient", "stage": stage, "reentrant": reentrant, "bucket_size": 10**9}
         for stage, reentrant in itertools.product(STAGES, (False, True))
@@ -167,6 +169,19 @@ def test_error_on_every_rank(
 @pytest.mark.parametrize("stage", STAGES)
 def test_parameters_that_all_ranks_leave_out_are_no_disagreement(outcomes: list[list[Any]], stage: int) -> None:
     assert results(outcomes, name="adapter_used_on_all", stage=stage) == [True, True]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_grad_gives_a_resolved_window_up(outcomes: list[list[Any]], stage: int) -> None:
+    for result in results(outcomes, name="given_up", stage=stage):
+        assert result == {"windows": 3, "same": True}
+
+
+def test_leaf_module_whose_forward_is_not_called(outcomes: list[list[Any]]) -> None:
+    """No hook of DeepSpeed's brings its gradients, which plain ZeRO-3 leaves unreduced. Its weights are then those of a
+    model without leaf modules, to the bit."""
+    for result in results(outcomes, name="leaf_modules"):
+        assert result is True, result
 
 
 @pytest.mark.parametrize("stage", STAGES)

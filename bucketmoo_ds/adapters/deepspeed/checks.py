@@ -22,8 +22,8 @@ Refusal = tuple[str, Callable[[Any], bool], str, str]
 REFUSALS: tuple[Refusal, ...] = (
     (
         "zero_optimization.contiguous_gradients = false",
-        lambda c: not c.zero_config.contiguous_gradients,
-        "ZeRO-1 then registers no gradient hooks",
+        lambda c: not c.zero_config.contiguous_gradients and c.zero_config.stage in (1, 2),
+        "ZeRO-1 then registers no gradient hooks, and ZeRO-2 reduces gradients elsewhere",
         "remove it (the default is true)",
     ),
     (

@@ -31,6 +31,13 @@ class Reduction(Protocol):
     def begin_micro_step(self, boundary: bool) -> None:
         """Backward begins."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether the window is resolved, and no step has used it yet."""
+
+    def start_window(self) -> None:
+        """What was resolved is used or given up."""
+
     def close_local_micro_step(self) -> None:
         """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
 
@@ -108,6 +115,12 @@ class BucketMOOEngine(DeepSpeedEngine):
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
         self.reduction.close_local_micro_step()
+
+    def zero_grad(self) -> None:
+        """DeepSpeed's `zero_grad`. A window that is resolved is given up, and the next backward begins another."""
+        super().zero_grad()
+        if self.reduction.finished:
+            self.reduction.start_window()
 
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:

@@ -35,13 +35,18 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Tensor) -> None:
         """Takes a gradient that is ready."""
-        if param.grad is None or not getattr(param, "ds_grad_is_ready", True):
-            return
-        self.reduction.add(param, param.grad)
-        param.grad = None
+        if getattr(param, "ds_grad_is_ready", True):
+            self._take(param)
+
+    def _take(self, param: Tensor) -> None:
+        if param.grad is not None:
+            self.reduction.add(param, param.grad)
+            param.grad = None
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Ends a micro-step."""
+        """Ends a micro-step, with what no hook has brought: of a leaf module whose `forward` is not called."""
+        for param in (param for group in self.fp16_groups for param in group):
+            self._take(param)
         self.reduction.end_micro_step()
         if self.is_gradient_accumulation_boundary() and not self.reduction.finished:
             self.reduction.finish()

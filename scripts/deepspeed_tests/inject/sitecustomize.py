@@ -51,8 +51,12 @@ def switch_on(initialize: Callable[..., Any], section: dict[str, Any]) -> Callab
 
 @wrapt.when_imported("deepspeed")
 def prepare(deepspeed: ModuleType) -> None:
-    """Keeps DeepSpeed from compiling a collective that gloo does without, and switches bucket_moo on."""
+    """Keeps DeepSpeed from compiling a collective that gloo does without, and switches bucket_moo on.
+
+    Some tests of bf16 ask for the versions of CUDA and NCCL first, in a way that fails where torch has neither.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.git_version_info.torch_info.update(cuda_version="11.0", nccl_version="2.10")
     section = os.environ.get("DEEPSPEED_TESTS_BUCKET_MOO")
     if section:
         import bucketmoo_ds  # noqa: F401 - teaches DeepSpeed the section
