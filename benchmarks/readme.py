@@ -122,14 +122,15 @@ def deepspeed_tests(result: dict[str, Any]) -> str:
 def faults(result: dict[str, Any]) -> str:
     """Returns what the other ranks saw of each death, how soon, and what the run was taken up from."""
     lines = [
-        f"{headline(result)}; 2 ranks; a checkpoint after every window.",
+        f"{headline(result)}; 2 ranks; a checkpoint after every window, so that only the window under way is lost.",
         "",
         "| fault | ZeRO | the other rank saw | after, s | taken up from |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["faults"]:
-        seconds = f"{row['seconds']:.1f}" if row["seconds"] else ""
-        lines.append(f"| {row['fault']} | {row['stage']} | {row['seen']} | {seconds} | {row['resumed_from']} |")
+        seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
+        seen = re.sub(r"\[/\S+\] | \[[\d.:]+\]", "", row["seen"].split(". This is typically")[0])
+        lines.append(f"| {row['fault']} | {row['stage']} | {seen} | {seconds} | {row['resumed_from']} |")
     return "\n".join(lines)
 
 
