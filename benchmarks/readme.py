@@ -129,7 +129,7 @@ def faults(result: dict[str, Any]) -> str:
     ]
     for row in result["faults"]:
         seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
-        seen = re.sub(r"\[/\S+\] | \[[\d.:]+\]", "", row["seen"].split(". This is typically")[0])
+        seen = re.sub(r"\[/\S+\] | \[[\d.]+\]:\d+", "", row["seen"].split(". This is typically")[0])
         lines.append(f"| {row['fault']} | {row['stage']} | {seen} | {seconds} | {row['resumed_from']} |")
     return "\n".join(lines)
 
