@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(settings: RunSettings, resume: bool) -> None:
     """Trains as the settings say, on the ranks of the default process group."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     from bucketmoo_ds.training.loop import train
     from bucketmoo_ds.training.models import load_model, load_tokenizer
@@ -59,7 +59,7 @@ def run(settings: RunSettings, resume: bool) -> None:
         evaluation_batch=settings.evaluation.batch_size if settings.evaluation else 1,
         resume=resume,
     )
-    with GatheredParameters(list(model.parameters())):  # ZeRO-3 has taken them apart
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):  # ZeRO-3 has taken them apart
         if dist.get_rank() == 0:
             temporary = output / ".model"
             model.save_pretrained(temporary)

@@ -254,7 +254,7 @@ def test_second_run_and_other_mode_give_the_same_bits(key: Key, outcomes: dict[K
     for result in outcomes[key]:
         automatic, deferred = result["streaming"]
         assert not deferred
-        if exchanges(case) > 1:
+        if exchanges(case) > 1 and case["stage"] != 1:
             assert not automatic, "rows of several micro-steps cannot be resolved while streaming"
         elif case.get("granularity", "bucket") == "bucket":
             assert automatic, "this test would not compare the two modes"
