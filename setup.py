@@ -15,7 +15,8 @@ from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-_spec = importlib.util.spec_from_file_location("bucketmoo_build", Path(__file__).parent / "bucketmoo_ds" / "build.py")
+_BUILD = Path(__file__).parent / "bucketmoo_ds" / "ops" / "build.py"
+_spec = importlib.util.spec_from_file_location("bucketmoo_build", _BUILD)
 build = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = build
 _spec.loader.exec_module(build)
@@ -58,7 +59,7 @@ setup(
     },
     package_data={
         "bucketmoo_ds": ["py.typed"],
-        "bucketmoo_ds.monitor": ["*.html"],
+        "bucketmoo_ds.apps.monitor": ["*.html"],
         "bucketmoo_ds.csrc.cpu": ["*.h", "*.cpp"],
         "bucketmoo_ds.csrc.cuda": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },

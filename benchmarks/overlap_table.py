@@ -8,7 +8,7 @@ from typing import Any
 
 from step_table import table
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 
 def render(result: dict[str, Any]) -> str:

@@ -19,8 +19,8 @@ from step_worker import Arm, Settings
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bucketmoo_ds import aggregate, ops
-from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.comm.exchange import Exchange, Received
+from bucketmoo_ds.pipeline.engine import BucketMOO
 
 BACKWARD, START, WAIT, END = "moo: backward", "moo: start", "moo: wait", "moo: end"
 

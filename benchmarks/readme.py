@@ -18,10 +18,10 @@ import overlap_table
 import step_table
 import wrappers_table
 
-from bucketmoo_ds.bench import table
-from bucketmoo_ds.bench.provenance import headline
-from bucketmoo_ds.monitor.comparison import compare
-from bucketmoo_ds.monitor.tables import to_markdown
+from bucketmoo_ds.apps.bench import table
+from bucketmoo_ds.apps.bench.provenance import headline
+from bucketmoo_ds.apps.monitor.comparison import compare
+from bucketmoo_ds.apps.monitor.tables import to_markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -19,7 +19,7 @@ import step_worker
 from step_worker import Arm, Settings
 from torch import multiprocessing as ranks
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 ProcessSet = tuple[Settings, list[Arm]]
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 MEBI = 2**20
 

@@ -22,8 +22,8 @@ import traffic
 from step_model import VOCABULARY, CausalLM
 
 from bucketmoo_ds import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.training.environment import prepare_rank
+from bucketmoo_ds.apps.training.environment import prepare_rank
+from bucketmoo_ds.pipeline.engine import BucketMOO
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h: blocks of at least this many bytes go back to the system when freed
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # What a call is for. Rows and combined pieces are bucket_moo's gradient bytes, reduced gradients the framework's.
 GRADIENTS = ("gradients", "rows", "combined")
 
-# What a collective of bucketmoo_ds.exchange is for, and the name under which `Exchange` counts it, by the method.
+# What a collective of bucketmoo_ds.comm.exchange is for, and the name under which `Exchange` counts it, by the method.
 _EXCHANGE = {
     "scatter": ("rows", "all_to_all"),
     "scatter_by_node": ("rows", "reduce_scatter (node)"),
@@ -69,7 +69,7 @@ class Call:
         elements, dtype: of the tensor that this rank put in; of the gathered one for an all-gather.
         group_size: ranks that took part.
         sent_bytes: what this rank sends.
-        counter: the name under which bucketmoo_ds.exchange counts it; empty for what the framework does.
+        counter: the name under which bucketmoo_ds.comm.exchange counts it; empty for what the framework does.
         ranks: that took part.
     """
 
@@ -105,7 +105,7 @@ def gradient_bytes(calls: list[Call]) -> int:
 
 
 def exchange_counters(calls: list[Call]) -> dict[str, int]:
-    """Returns what `bucketmoo_ds.exchange.Exchange.sent_bytes` must have counted for these calls, in its own words."""
+    """Returns what `Exchange.sent_bytes` must have counted for these calls, in its own words."""
     total: collections.Counter[str] = collections.Counter()
     for call in calls:
         if call.counter:
@@ -160,7 +160,7 @@ def _counting(name: str, original: Callable[..., Any], describe: Callable[..., D
             # An all-gather is described by this rank's part; what it fills is `size` of them.
             elements = tensor.numel() * (size if name.startswith("all_gather") else 1)
             caller = sys._getframe(1)
-            ours = caller.f_globals["__name__"] == "bucketmoo_ds.exchange"
+            ours = caller.f_globals["__name__"] == "bucketmoo_ds.comm.exchange"
             purpose, counter = _EXCHANGE[caller.f_code.co_name] if ours else (_purpose(name, tensor), "")
             ranks = tuple(dist.get_process_group_ranks(group))
             calls.append(Call(name, purpose, elements, dtype, size, sent, counter, ranks))

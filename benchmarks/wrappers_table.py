@@ -6,7 +6,7 @@ from typing import Any
 
 import step_table
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 PLACE = {"wrapper": "wrapper", **step_table.PLACE}
 

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed import initialize
     from bucketmoo_ds.aggregate import weights
     from bucketmoo_ds.config import BucketMOOConfig
-    from bucketmoo_ds.sampler import LanguageBatchSampler
-    from bucketmoo_ds.schedule import LanguageSchedule
+    from bucketmoo_ds.data.sampler import LanguageBatchSampler
+    from bucketmoo_ds.data.schedule import LanguageSchedule
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "BucketMOOConfig": "bucketmoo_ds.config",
-    "LanguageBatchSampler": "bucketmoo_ds.sampler",
-    "LanguageSchedule": "bucketmoo_ds.schedule",
+    "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
+    "LanguageSchedule": "bucketmoo_ds.data.schedule",
     "initialize": "bucketmoo_ds.adapters.deepspeed",
     "weights": "bucketmoo_ds.aggregate",
 }

@@ -8,6 +8,6 @@
     arguments    what they are given at run time
     aot          compiles the whole table without a GPU, and reports registers, stacks and widths of loads
 
-`bucketmoo_ds.backends.triton` cuts shards into tiles and launches. `resolve` is three of these launches; a grid-wide
-barrier, that would make it one, is not to be had in Triton without atomics: the CUDA backend has it.
+`bucketmoo_ds.ops.backends.triton` cuts shards into tiles and launches. `resolve` is three of these launches; a barrier
+of the whole grid, that would make it one, is not to be had in Triton without atomics: the CUDA backend has it.
 """

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bucketmoo_ds.bench.provenance import describe
+from bucketmoo_ds.apps.bench.provenance import describe
 from bucketmoo_ds.kernels.arguments import ARGUMENTS
 from bucketmoo_ds.kernels.launch import INTERPRETED, Launch, every_launch
 

@@ -1,12 +1,12 @@
-"""The min-norm weights, one program a block, in float64: `bucketmoo_ds.backends.min_norm`, where the method, its words
-and its constants are explained. The equations of the free rows are solved by their inverse (Gauss and Jordan) instead
-of a Cholesky factor: a matrix in registers has no rows to walk, but takes a rank-one update in one step."""
+"""The min-norm weights, one program a block, in float64: `bucketmoo_ds.ops.backends.min_norm`, where the method, its
+words and its constants are explained. The equations of the free rows are solved by their inverse (Gauss and Jordan)
+instead of a Cholesky factor: a matrix in registers has no rows to walk, but takes a rank-one update in one step."""
 
 import triton
 import triton.language as tl
 
-from bucketmoo_ds.backends import min_norm
 from bucketmoo_ds.kernels.arguments import ARGUMENTS
+from bucketmoo_ds.ops.backends import min_norm
 
 ZERO_ROW = tl.constexpr(min_norm.ZERO_ROW)
 RIDGE = tl.constexpr(min_norm.RIDGE)

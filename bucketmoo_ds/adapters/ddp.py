@@ -24,10 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bucketmoo_ds.adapters.session import Session, queue_callback
 from bucketmoo_ds.adapters.whole import Whole
-from bucketmoo_ds.choices import ranks_per_node
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, LanguageError
-from bucketmoo_ds.exchange import Exchange, control_group
+from bucketmoo_ds.plan.choices import create_exchange
 
 Hook = Callable[[Session, dist.GradBucket], Future[Tensor]]
 
@@ -95,7 +94,7 @@ def comm_hook(
         "ddp.register",
         model.module,
         config,
-        Exchange(group, control_group(group), ranks_per_node(config, dist.get_world_size(group))),
+        create_exchange(config, group),
         micro_steps=micro_steps,
         local=once_a_window and micro_steps > 1,
         bucket_size=bucket_size,

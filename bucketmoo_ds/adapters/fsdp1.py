@@ -21,17 +21,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
 from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
-from bucketmoo_ds.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
-from bucketmoo_ds.choices import ranks_per_node
+from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.exchange import Exchange, Received, control_group
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
+from bucketmoo_ds.plan.choices import create_exchange
 
 Hook = Callable[..., None]
 
@@ -96,7 +95,7 @@ def comm_hook(
     _refuse_unmanaged(model, trained)
     plan = _plan(model, trained, config.granularity)
     group: Any = trained[0].module.process_group
-    exchange = Exchange(group, control_group(group), ranks_per_node(config, dist.get_world_size(group)))
+    exchange = create_exchange(config, group)
     adapter = _Reduction(model, units, trained, plan, exchange)
     adapter.moo = BucketMOO(
         config,

@@ -27,12 +27,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
-from bucketmoo_ds.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
-from bucketmoo_ds.choices import ranks_per_node
+from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.exchange import Exchange, Received, control_group
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
+from bucketmoo_ds.plan.choices import create_exchange
 
 
 def register(
@@ -234,8 +234,7 @@ def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist
             "fsdp2.register: the mesh's ranks do not ascend, and process groups would reorder them; list them in order"
         )
     if mesh.ndim == 1:
-        only = mesh.get_group()
-        return Exchange(only, control_group(only), ranks_per_node(config, len(ranks))), None
+        return create_exchange(config, mesh.get_group()), None
     if mesh.size(1) == 1 < mesh.size(0):
         raise ConfigError(
             "fsdp2.register: the mesh has replicas, but shards nothing, and FSDP2 then calls no reduce-scatter; use a "
@@ -245,7 +244,7 @@ def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist
     group: Any = dist.group.WORLD if everyone else dist.new_group(ranks, use_local_synchronization=True)
     if config.ranks_per_node == 0:  # a replica is the natural node
         config = dataclasses.replace(config, ranks_per_node=mesh.size(1))
-    return Exchange(group, control_group(group), ranks_per_node(config, len(ranks))), mesh.get_group(0)
+    return create_exchange(config, group), mesh.get_group(0)
 
 
 def _plan(model: nn.Module, groups: Sequence[_Group], granularity: str) -> BlockPlan:

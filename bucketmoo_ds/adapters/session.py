@@ -19,11 +19,11 @@ from torch.autograd import Variable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from bucketmoo_ds.batch import LanguageTracker
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO, Resolution
+from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
+from bucketmoo_ds.pipeline.engine import BucketMOO, Resolution
 
 
 class Adapter:

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bucketmoo_ds.adapters.session import Session
 from bucketmoo_ds.adapters.whole import Whole
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError
-from bucketmoo_ds.exchange import Exchange
 
 
 def register(

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.blocks import BlockPlan
 from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.layout import Layout
+from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.layout import Layout
 
 
 class Staging:

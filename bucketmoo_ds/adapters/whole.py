@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from bucketmoo_ds.adapters.session import Adapter
 from bucketmoo_ds.adapters.staging import Staging
-from bucketmoo_ds.blocks import Parameter, plan_blocks
+from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
-from bucketmoo_ds.exchange import Exchange, Received
-from bucketmoo_ds.layout import Consecutive
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
+from bucketmoo_ds.plan.layout import Consecutive
 
 BUCKET_BYTES = 25 * 2**20  # DDP's own default, so that blocks are the same
 

@@ -1,4 +1,4 @@
-// The active-set method of bucketmoo_ds/backends/min_norm.py, one block at a time. That file explains it, and the names
+// The active-set method of bucketmoo_ds/ops/backends/min_norm.py, one block at a time. That file explains it, and the names
 // here are its names; only what differs is said here: masked rows and zero rows are left out instead of being masked.
 //
 // Products with matrices add column after column to the whole vector. The compiler can vectorise that without changing

@@ -5,7 +5,7 @@
 
 extern "C" {
 
-// Solves the blocks [begin, end), one after the other; see bucketmoo_ds/backends/min_norm.py for what and how.
+// Solves the blocks [begin, end), one after the other; see bucketmoo_ds/ops/backends/min_norm.py for what and how.
 //
 // gram [B, K, K], mask [B, K], weights [B, K] and finite [B] start at block 0; K is at most 64, and max_weight in
 // (0, 1].

@@ -1,6 +1,6 @@
 // The ops of the CUDA library, in the namespace bucketmoo_ds_cuda, on PyTorch's stable ABI: one library serves every
 // PyTorch from 2.13 on. Host code only, and no CUDA header: it compiles where PyTorch has no CUDA. Input is checked by
-// bucketmoo_ds.backends.checks; the tables of tiles come from bucketmoo_ds/backends/cuda.py.
+// bucketmoo_ds.ops.backends.checks; the tables of tiles come from bucketmoo_ds/ops/backends/cuda.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

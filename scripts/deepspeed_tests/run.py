@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bucketmoo_ds.bench.provenance import describe, headline
+from bucketmoo_ds.apps.bench.provenance import describe, headline
 
 HERE = Path(__file__).resolve().parent
 SWITCH = {"DEEPSPEED_TESTS_BUCKET_MOO": json.dumps({"languages": ["all"], "aggregator": "mean"})}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
-from bucketmoo_ds.choices import create_aggregator
+from bucketmoo_ds.plan.choices import create_aggregator
 
 LEARNING_RATE = 0.05
 WEIGHT_DECAYS = (0.1, 0.0)

@@ -25,7 +25,7 @@ from typing import Any
 import launch
 import pytest
 
-from bucketmoo_ds.exchange import ALIGNMENT
+from bucketmoo_ds.comm.exchange import ALIGNMENT
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZES = (2, 3, 4)

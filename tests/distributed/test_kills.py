@@ -19,7 +19,7 @@ from typing import Any
 import launch
 import pytest
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZE = 2

@@ -21,7 +21,7 @@ import launch
 import pytest
 import torch
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WRAPPERS = ("fsdp2", "fsdp1", "ddp", "deepspeed", "single")

@@ -11,7 +11,7 @@ import launch
 import pytest
 from deepspeed.checkpoint import ds_to_universal
 
-from bucketmoo_ds import checkpoint
+from bucketmoo_ds.pipeline import checkpoint
 
 CASES = [(1, "fp32"), (2, "bf16"), (3, "fp32")]
 

@@ -24,7 +24,7 @@ from typing import Any
 import launch
 import pytest
 
-from bucketmoo_ds.planner import Setup, plan
+from bucketmoo_ds.apps.planner import Setup, plan
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZES = (2, 3, 4)

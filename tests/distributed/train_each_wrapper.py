@@ -22,8 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
-from bucketmoo_ds.blocks import Parameter, plan_blocks
-from bucketmoo_ds.choices import create_aggregator
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
+from bucketmoo_ds.plan.choices import create_aggregator
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import train_wrapped

@@ -16,8 +16,8 @@ import torch
 import worker
 from train_and_resume import WINDOWS, Run
 
-from bucketmoo_ds import checkpoint, engine
-from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.comm.exchange import Exchange
+from bucketmoo_ds.pipeline import checkpoint, engine
 
 # Where a rank can die: what is called there. A window calls each of them at least once, and so does every save.
 MOMENTS: dict[str, tuple[Any, str]] = {

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
-from bucketmoo_ds.choices import create_aggregator
+from bucketmoo_ds.plan.choices import create_aggregator
 
 LEARNING_RATE = 0.05
 WINDOWS = 2

@@ -16,7 +16,7 @@ TINY += ("--threads", "1", "--repeats", "3", "--segment", "whole,4096", "--ops",
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", "bench", *words]
+    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "bench", *words]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bucketmoo_ds.corpus import tokenizer
-from bucketmoo_ds.monitor.reader import read
+from bucketmoo_ds.apps.corpus import tokenizer
+from bucketmoo_ds.apps.monitor.reader import read
 
 LANGUAGES = ("aa", "bb", "cc")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -77,7 +77,7 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def bucketmoo(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", *map(str, words)]
+    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", *map(str, words)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -97,7 +97,7 @@ def test_doctor_names_what_runs() -> None:
 
 
 def test_unknown_backend_is_reported_by_doctor() -> None:
-    command = [sys.executable, "-m", "bucketmoo_ds.cli.main", "doctor"]
+    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "doctor"]
     environment = ENVIRONMENT | {"BUCKETMOO_BACKEND": "refrence", "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert 'did you mean "reference"' in done.stdout
@@ -202,7 +202,7 @@ def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, chang
 def start_training(path: Path, output: Path, seconds: float = 120) -> subprocess.Popen[str]:
     """Starts a run and returns once its first checkpoint is whole."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "bucketmoo_ds.cli.main", "train", str(path)],
+        [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "train", str(path)],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

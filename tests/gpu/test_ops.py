@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.backends import cuda
 from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.ops.backends import cuda
 
 pytestmark = [
     pytest.mark.gpu,

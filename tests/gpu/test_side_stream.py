@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.blocks import Parameter, plan_blocks
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
-from bucketmoo_ds.exchange import Exchange
-from bucketmoo_ds.window import Slot
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.pipeline.window import Slot
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 pytestmark = [
     pytest.mark.gpu,

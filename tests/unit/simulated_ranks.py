@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.exchange import Exchange, Received
+from bucketmoo_ds.comm.exchange import Exchange, Received
 
 TIMEOUT_SECONDS = 20.0
 

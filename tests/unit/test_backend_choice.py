@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bucketmoo_ds import build, ops
-from bucketmoo_ds.backends import choice, cpu
+from bucketmoo_ds import ops
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.logs import logger
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import choice, cpu
 
 ROWS, SPANS, BLOCKS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from bucketmoo_ds.batch import Entries, LanguageTracker
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.batch import Entries, LanguageTracker
 from bucketmoo_ds.errors import LanguageError
-from bucketmoo_ds.window import Slot
+from bucketmoo_ds.pipeline.window import Slot
 
 LANGUAGES = ["de", "fr", "pt_BR"]
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.blocks import BlockPlan, Parameter, layer_of, plan_blocks
 from bucketmoo_ds.config import CHOICES
 from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, layer_of, plan_blocks
 
 GRANULARITIES = CHOICES["granularity"]
 

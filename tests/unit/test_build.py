@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bucketmoo_ds import build
+from bucketmoo_ds.ops import build
 
 PRINT_PATH = "from bucketmoo_ds import build; print(build.cpu_library())"
 
@@ -28,7 +28,7 @@ pytestmark = [
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder into which two processes have built at once, and the paths that they have printed."""
     folder = tmp_path_factory.mktemp("build folder")  # with a space, which ninja would take for two names
-    root = str(Path(build.__file__).parents[1])
+    root = str(Path(build.__file__).parents[2])
     environment = os.environ | {build.CACHE: str(folder), "PYTHONPATH": root}
     command = [sys.executable, "-c", PRINT_PATH]
     processes = [

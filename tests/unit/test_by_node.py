@@ -15,11 +15,11 @@ from unit.simulated_ranks import SimulatedExchange
 from unit.test_engine import assert_equals_reference, config, drive, plan, table
 from unit.threaded_ranks import run_ranks
 
-from bucketmoo_ds.choices import ranks_per_node
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import CHOICES
-from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import ConfigError, LanguageError
-from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.choices import ranks_per_node
 
 NODES = [(4, 2), (6, 2), (6, 3), (8, 4), (9, 3)]  # W, L
 

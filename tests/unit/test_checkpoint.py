@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.simulated_ranks import SimulatedExchange, run_ranks
 
-from bucketmoo_ds import checkpoint
-from bucketmoo_ds.blocks import Parameter, plan_blocks
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.pipeline import checkpoint
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 CONFIG = BucketMOOConfig(languages=("de", "fr"), seed=4)
 PLAN = plan_blocks([Parameter("w", 5), Parameter("v", 7)], 6, "bucket")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bucketmoo_ds import build
-from bucketmoo_ds.backends import reference
-from bucketmoo_ds.backends.tiles import tile_table
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import reference
+from bucketmoo_ds.ops.backends.tiles import tile_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "csrc/cuda" / name for name in build.CUDA_SOURCES if name.endswith(".cu")]

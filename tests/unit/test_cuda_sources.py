@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bucketmoo_ds import build
+from bucketmoo_ds.ops import build
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc/cuda"
 TORCH_INCLUDE = Path(torch.__file__).parent / "include"

@@ -19,13 +19,13 @@ from torch import Tensor
 from unit.simulated_ranks import SimulatedExchange, run_ranks
 
 from bucketmoo_ds import aggregate, reference
-from bucketmoo_ds.blocks import BlockPlan, Parameter, plan_blocks
-from bucketmoo_ds.choices import choose_streaming, create_aggregator
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import CHOICES, BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO, Resolution
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
-from bucketmoo_ds.exchange import Exchange
-from bucketmoo_ds.window import Slot
+from bucketmoo_ds.pipeline.engine import BucketMOO, Resolution
+from bucketmoo_ds.pipeline.window import Slot
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks
+from bucketmoo_ds.plan.choices import choose_streaming, create_aggregator
 
 AGGREGATORS = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
 PARAMETERS = [

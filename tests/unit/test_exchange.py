@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.simulated_ranks import SimulatedExchange, run_ranks
 
-from bucketmoo_ds.delivery import Delivery, Piece
-from bucketmoo_ds.exchange import ALIGNMENT, Exchange
+from bucketmoo_ds.comm.delivery import Delivery, Piece
+from bucketmoo_ds.comm.exchange import ALIGNMENT, Exchange
 
 
 @pytest.fixture

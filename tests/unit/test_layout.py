@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bucketmoo_ds.blocks import BlockPlan, Parameter, plan_blocks
-from bucketmoo_ds.layout import Chunked, Consecutive, Layout
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks
+from bucketmoo_ds.plan.layout import Chunked, Consecutive, Layout
 
 UNWRITTEN, PADDING = -2, -1
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchjd.aggregation import MGDAWeighting
 from unit.aggregate.grams import KINDS, combined_error, gram_of, make_rows, rows, times
 
-from bucketmoo_ds.backends import min_norm
+from bucketmoo_ds.ops.backends import min_norm
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cpu"
 # The duality gap relative to the Gram's trace. The ridge of 1e-13 and rounding, K * 1e-16, leave less.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.backends import cpu, reference
+from bucketmoo_ds.ops.backends import cpu, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64]

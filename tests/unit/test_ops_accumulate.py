@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.backends import cpu
+from bucketmoo_ds.ops.backends import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NUM_BLOCKS = 3

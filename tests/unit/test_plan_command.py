@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bucketmoo_ds.cli.main import main
-from bucketmoo_ds.cli.plan import _runs, _short, _whole
+from bucketmoo_ds.apps.cli.main import main
+from bucketmoo_ds.apps.cli.plan import _runs, _short, _whole
+from bucketmoo_ds.apps.planner import Setup, plan
 from bucketmoo_ds.errors import ConfigError
-from bucketmoo_ds.planner import Setup, plan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
 CLUSTER = ("--world", "64", "--per-node", "8", "--languages", "8")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.planner import Plan, Sent, Setup, plan
-from bucketmoo_ds.schedule import LanguageSchedule
+from bucketmoo_ds.apps.planner import Plan, Sent, Setup, plan
+from bucketmoo_ds.data.schedule import LanguageSchedule
 
 CLUSTERS = [(4, 2), (4, 4), (4, 1), (6, 3), (8, 2), (8, 4), (9, 3), (12, 4), (16, 8), (1, 1)]
 

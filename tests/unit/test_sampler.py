@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.sampler import LanguageBatchSampler
+from bucketmoo_ds.data.sampler import LanguageBatchSampler
 
 LANGUAGES = ("de", "fr", "ru", "pl", "ja")
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.schedule import MAX_LAG, LanguageSchedule
+from bucketmoo_ds.data.schedule import MAX_LAG, LanguageSchedule
 
 NAMES = tuple("abcdefghij")
 

@@ -17,11 +17,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from unit.simulated_ranks import run_ranks
 
 from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
-from bucketmoo_ds.blocks import Parameter, plan_blocks
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
-from bucketmoo_ds.exchange import Exchange
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 LANGUAGES = ("de", "fr")
 WIDTH, CLASSES = 5, 3

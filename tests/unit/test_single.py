@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import bucketmoo_ds
 from bucketmoo_ds import reference
 from bucketmoo_ds.adapters.session import Session
-from bucketmoo_ds.choices import create_aggregator
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.plan.choices import create_aggregator
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 LANGUAGES = ("de", "fr", "it")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bucketmoo_ds.adapters.staging import Staging
-from bucketmoo_ds.blocks import BlockPlan, Parameter, plan_blocks
 from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.layout import Chunked, Consecutive
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks
+from bucketmoo_ds.plan.layout import Chunked, Consecutive
 
 Left = list[tuple[int, Tensor]]
 

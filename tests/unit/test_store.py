@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bucketmoo_ds.config import CHOICES
-from bucketmoo_ds.store import RowStore
+from bucketmoo_ds.pipeline.store import RowStore
 
 
 @settings(deadline=None)

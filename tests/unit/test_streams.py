@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bucketmoo_ds.streams import SideStream
+from bucketmoo_ds.comm.streams import SideStream
 
 DEVICE = torch.device("cuda", 0)
 

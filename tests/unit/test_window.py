@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bucketmoo_ds.window import Slot, Window, merged_by_node
+from bucketmoo_ds.pipeline.window import Slot, Window, merged_by_node
 
 ELEMENTS = 7
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import wrapt
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
@@ -25,13 +24,12 @@ from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
 from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer, ShardReduction
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, PartitionReduction
-from bucketmoo_ds.batch import LanguageTracker
-from bucketmoo_ds.blocks import Parameter, plan_blocks
-from bucketmoo_ds.choices import create_aggregator, ranks_per_node
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
-from bucketmoo_ds.exchange import Exchange, control_group
+from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
+from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
+from bucketmoo_ds.plan.choices import create_aggregator, create_exchange
 
 
 class Stage(NamedTuple):
@@ -99,7 +97,7 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     engine.language_tracker = LanguageTracker(config)
     engine._moo_states = {}
     group = engine.seq_data_parallel_group
-    exchange = Exchange(group, control_group(group), ranks_per_node(config, dist.get_world_size(group)))
+    exchange = create_exchange(config, group)
     if stage.optimizer is None:
         engine.reduction = stage.reduction(engine, exchange)
     else:

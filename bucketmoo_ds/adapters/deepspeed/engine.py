@@ -8,38 +8,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from bucketmoo_ds import checkpoint
-from bucketmoo_ds.batch import LanguageTracker
+from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.engine import BucketMOO
+from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.logs import logger
-
-
-class Reduction(Protocol):
-    """What the engine asks of a stage's reduction."""
-
-    @property
-    def moo(self) -> BucketMOO:
-        """The pipeline."""
-
-    def begin_micro_step(self, boundary: bool) -> None:
-        """Backward begins."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the window is resolved, and no step has used it yet."""
-
-    def start_window(self) -> None:
-        """What was resolved is used or given up."""
-
-    def close_local_micro_step(self) -> None:
-        """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
+from bucketmoo_ds.pipeline import checkpoint
+from bucketmoo_ds.pipeline.engine import BucketMOO
 
 
 class CarefulCheckpointEngine:
@@ -71,7 +51,7 @@ class BucketMOOEngine(DeepSpeedEngine):
 
     moo_config: BucketMOOConfig
     language_tracker: LanguageTracker
-    reduction: Reduction
+    reduction: StageReduction
     checkpoint_engine: Any
 
     @property

@@ -1,4 +1,5 @@
-"""What stands between a ZeRO optimizer and the engine: staging in front of it, the optimizer's partitions behind it."""
+"""What stands between DeepSpeed and the pipeline: windows, which all stages of ZeRO have alike; and for ZeRO's own
+optimizers staging in front of the pipeline, the optimizer's partitions behind it."""
 
 from __future__ import annotations
 
@@ -9,17 +10,72 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.adapters.staging import Staging
-from bucketmoo_ds.blocks import BlockPlan
-from bucketmoo_ds.engine import BucketMOO
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.exchange import Exchange
-from bucketmoo_ds.layout import Layout
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.layout import Layout
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 
 
-class Reduction:
+class StageReduction:
+    """What an engine asks of the reduction of its stage: a backward opens a micro-step, a step closes the window.
+
+    Attributes:
+        moo: the pipeline.
+        finished: whether the window is resolved, and no step has used it yet.
+    """
+
+    moo: BucketMOO
+    finished: bool
+    _engine: BucketMOOEngine
+
+    def begin_micro_step(self, boundary: bool) -> None:
+        """Backward begins; further calls in the same one do nothing.
+
+        Args:
+            boundary: whether this micro-step ends the window.
+        """
+        raise NotImplementedError
+
+    def close_local_micro_step(self) -> None:
+        """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
+
+    def start_window(self) -> None:
+        """What was resolved is used, or given up."""
+        self.finished = False
+
+    @property
+    def skip(self) -> bool:
+        """Whether the window that is closed now holds a row that is not finite."""
+        return self.moo.last is not None and bool(self.moo.last.nonfinite)
+
+    def check_finished(self) -> None:
+        """Stops a step whose gradients took another way."""
+        if not self.finished:
+            raise BucketMOOError(
+                "optimizer step without a resolved window: the gradients of this window did not pass through "
+                "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
+            )
+
+    def _agree(self, boundary: bool) -> None:
+        """Agrees with the other ranks on this micro-step's languages."""
+        if self.finished:
+            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
+        moo = self.moo
+        moo.begin_micro_step(self._engine.language_tracker.slot(moo.micro_steps, moo.exchange.world_size), boundary)
+        taken = len(moo.window.table)
+        if taken >= moo.micro_steps and not boundary:
+            raise BucketMOOError(
+                f"micro-step {taken} of {moo.micro_steps} does not end its window: set gradient_accumulation_steps to "
+                "as many as there are between two optimizer steps (no_sync() and set_gradient_accumulation_boundary() "
+                "do not tell)"
+            )
+
+
+class Reduction(StageReduction):
     """Takes gradients from a ZeRO optimizer's hooks; a stage's subclass brings combined shards to its partitions.
 
     Args:
@@ -74,26 +130,18 @@ class Reduction:
         """The engine's sink: takes a combined shard to where the optimizer looks for it, or starts to."""
         raise NotImplementedError
 
-    @property
-    def skip(self) -> bool:
-        """Whether the window that is closed now holds a row that is not finite."""
-        return self.moo.last is not None and bool(self.moo.last.nonfinite)
-
     def start_window(self) -> None:
-        """After an optimizer step: nothing is resolved yet."""
-        self.finished = False
+        """See `StageReduction`."""
+        super().start_window()
         self._open = False
         self._staging.start_window()
         self._sums.clear()
 
     def begin_micro_step(self, boundary: bool) -> None:
-        """Agrees with the other ranks on this micro-step's languages; further calls in the same one do nothing."""
+        """See `StageReduction`."""
         if self._open:
             return
-        if self.finished:
-            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
-        slot = self._engine.language_tracker.slot(self.moo.micro_steps, self.moo.exchange.world_size)
-        self.moo.begin_micro_step(slot, boundary)
+        self._agree(boundary)
         self._open = True
         window, rank = self.moo.window, self.moo.exchange.rank
         language, self._counts = window.table[-1][rank].language, window.table[-1][rank].target_tokens > 0
@@ -143,7 +191,7 @@ class Reduction:
         self._part = 0
 
     def close_local_micro_step(self) -> None:
-        """ZeRO-1 before the boundary: the next backward is another micro-step."""
+        """See `StageReduction`. ZeRO-1 before the boundary: the next backward is another micro-step."""
         if self.moo.window.local and not self._boundary:
             self._open = False
 
@@ -151,14 +199,6 @@ class Reduction:
         """Resolves the window."""
         self.moo.finish(float(self._optimizer.loss_scale))
         self.finished = True
-
-    def check_finished(self) -> None:
-        """Stops a step whose gradients took another way."""
-        if not self.finished:
-            raise BucketMOOError(
-                "optimizer step without a resolved window: the gradients of this window did not pass through "
-                "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
-            )
 
     def _ingest(self, bucket: int, flat: Tensor) -> None:
         self.moo.ingest(bucket, flat.to(self._wire_dtype), self._part)

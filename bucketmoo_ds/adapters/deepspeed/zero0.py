@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
 from bucketmoo_ds.adapters.whole import Whole
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.errors import BucketMOOError
-from bucketmoo_ds.exchange import Exchange
 
 
 class ReplicatedEngine(BucketMOOEngine):
@@ -45,7 +46,7 @@ class ReplicatedEngine(BucketMOOEngine):
         self.reduction.start_window()
 
 
-class ReplicatedReduction(Whole):
+class ReplicatedReduction(StageReduction, Whole):
     """Takes gradients from the parameters themselves, driven by the DeepSpeed engine."""
 
     def __init__(self, engine: BucketMOOEngine, exchange: Exchange) -> None:
@@ -63,11 +64,6 @@ class ReplicatedReduction(Whole):
             parameter.register_post_accumulate_grad_hook(self._take)
         self.start_window()
 
-    @property
-    def skip(self) -> bool:
-        """Whether the window that is closed now holds a row that is not finite."""
-        return self.moo.last is not None and bool(self.moo.last.nonfinite)
-
     def check_open(self) -> None:
         """See `Adapter`."""
         if not self.is_open:
@@ -76,18 +72,11 @@ class ReplicatedReduction(Whole):
                 "deepspeed.initialize returned"
             )
 
-    def start_window(self) -> None:
-        """After an optimizer step: nothing is resolved yet."""
-        self.finished = False
-
     def begin_micro_step(self, boundary: bool) -> None:
-        """Agrees with the other ranks on this micro-step's languages; further calls in the same one do nothing."""
+        """See `StageReduction`."""
         if self.is_open:
             return
-        if self.finished:
-            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
-        slot = self._engine.language_tracker.slot(self.moo.micro_steps, self.moo.exchange.world_size)
-        self.moo.begin_micro_step(slot, boundary)
+        self._agree(boundary)
         self._boundary = boundary
         self.begin(1.0, boundary)
         self.is_open = True
@@ -106,17 +95,6 @@ class ReplicatedReduction(Whole):
         if self.skip:
             for parameter in self.parameters:
                 parameter.grad = torch.full_like(parameter, float("nan"))
-
-    def check_finished(self) -> None:
-        """Stops a step whose gradients took another way."""
-        if not self.finished:
-            raise BucketMOOError(
-                "optimizer step without a resolved window: the gradients of this window did not pass through "
-                "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
-            )
-
-    def close_local_micro_step(self) -> None:
-        """Every micro-step is exchanged."""
 
     def assign(self, index: int, combined: Tensor) -> None:
         """See `Whole`."""

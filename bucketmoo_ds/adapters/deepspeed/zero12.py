@@ -20,10 +20,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.reduction import Reduction
-from bucketmoo_ds.blocks import BlockPlan
-from bucketmoo_ds.delivery import Delivery, Piece
-from bucketmoo_ds.exchange import Exchange, Received
-from bucketmoo_ds.layout import Consecutive
+from bucketmoo_ds.comm.delivery import Delivery, Piece
+from bucketmoo_ds.comm.exchange import Exchange, Received
+from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.layout import Consecutive
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine

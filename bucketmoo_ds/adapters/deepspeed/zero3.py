@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.reduction import Reduction
-from bucketmoo_ds.blocks import BlockPlan
-from bucketmoo_ds.exchange import Exchange
-from bucketmoo_ds.layout import Chunked
+from bucketmoo_ds.comm.exchange import Exchange
+from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.layout import Chunked
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
@@ -50,6 +51,9 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         self.reduction.end_micro_step()
         if self.is_gradient_accumulation_boundary() and not self.reduction.finished:
             self.reduction.finish()
+            if not get_accelerator().resolves_data_dependency():
+                # DeepSpeed then waits for this stream, on which it copies gradients to the host itself.
+                self.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
         super().independent_gradient_partition_epilogue()
 
     def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bucketmoo_ds.bench.sweep import threads
+from bucketmoo_ds.apps.bench.sweep import threads
 
 
 @pytest.fixture(autouse=True)

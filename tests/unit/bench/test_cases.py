@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bucketmoo_ds.bench import cases
-from bucketmoo_ds.bench.cases import DTYPES, OPS, WHOLE, Case, plan
+from bucketmoo_ds.apps.bench import cases
+from bucketmoo_ds.apps.bench.cases import DTYPES, OPS, WHOLE, Case, plan
 from bucketmoo_ds.errors import ConfigError
 
 CPU = torch.device("cpu")

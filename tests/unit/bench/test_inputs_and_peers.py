@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.bench import peers
-from bucketmoo_ds.bench.cases import WHOLE, Case
-from bucketmoo_ds.bench.inputs import Inputs, Store
+from bucketmoo_ds.apps.bench import peers
+from bucketmoo_ds.apps.bench.cases import WHOLE, Case
+from bucketmoo_ds.apps.bench.inputs import Inputs, Store
 
 CPU = torch.device("cpu")
 # float32 and bf16 products of a few thousand elements, on Grams of the order 1 (relative to their diagonal).

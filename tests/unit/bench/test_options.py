@@ -7,16 +7,16 @@ import argparse
 import pytest
 import torch
 
-from bucketmoo_ds.backends import choice
-from bucketmoo_ds.bench.cases import WHOLE
-from bucketmoo_ds.cli import bench
+from bucketmoo_ds.apps.bench.cases import WHOLE
+from bucketmoo_ds.apps.cli import bench
 from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.ops.backends import choice
 
 CPU = torch.device("cpu")
 
 
 class Backend:
-    """Stands for a module of `bucketmoo_ds.backends`."""
+    """Stands for a module of `bucketmoo_ds.ops.backends`."""
 
     def __init__(self, reason: str = "") -> None:
         self.reason = reason

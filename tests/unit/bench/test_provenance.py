@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bucketmoo_ds.bench import provenance
+from bucketmoo_ds.apps.bench import provenance
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from bucketmoo_ds.bench import bandwidth, files, provenance, sweep, table, timing
-from bucketmoo_ds.bench.cases import OPS, WHOLE, Case, plan
-from bucketmoo_ds.bench.plot import plot
+from bucketmoo_ds.apps.bench import bandwidth, files, provenance, sweep, table, timing
+from bucketmoo_ds.apps.bench.cases import OPS, WHOLE, Case, plan
+from bucketmoo_ds.apps.bench.plot import plot
 
 CPU = torch.device("cpu")
 SIZES = {"languages": (2, 3), "elements": (6000,), "segments": (WHOLE, 500), "dtypes": ("fp32", "bf16")}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bucketmoo_ds.bench import bandwidth, device, timing
-from bucketmoo_ds.bench.timing import Stopwatch, Times, take_turns
+from bucketmoo_ds.apps.bench import bandwidth, device, timing
+from bucketmoo_ds.apps.bench.timing import Stopwatch, Times, take_turns
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from unit.corpus.random_text import random_texts
 
-from bucketmoo_ds.corpus import tokenizer
+from bucketmoo_ds.apps.corpus import tokenizer
 
 
 @pytest.fixture(scope="session")

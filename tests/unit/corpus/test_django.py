@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.corpus import django
+from bucketmoo_ds.apps.corpus import django
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from unit.corpus.random_text import random_texts
 
-from bucketmoo_ds.corpus import evaluate, tokenizer
+from bucketmoo_ds.apps.corpus import evaluate, tokenizer
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bucketmoo_ds.corpus import django, folder, gnome, sources
-from bucketmoo_ds.corpus.fetching import CorpusUnavailable
-from bucketmoo_ds.corpus.pages import Page, fingerprint
+from bucketmoo_ds.apps.corpus import django, folder, gnome, sources
+from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable
+from bucketmoo_ds.apps.corpus.pages import Page, fingerprint
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bucketmoo_ds.corpus import gnome, pages, sources, tokenizer
-from bucketmoo_ds.corpus.fetching import CorpusUnavailable, fetch_once, run_command
+from bucketmoo_ds.apps.corpus import gnome, pages, sources, tokenizer
+from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once, run_command
 from bucketmoo_ds.errors import ConfigError
 
 MALLARD = """<?xml version="1.0" encoding="utf-8"?>

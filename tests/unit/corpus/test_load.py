@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 from unit.corpus.random_text import random_texts
 
-from bucketmoo_ds.corpus.load import DataSpec, load_training_data
-from bucketmoo_ds.corpus.packing import pack
+from bucketmoo_ds.apps.corpus.load import DataSpec, load_training_data
+from bucketmoo_ds.apps.corpus.packing import pack
 from bucketmoo_ds.errors import ConfigError
 
 LANGUAGES = ["de", "ru", "ko"]

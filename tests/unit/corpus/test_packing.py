@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from unit.corpus.random_text import random_texts
 
-from bucketmoo_ds.corpus import packing, tokenizer
+from bucketmoo_ds.apps.corpus import packing, tokenizer
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.corpus.pages import Page, fingerprint, split, stats, texts
+from bucketmoo_ds.apps.corpus.pages import Page, fingerprint, split, stats, texts
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from bucketmoo_ds.corpus import tokenizer
+from bucketmoo_ds.apps.corpus import tokenizer
 from bucketmoo_ds.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.backends import reference
-from bucketmoo_ds.backends import triton as backend
+from bucketmoo_ds.ops.backends import reference
+from bucketmoo_ds.ops.backends import triton as backend
 
 BLOCKS = 4  # of which the last one has no segments
 # Of sqrt(G_ii G_jj): what kernels/gram.py states for its chains; float64 sums of 5e3 products, 5e3 * 2^-53.

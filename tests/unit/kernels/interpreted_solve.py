@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from unit.aggregate.grams import KINDS, combined_error, gram_of, make_rows, times
 
-from bucketmoo_ds.backends import min_norm
-from bucketmoo_ds.backends import triton as backend
+from bucketmoo_ds.ops.backends import min_norm
+from bucketmoo_ds.ops.backends import triton as backend
 
 # Of the trace: what the ridge of 1e-13 and rounding may leave, with a margin; the issue asks for 1e-7.
 GAP = 1e-12

@@ -20,8 +20,8 @@ triton = pytest.importorskip("triton", reason="needs triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from bucketmoo_ds.backends import triton as backend  # noqa: E402
 from bucketmoo_ds.kernels import aot, launch  # noqa: E402
+from bucketmoo_ds.ops.backends import triton as backend  # noqa: E402
 
 pytestmark = pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET is set: nothing can be compiled")
 
@@ -38,7 +38,7 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_imported_without_triton() -> None:
     """The choice among backends asks every module, also where triton cannot be installed."""
-    code = "import sys; sys.modules['triton'] = None; import bucketmoo_ds.backends.triton"
+    code = "import sys; sys.modules['triton'] = None; import bucketmoo_ds.ops.backends.triton"
     done = subprocess.run(
         [sys.executable, "-c", code], env=dict(os.environ), capture_output=True, text=True, check=False
     )
@@ -146,7 +146,7 @@ def test_rows_that_lie_alike_are_read_16_bytes_at_a_time(
 def test_positions_have_64_bits() -> None:
     code = (
         "import torch\n"
-        "from bucketmoo_ds.backends import reference, triton\n"
+        "from bucketmoo_ds.ops.backends import reference, triton\n"
         "size = 2**31 + 4099\n"
         # Never written, so that next to nothing of it becomes memory.
         "rows = [torch.empty(size, dtype=torch.bfloat16) for _ in range(2)]\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.backends.tiles import aligned_tile_tables, run_table, tile_table
+from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, run_table, tile_table
 
 BLOCKS = 4
 

@@ -9,9 +9,9 @@ import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.monitor.comparison import Difference, compare
-from bucketmoo_ds.monitor.records import MetricsError
-from bucketmoo_ds.monitor.tables import NO_SIGNIFICANCE, tables, to_markdown, to_rich
+from bucketmoo_ds.apps.monitor.comparison import Difference, compare
+from bucketmoo_ds.apps.monitor.records import MetricsError
+from bucketmoo_ds.apps.monitor.tables import NO_SIGNIFICANCE, tables, to_markdown, to_rich
 
 
 def results(**changes: Any) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from bucketmoo_ds.monitor import plots
-from bucketmoo_ds.monitor.history import Curve, load, mean_curve
-from bucketmoo_ds.monitor.records import MetricsError
-from bucketmoo_ds.monitor.report import write_report
-from bucketmoo_ds.monitor.statistics import conflict_statistics
-from bucketmoo_ds.monitor.writer import JsonLinesWriter
+from bucketmoo_ds.apps.monitor import plots
+from bucketmoo_ds.apps.monitor.history import Curve, load, mean_curve
+from bucketmoo_ds.apps.monitor.records import MetricsError
+from bucketmoo_ds.apps.monitor.report import write_report
+from bucketmoo_ds.apps.monitor.statistics import conflict_statistics
+from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{1$'
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.monitor.statistics import ConflictStatistics, conflict_statistics
+from bucketmoo_ds.apps.monitor.statistics import ConflictStatistics, conflict_statistics
 
 # Everything is float64 with at most 40 terms a sum; the square root of a Gram that cancels loses half the digits,
 # and 1e-7 is ten times the square root of the machine precision.

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.monitor.reader import read
-from bucketmoo_ds.monitor.records import MetricsError
-from bucketmoo_ds.monitor.writer import JsonLinesWriter
+from bucketmoo_ds.apps.monitor.reader import read
+from bucketmoo_ds.apps.monitor.records import MetricsError
+from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 
 RUN = {
     "event": "run",

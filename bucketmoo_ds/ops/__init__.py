@@ -1,0 +1,172 @@
+"""The ops of the pipeline over the segments of a shard: tensors only, one signature, several backends.
+
+    gram             rows of a shard           -> partial Grams [B, K, K]
+    accumulate_gram  the same, while the last micro-step's gradients are added to the rows
+    solve            Grams                     -> min-norm weights [B, K]
+    combine          rows and weights          -> the combined shard [S]
+    resolve          gram, solve and combine where the shard is whole
+
+Rows are a list and are never stacked: the K rows of a shard lie where the exchange or the store put them. Schemas and
+fakes stand in `bucketmoo_ds.ops.schemas`, implementations in `bucketmoo_ds.ops.backends`, the choice among them in
+`bucketmoo_ds.ops.backends.choice`. Autograd is not supported: these are gradients already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.ops import schemas  # noqa: F401  registers the ops
+from bucketmoo_ds.ops.backends.choice import BACKENDS, ENVIRONMENT, choose_backend, using, why_unavailable
+
+__all__ = [
+    "BACKENDS", "ENVIRONMENT", "accumulate_gram", "choose_backend", "combine", "gram", "resolve", "solve",
+    "using", "why_unavailable",
+]  # fmt: skip
+
+_ops = torch.ops.bucketmoo_ds
+
+
+def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int, *, backend: str = "auto") -> Tensor:
+    """Returns the partial Grams of a shard's segments, added up by block.
+
+    Args:
+        rows: K tensors `[S]` of one dtype (float32, bfloat16, float16 or float64), 1 <= K <= 64, contiguous, at any
+            alignment.
+        spans: `[n, 2]` int64 on the CPU: start and length of each segment, in elements, ascending, none overlapping.
+        blocks: `[n]` int64 on the CPU: the block of each segment.
+        num_blocks: B.
+        backend: see `choose_backend`.
+
+    Returns:
+        `[B, K, K]` float64 on the rows' device, symmetric to the bit, and equal to the bit from run to run. In every
+        fast backend a permutation of the rows permutes it to the bit. What is not finite in a row stays in that row
+        and column.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or segments that do not fit.
+        ConfigError: the backend cannot run on these tensors.
+    """
+    return _ops.gram(list(rows), spans, blocks, num_blocks, backend=backend)
+
+
+def accumulate_gram(
+    rows: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    languages: Sequence[int],
+    scales: Sequence[float],
+    fresh: Sequence[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Adds `scales[m] * incoming[m]` to `rows[languages[m]]` for every m, in order, and returns `gram` of the result.
+
+    One pass: the Gram is taken of the rows while they lie in registers or cache, so that it costs no further read.
+
+    Args:
+        rows: K float32 tensors `[S]`; they are written, elements outside of any segment too.
+        incoming: tensors `[S]` of one floating dtype; float64 ones are rounded to float32 first.
+        languages: for each incoming gradient the index of its row.
+        scales: for each incoming gradient what it is multiplied by.
+        fresh: for each row whether its content is void: its first incoming gradient then overwrites it. A fresh row
+            must have one.
+        spans, blocks, num_blocks, backend: as in `gram`.
+
+    Returns:
+        `[B, K, K]` float64: to the bit what `gram` gives for the rows as they are afterwards.
+
+    Raises:
+        ValueError: as in `gram`; an index out of range; a fresh row without an incoming gradient.
+        ConfigError: as in `gram`.
+    """
+    return _ops.accumulate_gram(
+        list(rows), list(incoming), list(languages), list(scales), list(fresh), spans, blocks, num_blocks,
+        backend=backend,
+    )  # fmt: skip
+
+
+def solve(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Returns the min-norm weights of every block: the minimum of `w @ gram @ w` over the capped simplex.
+
+    Equal bits on every rank need equal Gram bytes and the same backend. A device's Gram is solved there, in one
+    launch, without waiting for it; a backend of another device leaves a Gram that lies on the CPU to the CPU's own.
+
+    Args:
+        gram: `[B, K, K]` float64, symmetric, summed over all ranks, K at most 64.
+        mask: `[B, K]` bool on the Gram's device, the languages that count in a block. The others get exactly 0, and
+            their entries of the Gram, NaN included, influence nothing.
+        max_weight: no weight is larger, in (0, 1]; in a block of n languages the larger of it and 1/n holds.
+        backend: see `choose_backend`.
+
+    Returns:
+        weights: `[B, K]` float64, each block's sum 1 (0 where the mask is empty). Zero rows share all the weight that
+            the cap lets them have, evenly.
+        finite: `[B]` bool; a block whose unmasked Gram is not finite is false, and gets uniform weights.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a cap out of range.
+        ConfigError: as in `gram`.
+    """
+    return _ops.solve(gram, mask, max_weight=max_weight, backend=backend)
+
+
+def combine(
+    rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Writes the weighted sum of the rows of every segment into `out`; elements outside of any segment become 0.
+
+    A weight of exactly 0 leaves its row out, so that a row that is not finite does no harm.
+
+    Args:
+        rows: K tensors `[S]`, as in `gram`.
+        weights: `[B, K]` float64, on the rows' device (where they are read without waiting for it) or on the CPU.
+        spans, blocks: as in `gram`.
+        out: `[S]`, any of the dtypes of rows; it may be one of the rows, and must overlap none otherwise.
+        backend: see `choose_backend`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: as in `gram`.
+        ConfigError: as in `gram`.
+    """
+    _ops.combine(list(rows), weights, spans, blocks, out, backend=backend)
+    return out
+
+
+def resolve(
+    rows: Sequence[Tensor],
+    mask: Tensor,
+    spans: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    max_weight: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gram`, `solve` and `combine` in one call, where the shard is whole: one rank, or nothing to add from others.
+
+    Args:
+        rows: K tensors `[S]`, as in `gram`.
+        mask: `[B, K]` bool on the rows' device.
+        spans, blocks: as in `gram`.
+        out: `[S]`, as in `combine`.
+        max_weight: as in `solve`.
+        backend: see `choose_backend`.
+
+    Returns:
+        gram `[B, K, K]`, weights `[B, K]` and finite `[B]`, as in `gram` and `solve`.
+
+    Raises:
+        ValueError: as in `gram` and `solve`.
+        ConfigError: as in `gram`.
+    """
+    return _ops.resolve(
+        list(rows), mask, spans, blocks, out, max_weight=max_weight, backend=backend
+    )

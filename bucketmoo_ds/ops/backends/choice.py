@@ -1,0 +1,100 @@
+"""The one choice point among the backends: the environment, then the argument, then `using`, then what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.logs import logger
+
+# In the order in which the automatic choice tries them on a device.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT = "BUCKETMOO_BACKEND"
+
+_setting: ContextVar[str] = ContextVar("bucketmoo_backend", default="auto")
+
+
+def choose_backend(setting: str = "auto", device: torch.device | str = "cpu") -> str:
+    """Returns the name of the backend that will run on a device.
+
+    The environment variable `BUCKETMOO_BACKEND` wins over the setting. An explicit choice is honoured or raises; the
+    automatic one is logged once a device.
+
+    Raises:
+        ConfigError: the name is not known, or that backend cannot run on this device here, with the reason.
+    """
+    device = torch.device(device)
+    source, name = _asked_for(setting)
+    if name == "auto":
+        return _automatic(device.type)
+    reason = _load(name).unavailable(device)
+    if reason:
+        raise ConfigError(f'{source} = "{name}": {reason}')
+    return name
+
+
+def why_unavailable(name: str, device: torch.device | str = "cpu") -> str:
+    """Returns why a backend of `BACKENDS` cannot run on a device here; "" if it can."""
+    reason: str = _load(name).unavailable(torch.device(device))
+    return reason
+
+
+@contextlib.contextmanager
+def using(setting: str) -> Iterator[None]:
+    """Within it, ops that are called with `backend="auto"` use this setting."""
+    token = _setting.set(setting)
+    try:
+        yield
+    finally:
+        _setting.reset(token)
+
+
+def load_backend(setting: str, device: torch.device) -> ModuleType:
+    """Returns the module of the backend that `choose_backend` gives."""
+    return _load(choose_backend(setting, device))
+
+
+def load_solver(setting: str, device: torch.device) -> ModuleType:
+    """Returns the backend that solves Grams on a device: what a backend of another device leaves on the CPU is solved
+    by the CPU's own."""
+    _, name = _asked_for(setting)
+    if device.type == "cpu" and name != "auto" and _load(name).unavailable(device):
+        return _load(_automatic("cpu"))
+    return load_backend(setting, device)
+
+
+def _asked_for(setting: str) -> tuple[str, str]:
+    """Returns where the choice comes from, and a name that is known."""
+    source, name = ENVIRONMENT, os.environ.get(ENVIRONMENT, "")
+    if not name:
+        source, name = "bucket_moo.backend", setting if setting != "auto" else _setting.get()
+    known = ("auto", *BACKENDS)
+    if name not in known:
+        raise ConfigError(f'{source} = "{name}": unknown, expected {one_of(known)}{did_you_mean(name, known)}')
+    return source, name
+
+
+@functools.cache
+def _automatic(device_type: str) -> str:
+    skipped: list[str] = []
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        reason = _load(name).unavailable(torch.device(device_type))
+        if not reason:
+            why = f" ({'; '.join(skipped)})" if skipped else ""
+            logger.info("backend of the ops on %s: %s%s", device_type, name, why)
+            return name
+        skipped.append(f"{name}: {reason}")
+    raise AssertionError("the reference backend runs everywhere")
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"bucketmoo_ds.ops.backends.{name}")

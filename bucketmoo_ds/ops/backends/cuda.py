@@ -1,0 +1,123 @@
+"""The ops on NVIDIA GPUs, from the library that `csrc/cuda` is built into: row addresses travel as kernel parameters,
+weights stay on the device, and nothing waits for it.
+
+Every op takes its segments as tiles, sorted by block (`bucketmoo_ds.ops.backends.tiles`): they are dealt to the GPU's
+blocks of threads in whole ranges, which makes sums the same from run to run, and evens out segments of very different
+length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.ops.backends.tiles import tiles_on_device
+
+__all__ = ["accumulate_gram", "combine", "gram", "resolve", "solve", "unavailable"]
+
+_GRADIENTS_A_LAUNCH = 64  # kMaxIncoming in csrc/cuda/launch.h
+
+
+def unavailable(device: torch.device) -> str:
+    """Says why it cannot run on this device here; "" if it can."""
+    if device.type != "cuda":
+        return f"runs on cuda, not on {device.type}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load()
+
+
+def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+    """See `bucketmoo_ds.ops.gram`."""
+    result: Tensor = _ops().gram(list(rows), *_tiles(rows, spans, blocks, num_blocks))
+    return result
+
+
+def accumulate_gram(
+    rows: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    languages: Sequence[int],
+    scales: Sequence[float],
+    fresh: Sequence[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+) -> Tensor:
+    """See `bucketmoo_ds.ops.accumulate_gram`."""
+    tiles = _tiles(rows, spans, blocks, num_blocks)
+    order = sorted(range(len(incoming)), key=lambda index: languages[index])
+    void = [row for row, is_void in enumerate(fresh) if is_void]
+    starts = range(0, max(len(order), 1), _GRADIENTS_A_LAUNCH)
+    launches = [order[start : start + _GRADIENTS_A_LAUNCH] for start in starts]
+    for number, launch in enumerate(launches, start=1):
+        given = [languages[index] for index in launch]
+        last = number == len(launches)
+        # A row that is still void in the last launch is one whose gradients come in it.
+        result: Tensor = _ops().accumulate_gram(
+            list(rows),
+            [incoming[index] for index in launch],
+            [sum(language < row for language in given) for row in range(len(rows) + 1)],
+            [scales[index] for index in launch],
+            [row for row in void if row in given],
+            *tiles,
+            last,
+        )
+        void = [row for row in void if row not in given]
+    return result
+
+
+def solve(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.solve`."""
+    weights, finite = _ops().solve(gram.contiguous(), mask.contiguous(), max_weight)
+    return weights, finite
+
+
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
+    """See `bucketmoo_ds.ops.combine`."""
+    _ops().combine(list(rows), weights.contiguous(), *_tiles(rows, spans, blocks, weights.shape[0]), out, False)
+
+
+def resolve(
+    rows: Sequence[Tensor],
+    mask: Tensor,
+    max_weight: float,
+    spans: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    fused: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.resolve`. Without `fused` never in one launch, to measure what that gains."""
+    tiles = _tiles(rows, spans, blocks, mask.shape[0])
+    grams, weights, finite = _ops().resolve(list(rows), mask.contiguous(), max_weight, *tiles, out, fused)
+    return grams, weights, finite
+
+
+def _tiles(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, int]:
+    device, elements = rows[0].device, rows[0].numel()
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    # Half a megabyte of all rows keeps a block of threads busy; a shard gives every multiprocessor several tiles.
+    longest = (1 << 19) // (len(rows) * rows[0].element_size())
+    tile = max(1024, min(longest, elements // (8 * multiprocessors))) // 1024 * 1024
+    return tiles_on_device(
+        spans.numpy().tobytes(), blocks.numpy().tobytes(), num_blocks, elements, max(tile, 1024), device
+    )
+
+
+@functools.cache
+def _load() -> str:
+    """Loads the library once, and returns "", or why that does not work."""
+    from bucketmoo_ds.ops import build
+
+    try:
+        torch.ops.load_library(build.cuda_library())
+    except (build.BuildError, OSError) as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
+def _ops() -> torch._ops._OpNamespace:
+    return torch.ops.bucketmoo_ds_cuda

@@ -1,0 +1,96 @@
+"""The readable definition of the ops: torch, float64 in chunks. Every faster backend is held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.ops.backends.min_norm import solve
+
+__all__ = ["accumulate_gram", "combine", "gram", "resolve", "solve", "unavailable"]
+
+# Elements of one row that are widened to float64 at a time: K such chunks stay within a core's cache.
+CHUNK = 1 << 15
+
+
+def unavailable(device: torch.device) -> str:
+    """It runs on every device."""
+    return ""
+
+
+def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+    """See `bucketmoo_ds.ops.gram`."""
+    count = len(rows)
+    total = torch.zeros(num_blocks, count, count, dtype=torch.float64, device=rows[0].device)
+    for (start, length), block in zip(spans.tolist(), blocks.tolist(), strict=True):
+        for begin in range(start, start + length, CHUNK):
+            chunk = _wide(rows, begin, min(begin + CHUNK, start + length))
+            total[block] += chunk @ chunk.T
+    # A matrix product may round (i, j) and (j, i) differently; the lower triangle is the Gram.
+    return total.tril() + total.tril(-1).transpose(1, 2)
+
+
+def accumulate_gram(
+    rows: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    languages: Sequence[int],
+    scales: Sequence[float],
+    fresh: Sequence[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+) -> Tensor:
+    """See `bucketmoo_ds.ops.accumulate_gram`."""
+    void = {row for row, is_void in enumerate(fresh) if is_void}
+    for arrived, language, scale in zip(incoming, languages, scales, strict=True):
+        row, gradient = rows[language], arrived.float()
+        if language in void:
+            void.remove(language)
+            row.copy_(gradient).mul_(scale)
+        else:
+            # A fused multiply-add: the product is exact in float64, and there is one rounding, to float32.
+            for begin in range(0, row.numel(), CHUNK):
+                part = row[begin : begin + CHUNK]
+                part.copy_(gradient[begin : begin + CHUNK].double() * _float32(scale) + part)
+    return gram(rows, spans, blocks, num_blocks)
+
+
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
+    """See `bucketmoo_ds.ops.combine`."""
+    used = weights.tolist()
+    position = 0
+    for (start, length), block in zip(spans.tolist(), blocks.tolist(), strict=True):
+        out[position:start].zero_()
+        position = start + length
+        chosen = [index for index, weight in enumerate(used[block]) if weight != 0.0]
+        if not chosen:
+            out[start:position].zero_()
+            continue
+        weight = weights[block, chosen].to(device=out.device, dtype=torch.float64)
+        for begin in range(start, position, CHUNK):
+            end = min(begin + CHUNK, position)
+            out[begin:end] = weight @ _wide([rows[index] for index in chosen], begin, end)
+    out[position:].zero_()
+
+
+def resolve(
+    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, blocks: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.resolve`."""
+    grams = gram(rows, spans, blocks, mask.shape[0])
+    weights, finite = solve(grams, mask, max_weight)
+    combine(rows, weights, spans, blocks, out)
+    return grams, weights, finite
+
+
+def _float32(scale: float) -> float:
+    return float(torch.tensor(scale, dtype=torch.float32))
+
+
+def _wide(rows: Sequence[Tensor], begin: int, end: int) -> Tensor:
+    wide = torch.empty(len(rows), end - begin, dtype=torch.float64, device=rows[0].device)
+    for index, row in enumerate(rows):
+        wide[index] = row[begin:end]
+    return wide

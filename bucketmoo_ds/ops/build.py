@@ -1,0 +1,266 @@
+"""Builds the compiled backends with ninja: into a wheel (setup.py), or on first use into a cache.
+
+Imports nothing of this package, so that setup.py can load this file alone. A library is built once for all processes of
+a machine: they wait for one another, and it appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = "BUCKETMOO_BUILD_DIR"
+FOLDER = "lib"  # of a wheel's libraries, in the package
+
+# The stable ABI of the oldest PyTorch that we support: a library serves all later ones.
+_COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000")
+_CXX_FLAGS = (*_COMMON, "-fPIC", "-fvisibility=hidden")
+_KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
+_CPU_SOURCES = {
+    "ops.cpp": (),
+    # Contraction of products and sums would differ from machine to machine.
+    "min_norm.cpp": ("-ffp-contract=off",),
+    "kernels_baseline.cpp": _KERNEL_FLAGS,
+}
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+_X86_SOURCES = {
+    "kernels_avx2.cpp": (*_KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c"),
+    "kernels_avx512.cpp": (*_KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c", *_AVX512),
+}
+CUDA_SOURCES = (
+    "bindings.cpp",
+    "gram.cu",
+    "add_partials.cu",
+    "accumulate.cu",
+    "solve.cu",
+    "combine.cu",
+    "resolve.cu",
+    "resolve_bfloat16.cu",
+    "resolve_float16.cu",
+    "resolve_float.cu",
+)
+# Compiled to machine code, and once to PTX, from which the driver makes code for newer devices.
+ARCHITECTURES = ("80", "90")
+NVCC_FLAGS = (
+    *_COMMON,
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *(f"-gencode=arch=compute_{version},code=sm_{version}" for version in ARCHITECTURES),
+)
+_PTX_FLAG = f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built here; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a library is made of.
+
+    Attributes:
+        name: of the library.
+        folder: where its sources lie.
+        commands: for each source the command that compiles it, without input and output.
+        link: the command that links them, and what to link them with.
+    """
+
+    name: str
+    folder: Path
+    commands: Mapping[str, tuple[str, ...]]
+    link: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def file(self) -> str:
+        return f"libbucketmoo_{self.name}.so"
+
+
+def cpu_library() -> str:
+    """Returns the path of the CPU backend's library, which is built first if need be.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or there is no place to write to.
+    """
+    return _find_or_build("cpu", _cpu)
+
+
+def cuda_library() -> str:
+    """Returns the path of the CUDA backend's library, which is built first if need be.
+
+    Raises:
+        BuildError: torch is built without CUDA, there is no compiler, it fails, or there is no place to write to.
+    """
+    return _find_or_build("cuda", _cuda)
+
+
+def can_build() -> bool:
+    """Whether there is what the CPU backend's library takes to build."""
+    try:
+        _cpu()
+    except BuildError:
+        return False
+    return True
+
+
+def build_into(folder: Path) -> list[str]:
+    """Builds what can be built here into a folder; returns a line for each library, for people."""
+    lines = []
+    for describe in (_cpu, _cuda):
+        try:
+            library = describe()
+            _build(library, folder)
+            lines.append(f"bucketmoo_ds: built {library.file}")
+        except BuildError as error:
+            lines.append(f"bucketmoo_ds: the {describe.__name__[1:]} backend is skipped: {error}")
+    return lines
+
+
+def _cpu() -> Library:
+    compiler = _compiler()
+    sources: dict[str, tuple[str, ...]] = dict(_CPU_SOURCES)
+    if platform.machine() == "x86_64":
+        sources |= _X86_SOURCES
+    torch = _torch_folder()
+    commands = {name: (compiler, *_CXX_FLAGS, f"-I{torch}/include", *flags) for name, flags in sources.items()}
+    return Library("cpu", _sources("cpu"), commands, ((compiler, "-shared"), _linked(torch)))
+
+
+def _cuda() -> Library:
+    torch = _torch_folder()
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        raise BuildError("torch is built without CUDA")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(os.environ.get("CUDA_HOME", "")) / "bin"))
+    if nvcc is None:
+        raise BuildError("nvcc is neither on the path nor in CUDA_HOME/bin: install the CUDA toolkit")
+    compiler = _compiler()
+    include = f"-I{torch}/include"
+    host = (compiler, *_CXX_FLAGS, include)
+    device = (nvcc, f"-ccbin={compiler}", *NVCC_FLAGS, _PTX_FLAG, include)
+    commands = {name: device if name.endswith(".cu") else host for name in CUDA_SOURCES}
+    link = (nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static")
+    return Library("cuda", _sources("cuda"), commands, (link, _linked(torch)))
+
+
+def _linked(torch: Path) -> tuple[str, ...]:
+    return (f"-L{torch}/lib", "-ltorch", "-ltorch_cpu")
+
+
+def _sources(name: str) -> Path:
+    """Returns the folder of a library's sources: in the package where it is installed, beside it in a checkout."""
+    for folder in (_PACKAGE / "csrc" / name, _PACKAGE.parent / "csrc" / name):
+        if folder.is_dir():
+            return folder
+    raise BuildError(f"the sources csrc/{name} are not installed")
+
+
+def _torch_folder() -> Path:
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise BuildError("torch is not installed")
+    return Path(found.origin).parent
+
+
+def _compiler() -> str:
+    if sys.platform != "linux":
+        raise BuildError(f"compiled backends are for Linux, not for {sys.platform}")
+    wanted = os.environ.get("CXX", "g++")
+    compiler = shutil.which(wanted)
+    if compiler is None:
+        raise BuildError(f"there is no C++ compiler {wanted}: install g++ 12 or newer, or name another with CXX")
+    return compiler
+
+
+def _find_or_build(name: str, describe: Callable[[], Library]) -> str:
+    installed = _PACKAGE / FOLDER / f"libbucketmoo_{name}.so"
+    if installed.exists():
+        return str(installed)
+    library = describe()
+    folder = _cache() / _fingerprint(library)
+    built = folder / library.file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f"{library.name}.lock"):
+            if not built.exists():
+                _build(library, folder)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written ({error}): name another folder with {CACHE}") from error
+    return str(built)
+
+
+def _cache() -> Path:
+    given = os.environ.get(CACHE)
+    return Path(given) if given else Path.home() / ".cache" / "bucketmoo_ds"
+
+
+def _fingerprint(library: Library) -> str:
+    """Returns what tells a library from one of other sources, flags, compiler or torch."""
+    compiler = library.link[0][0]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    made_of = hashlib.sha256(version + repr((sorted(library.commands.items()), library.link)).encode())
+    for path in sorted(library.folder.iterdir()):
+        if path.is_file():
+            made_of.update(path.name.encode() + b"\0" + path.read_bytes())
+    return made_of.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lets one process of this machine in at a time; a process that dies lets go."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(library: Library, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        (Path(made) / "build.ninja").write_text(_rules(library))
+        done = subprocess.run([_ninja(), "-C", made], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            log = folder / f"{library.name}.log"
+            log.write_text(done.stdout + done.stderr)
+            raise BuildError(f"the compiler fails on {library.folder}; it says why in {log}")
+        os.replace(Path(made) / library.file, folder / library.file)
+
+
+def _ninja() -> str:
+    """Returns the ninja of the package, or the one on the path."""
+    if importlib.util.find_spec("ninja") is not None:
+        from ninja import BIN_DIR
+
+        return str(Path(BIN_DIR) / "ninja")
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("there is no ninja: pip install ninja")
+    return found
+
+
+def _rules(library: Library) -> str:
+    def escaped(words: tuple[str, ...]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(value: Path | str) -> str:
+        return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = []
+    for name, command in library.commands.items():
+        rule = name.replace(".", "_")
+        lines += [f"rule {rule}", f"  command = {escaped(command)} -c $in -o $out"]
+        lines += [f"build {name}.o: {rule} {path(library.folder / name)}"]
+    link, linked = library.link
+    lines += ["rule link", f"  command = {escaped(link)} $in -o $out {escaped(linked)}"]
+    lines += [f"build {library.file}: link {' '.join(f'{name}.o' for name in library.commands)}", ""]
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""Schemas and fakes of the ops, each once. The one implementation of each checks its input and calls a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.ops.backends.checks import check_combine, check_incoming, check_rows, check_solve
+from bucketmoo_ds.ops.backends.choice import load_backend, load_solver
+
+_library = torch.library.Library("bucketmoo_ds", "FRAGMENT")
+
+_SEGMENTS = "Tensor spans, Tensor blocks"
+_library.define(f"gram(Tensor[] rows, {_SEGMENTS}, int num_blocks, *, str backend='auto') -> Tensor")
+_library.define(
+    "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] languages, float[] scales, bool[] fresh, "
+    f"{_SEGMENTS}, int num_blocks, *, str backend='auto') -> Tensor"
+)
+_library.define("solve(Tensor gram, Tensor mask, *, float max_weight=1.0, str backend='auto') -> (Tensor, Tensor)")
+_library.define(f"combine(Tensor[] rows, Tensor weights, {_SEGMENTS}, Tensor(a!) out, *, str backend='auto') -> ()")
+_library.define(
+    f"resolve(Tensor[] rows, Tensor mask, {_SEGMENTS}, Tensor(a!) out, *, float max_weight=1.0, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _gram(rows: list[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int, *, backend: str = "auto") -> Tensor:
+    check_rows(rows, spans, blocks, num_blocks)
+    result: Tensor = load_backend(backend, rows[0].device).gram(rows, spans, blocks, num_blocks)
+    return result
+
+
+def _accumulate_gram(
+    rows: list[Tensor],
+    incoming: list[Tensor],
+    languages: list[int],
+    scales: list[float],
+    fresh: list[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    check_rows(rows, spans, blocks, num_blocks)
+    check_incoming(rows, incoming, languages, scales, fresh)
+    module = load_backend(backend, rows[0].device)
+    result: Tensor = module.accumulate_gram(rows, incoming, languages, scales, fresh, spans, blocks, num_blocks)
+    return result
+
+
+def _solve(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    check_solve(gram, mask, max_weight)
+    result: tuple[Tensor, Tensor] = load_solver(backend, gram.device).solve(gram, mask, max_weight)
+    return result
+
+
+def _combine(
+    rows: list[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor, *, backend: str = "auto"
+) -> None:
+    check_rows(rows, spans, blocks, weights.shape[0])
+    check_combine(rows, weights, out)
+    load_backend(backend, rows[0].device).combine(rows, weights.to(rows[0].device), spans, blocks, out)
+
+
+def _resolve(
+    rows: list[Tensor],
+    mask: Tensor,
+    spans: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    max_weight: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(rows, spans, blocks, mask.shape[0])
+    check_solve(None, mask, max_weight)
+    check_combine(rows, mask, out)
+    module = load_backend(backend, rows[0].device)
+    result: tuple[Tensor, Tensor, Tensor] = module.resolve(rows, mask, max_weight, spans, blocks, out)
+    return result
+
+
+for _name, _implementation in {
+    "gram": _gram,
+    "accumulate_gram": _accumulate_gram,
+    "solve": _solve,
+    "combine": _combine,
+    "resolve": _resolve,
+}.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+
+
+@torch.library.register_fake("bucketmoo_ds::gram", lib=_library)
+def _(rows: list[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int, *, backend: str = "auto") -> Tensor:
+    return rows[0].new_empty((num_blocks, len(rows), len(rows)), dtype=torch.float64)
+
+
+@torch.library.register_fake("bucketmoo_ds::accumulate_gram", lib=_library)
+def _(
+    rows: list[Tensor],
+    incoming: list[Tensor],
+    languages: list[int],
+    scales: list[float],
+    fresh: list[bool],
+    spans: Tensor,
+    blocks: Tensor,
+    num_blocks: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    return rows[0].new_empty((num_blocks, len(rows), len(rows)), dtype=torch.float64)
+
+
+@torch.library.register_fake("bucketmoo_ds::solve", lib=_library)
+def _(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    return gram.new_empty(mask.shape), mask.new_empty(mask.shape[:1])
+
+
+@torch.library.register_fake("bucketmoo_ds::combine", lib=_library)
+def _(
+    rows: list[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor, *, backend: str = "auto"
+) -> None:
+    return None
+
+
+@torch.library.register_fake("bucketmoo_ds::resolve", lib=_library)
+def _(
+    rows: list[Tensor],
+    mask: Tensor,
+    spans: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    *,
+    max_weight: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(rows)
+    weights = rows[0].new_empty(mask.shape, dtype=torch.float64)
+    gram = rows[0].new_empty((mask.shape[0], count, count), dtype=torch.float64)
+    return gram, weights, mask.new_empty(mask.shape[:1])
