@@ -13,7 +13,7 @@ import pytest
 
 from bucketmoo_ds.ops import build
 
-PRINT_PATH = "from bucketmoo_ds import build; print(build.cpu_library())"
+PRINT_PATH = "from bucketmoo_ds.ops import build; print(build.cpu_library())"
 
 pytestmark = [
     pytest.mark.skipif(not build.can_build(), reason="needs a C++ compiler and torch's headers"),
