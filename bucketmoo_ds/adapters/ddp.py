@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from bucketmoo_ds.adapters.session import Session, queue_callback
+from bucketmoo_ds.adapters.hooks import Hook
+from bucketmoo_ds.adapters.session import Session, unwrapped
 from bucketmoo_ds.adapters.whole import Whole
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.plan.choices import create_exchange
 
-Hook = Callable[[Session, dist.GradBucket], Future[Tensor]]
+CommHook = Callable[[Session, dist.GradBucket], Future[Tensor]]
 
 
 def register(
@@ -74,7 +75,7 @@ def register(
         once_a_window=once_a_window,
         on_nonfinite=on_nonfinite,
     )
-    model.register_comm_hook(session, hook)
+    unwrapped(model).register_comm_hook(session, hook)
     return session
 
 
@@ -86,22 +87,24 @@ def comm_hook(
     bucket_size: int | None = None,
     once_a_window: bool = False,
     on_nonfinite: str = "drop",
-) -> tuple[Session, Hook]:
+) -> tuple[Session, CommHook]:
     """Returns what `model.register_comm_hook` takes: the session, and the hook. See `register`."""
-    _refuse(model)
-    group: Any = model.process_group
-    adapter = _Reduction(
+    ddp = unwrapped(model)
+    _refuse(ddp)
+    group: Any = ddp.process_group
+    adapter = DDPAdapter(
         "ddp.register",
-        model.module,
+        ddp.module,
         config,
         create_exchange(config, group),
-        micro_steps=micro_steps,
+        micro_steps=lambda: micro_steps,
         local=once_a_window and micro_steps > 1,
         bucket_size=bucket_size,
-        bucket_bytes=model.bucket_bytes_cap,
+        bucket_bytes=ddp.bucket_bytes_cap,
     )
-    adapter.install(model)
-    return Session(model, config, adapter.moo, adapter, on_nonfinite), adapter.hook
+    session = Session(model, config, adapter, on_nonfinite)
+    adapter.install(ddp)
+    return session, _CommHook(adapter.reduce)
 
 
 def _refuse(model: DistributedDataParallel) -> None:
@@ -134,22 +137,33 @@ def _refuse(model: DistributedDataParallel) -> None:
         )
 
 
-class _Reduction(Whole):
+class _CommHook(Hook):
+    """What DDP calls in place of its all-reduce of a bucket; DDP asks for its name, parameters and their types."""
+
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__(call)
+        self.__name__ = self.__qualname__ = "bucketmoo_ds.ddp"
+
+    def __call__(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """See `DDPAdapter.reduce`."""
+        done: Future[Tensor] = Future()
+        done.set_result(self._call(bucket))
+        return done
+
+
+class DDPAdapter(Whole):
     """Takes what DDP would all-reduce, and writes combined gradients."""
 
     def install(self, model: DistributedDataParallel) -> None:
-        """Hooks the model's forward passes."""
-        self._as_views = model.gradient_as_bucket_view
-        self._handle = model.register_forward_pre_hook(self._before_forward)
+        """Hooks the parameters."""
+        self._ddp = model
+        self._reduces, self._joins = True, False
+        self.hook(self._note)
 
-    def close(self) -> None:
-        """See `Adapter`."""
-        self._handle.remove()
-
-    def _before_forward(self, model: DistributedDataParallel, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._reduces = model.require_backward_grad_sync
-            self._joins = model._join_config.enable
+    def before_forward(self) -> None:
+        """See `Adapter`. DDP decides in the forward pass what its backward will reduce."""
+        self._reduces = self._ddp.require_backward_grad_sync
+        self._joins = self._ddp._join_config.enable
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """See `Adapter`. Found out before anything is exchanged, for ranks may differ in it."""
@@ -166,29 +180,24 @@ class _Reduction(Whole):
             )
         return None
 
-    def after_backward(self, callback: Callable[[], None]) -> None:
-        """See `Adapter`. DDP queues its own later, when its last bucket is ready: so this one goes to the end of the
-        queue once more when backward is over."""
-        queue_callback(lambda: queue_callback(callback))
+    def _note(self, parameter: Tensor) -> None:
+        """A gradient is there. DDP hands it over with its bucket; under `no_sync` it does not, and it is taken here."""
+        self.arrive(parameter)
+        if not self._reduces:
+            assert parameter.grad is not None
+            self.take(parameter, parameter.grad)
+            parameter.grad = None
 
-    def hook(self, state: Session, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """What DDP calls in place of its all-reduce of one bucket; `.grad` becomes what it returns."""
-        self.check_open()
+    def reduce(self, bucket: dist.GradBucket) -> Tensor:
+        """Takes a bucket of DDP's; `.grad` becomes what it returns."""
+        self.arrive()
         buffer = bucket.buffer()
-        if self._exchanges:
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                if parameter.requires_grad:  # or it was frozen after it was wrapped
-                    self.take(parameter, gradient)
-            if not self._boundary:
-                buffer.zero_()
-        done: Future[Tensor] = Future()
-        done.set_result(buffer)
-        return done
-
-    def begin(self, factor: float, boundary: bool) -> None:
-        """See `Adapter`."""
-        super().begin(factor, boundary)
-        self._boundary = boundary
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if parameter.requires_grad:  # or it was frozen after it was wrapped
+                self.take(parameter, gradient)
+        if not self.micro.boundary:
+            buffer.zero_()
+        return buffer
 
     def end(self) -> list[bool]:
         """See `Adapter`. DDP fills up with zeros what a rank did not use, so that all ranks have all gradients."""
@@ -204,3 +213,7 @@ class _Reduction(Whole):
             parameter.grad.copy_(combined)
         else:
             parameter.grad = combined.to(parameter.dtype)
+
+    @property
+    def _as_views(self) -> bool:
+        return bool(self._ddp.gradient_as_bucket_view)

@@ -24,23 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
-from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
+from bucketmoo_ds.adapters.hooks import Hook
+from bucketmoo_ds.adapters.release import Release
+from bucketmoo_ds.adapters.session import Adapter, Session, unwrapped
+from bucketmoo_ds.comm.delivery import Deliveries
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline.engine import BucketMOO
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
-Hook = Callable[..., None]
+CommHook = Callable[..., None]
 
 # What is read, or written, later than at register; `_unit` reads the rest.
 _read_later = operator.attrgetter(
     "_comm_hook", "_comm_hook_state", "_sync_gradients", "_handle._reduce_dtype", "_handle.sharded_grad"
 )
-
-# What FSDP1 and activation checkpointing put into the names of a module's parameters.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def register(
@@ -76,7 +76,7 @@ def register(
     session, hook = comm_hook(
         model, config, micro_steps=micro_steps, once_a_window=once_a_window, on_nonfinite=on_nonfinite
     )
-    model.register_comm_hook(session, hook)
+    unwrapped(model).register_comm_hook(session, hook)
     return session
 
 
@@ -87,29 +87,32 @@ def comm_hook(
     micro_steps: int = 1,
     once_a_window: bool = False,
     on_nonfinite: str = "drop",
-) -> tuple[Session, Hook]:
+) -> tuple[Session, CommHook]:
     """Returns what `model.register_comm_hook` takes: the session, and the hook. See `register`."""
-    units = _units(model)
+    root = unwrapped(model)
+    units = _units(root)
     trained = [unit for unit in units if any(unit.trained)]
-    _refuse(model, trained)
-    _refuse_unmanaged(model, trained)
-    plan = _plan(model, trained, config.granularity)
+    _refuse(root, trained)
+    _refuse_unmanaged(root, trained)
+    plan = _plan(root, trained, config.granularity)
     group: Any = trained[0].module.process_group
     exchange = create_exchange(config, group)
-    adapter = _Reduction(model, units, trained, plan, exchange)
+    adapter = FSDP1Adapter(root, units, trained, plan, exchange)
     adapter.moo = BucketMOO(
         config,
         plan,
         exchange,
         adapter.deliver,
-        micro_steps=micro_steps,
+        micro_steps=lambda: micro_steps,
         local=once_a_window and micro_steps > 1,
         segments=[adapter.segments(bucket) for bucket in range(len(trained))],
         result_dtype=functools.reduce(torch.promote_types, [unit.flat.dtype for unit in trained]),
         overlap=True,
         device=trained[0].device,
     )
-    return Session(model, config, adapter.moo, adapter, on_nonfinite), adapter.hook
+    session = Session(model, config, adapter, on_nonfinite)
+    adapter.install()
+    return session, Hook(adapter.hook)
 
 
 @dataclasses.dataclass
@@ -229,7 +232,7 @@ def _refuse(model: FullyShardedDataParallel, units: Sequence[_Unit]) -> None:
 def _refuse_unmanaged(model: FullyShardedDataParallel, units: Sequence[_Unit]) -> None:
     managed = {place for unit in units for place in unit.owners + unit.shared}
     unmanaged = [
-        _plain(f"{prefix}.{name}")
+        plain_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad and not isinstance(parameter, FlatParameter) and (module, name) not in managed
@@ -253,18 +256,12 @@ def _plan(model: FullyShardedDataParallel, units: Sequence[_Unit], granularity: 
     ]
     parameters = []
     for index, (_, prefix, unit, place) in enumerate(sorted(found, key=lambda each: each[0])):
-        parameters.append(Parameter(_plain(f"{prefix}.{unit.owners[place][1]}"), unit.numels[place]))
+        parameters.append(Parameter(plain_name(f"{prefix}.{unit.owners[place][1]}"), unit.numels[place]))
         unit.indices[place] = index
     return plan_buckets(parameters, [sorted(unit.indices.values()) for unit in units], granularity)
 
 
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix(".")
-
-
-class _Reduction(Adapter):
+class FSDP1Adapter(Adapter):
     """Takes what FSDP1 would reduce, unit by unit, and writes combined gradients.
 
     Args:
@@ -288,11 +285,15 @@ class _Reduction(Adapter):
         self._units = units
         self._plan = plan
         self._exchange = exchange
-        self._delivering: dict[int, Received] = {}
+        self._deliveries = Deliveries()
+        self._release = Release(len(units), exchange, self._leave)
+        self._arrived: dict[int, Tensor] = {}
         self._used: set[int] = set()
+
+    def install(self) -> None:
+        """Hooks the flat parameters."""
         self._handles = [
-            unit.flat.register_post_accumulate_grad_hook(functools.partial(self._note, bucket))
-            for bucket, unit in enumerate(units)
+            unit.flat.register_hook(functools.partial(self._come, bucket)) for bucket, unit in enumerate(self._units)
         ]
 
     def close(self) -> None:
@@ -316,17 +317,12 @@ class _Reduction(Adapter):
             )
         return None
 
-    def holds_gradients(self, parameters: Sequence[Tensor]) -> bool:
-        """See `Adapter`. FSDP1 may have put some aside by then."""
-        aside = any(hasattr(unit.flat, "_saved_grad_shard") for unit in self._units)
-        return aside or super().holds_gradients(parameters)
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """See `Adapter`. FSDP1 may have put some aside by now."""
+        aside = [unit.flat._saved_grad_shard for unit in self._units if hasattr(unit.flat, "_saved_grad_shard")]
+        return super().gradients(parameters) + aside
 
-    def after_backward(self, callback: Callable[[], None]) -> None:
-        """See `Adapter`. Where outputs are scaled, FSDP1 queues its own later: so this one goes to the end of the queue
-        once more when backward is over."""
-        queue_callback(lambda: queue_callback(callback))
-
-    def begin(self, factor: float, boundary: bool) -> None:
+    def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`. What `.grad` held before a window is no part of it.
 
         Raises:
@@ -345,16 +341,20 @@ class _Reduction(Adapter):
                 )
             # Units are given one state, and the hook is not told whose gradient it gets.
             unit.module._comm_hook_state = bucket
-        self._exchanges = boundary or not self.moo.window.local
-        self._arrived: dict[int, Tensor] = {}
-        self._reduced: set[int] = set()
-        if len(self.moo.window.table) == 1:
+        self._arrived.clear()
+        self._release.start()
+        if self.micro.first:
             self._used.clear()
-            for unit in self._units:
-                for parameter in (unit.flat, *unit.parameters):
-                    parameter.grad = None
-        self._next = 0
-        self._inside: int | None = None
+            self._drop_gradients()
+
+    def _come(self, bucket: int, gradient: Tensor) -> Tensor | None:
+        """The gradient of a flat parameter, before it is added to others, whatever FSDP1 makes of it."""
+        self.arrive()
+        self._used.add(bucket)
+        factor = self.micro.factor
+        if factor == 1.0:
+            return None
+        return gradient * factor if factor else torch.zeros_like(gradient)
 
     def hook(self, state: Any, gradient: Tensor, shard: Tensor | None = None) -> None:
         """What FSDP1 calls in place of its reduction of one unit.
@@ -365,17 +365,15 @@ class _Reduction(Adapter):
             shard: `[s]`, becomes `.grad`; `None` where ranks keep all of it.
 
         Raises:
-            BucketMOOError: no micro-step has begun, or the unit comes a second time.
+            BucketMOOError: the unit comes a second time.
         """
-        self.check_open()
-        if state in self._reduced:
+        self.arrive()
+        if self._release.is_complete(state):
             raise BucketMOOError(
                 f"{self._plan.buckets[state].name}: got a second gradient in one backward, after the first was "
                 "exchanged (two reentrant checkpoints in one unit do that); use torch.utils.checkpoint with "
                 "use_reentrant=False, or wrap each checkpointed module in a unit"
             )
-        self._reduced.add(state)
-        self._inside = state
         if shard is not None:
             self._arrived[state] = gradient
             shard.zero_()
@@ -383,9 +381,7 @@ class _Reduction(Adapter):
             self._arrived[state] = self._empty(state, gradient.dtype)
             self._arrived[state][: gradient.numel()] = gradient
             gradient.zero_()
-        while self._next in self._arrived:
-            self._leave()
-        self._inside = None
+        self._release.complete(state)
 
     def end(self) -> list[bool]:
         """See `Adapter`. A unit that no rank used counts as a gradient of zeros; a parameter that a used unit did not
@@ -394,9 +390,9 @@ class _Reduction(Adapter):
         Raises:
             BucketMOOError: FSDP1 left a gradient behind.
         """
-        if not self._exchanges:
+        if not self.micro.exchanges:
             return [False] * len(self._plan.parameters)
-        left = sorted(self._used - self._reduced)
+        left = sorted(bucket for bucket in self._used if not self._release.is_complete(bucket))
         if left:
             raise BucketMOOError(
                 f"{self._plan.buckets[left[0]].name} ({len(left)} in all) has a gradient that FSDP1 did not reduce: "
@@ -404,27 +400,31 @@ class _Reduction(Adapter):
                 "no_sync(), use all their units in the window's last one too"
             )
         self._used.clear()
-        while self._next < len(self._units):
-            if self._next not in self._arrived:
-                self._arrived[self._next] = self._empty(self._next, self._units[self._next].handle._reduce_dtype)
-            self._leave()
-        reduced = {index for bucket in self._reduced for index in self._plan.buckets[bucket].parameters}
-        return [index in reduced for index in range(len(self._plan.parameters))]
+        reduced = [bucket for bucket in range(len(self._units)) if self._release.is_complete(bucket)]
+        self._release.finish()
+        contributed = {index for bucket in reduced for index in self._plan.buckets[bucket].parameters}
+        return [index in contributed for index in range(len(self._plan.parameters))]
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
         """The engine's sink."""
         if not self._units[bucket].shard_numel:
-            self._delivering[bucket] = self._exchange.all_gather(shard)
-        elif bucket == self._inside:  # FSDP1 has not made `.grad` yet
-            self._delivering[bucket] = Received(shard)
+            self._deliveries.start(bucket, self._exchange.all_gather(shard))
+        elif bucket == self._release.inside:  # FSDP1 has not made `.grad` yet
+            self._deliveries.start(bucket, Received(shard))
         else:
             self._write(bucket, shard)
 
     def write(self) -> None:
         """See `Adapter`."""
-        for bucket, received in self._delivering.items():
-            self._write(bucket, received.wait())
-        self._delivering.clear()
+        self._deliveries.finish(self._write)
+
+    def abandon(self) -> None:
+        """See `Adapter`."""
+        self._arrived.clear()
+        self._used.clear()
+        self._release.start()
+        self._deliveries.clear()
+        self._drop_gradients()
 
     def segments(self, bucket: int) -> Segments:
         """Returns the segments of this rank's slice of a bucket."""
@@ -433,15 +433,19 @@ class _Reduction(Adapter):
         start = self._exchange.rank * slice_numel
         return self._plan.segments_of(bucket, sorted(runs, key=lambda run: run.start), start, start + slice_numel)
 
-    def _note(self, bucket: int, flat: Tensor) -> None:
-        """Autograd has added to the gradient of a flat parameter, whatever FSDP1 makes of it."""
-        self._used.add(bucket)
+    def _leave(self, bucket: int) -> None:
+        """Hands a bucket to the engine."""
+        flat = self._arrived.pop(bucket, None)
+        if flat is None:
+            flat = self._empty(bucket, self._units[bucket].handle._reduce_dtype)
+        self.moo.ingest(bucket, flat)
 
-    def _leave(self) -> None:
-        """Hands the next bucket to the engine: the plan's order is the same on every rank."""
-        bucket = self._next
-        self._next += 1
-        self.moo.ingest(bucket, self._arrived.pop(bucket))
+    def _drop_gradients(self) -> None:
+        for unit in self._units:
+            for parameter in (unit.flat, *unit.parameters):
+                parameter.grad = None
+            if hasattr(unit.flat, "_saved_grad_shard"):
+                del unit.flat._saved_grad_shard
 
     @torch.no_grad()
     def _write(self, bucket: int, combined: Tensor) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-from bucketmoo_ds.adapters.session import Adapter, Session, queue_callback
+from bucketmoo_ds.adapters.hooks import Hook
+from bucketmoo_ds.adapters.release import Release
+from bucketmoo_ds.adapters.session import Adapter, Session, unwrapped
+from bucketmoo_ds.comm.delivery import Deliveries
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline.engine import BucketMOO
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plan_buckets
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
 
@@ -65,28 +68,28 @@ def register(
     Raises:
         ConfigError: the model, its mesh or a setting of FSDP2 does not allow it; the message says what does.
     """
-    if not isinstance(model, FSDPModule):
+    root: Any = unwrapped(model)
+    if not isinstance(root, FSDPModule):
         raise ConfigError(
-            f"fsdp2.register: {type(model).__name__} is no FSDP2 module; apply fully_shard to the root module first"
+            f"fsdp2.register: {type(root).__name__} is no FSDP2 module; apply fully_shard to the root module first"
         )
-    groups = _groups(model)[::-1]  # as backward delivers them
+    groups = _groups(root)[::-1]  # as backward delivers them
     mesh = _common_mesh(groups)
     exchange, replicas = _exchange(mesh, config)
-    plan = _plan(model, groups, config.granularity)
-    adapter = _Reduction(model, groups, plan, exchange, replicas, once_a_window)
-    moo = BucketMOO(
+    plan = _plan(root, groups, config.granularity)
+    adapter = FSDP2Adapter(root, groups, plan, exchange, replicas)
+    adapter.moo = BucketMOO(
         config,
         plan,
         exchange,
         adapter.deliver,
-        micro_steps=micro_steps,
+        micro_steps=lambda: micro_steps,
         local=once_a_window and micro_steps > 1,
         segments=[adapter.segments(bucket) for bucket in range(len(groups))],
         overlap=True,
         device=adapter.device,
     )
-    adapter.moo = moo
-    session = Session(model, config, moo, adapter, on_nonfinite)
+    session = Session(model, config, adapter, on_nonfinite)
     adapter.install()
     return session
 
@@ -102,6 +105,7 @@ class _Group:
         padded: elements of each parameter's padded chunk.
         indices: of the parameters in the plan.
         communication: what FSDP2 calls for the group in place of its reduce-scatter.
+        watched: the `id` of the keepers whose unsharded parameter is hooked.
     """
 
     module: FSDPModule
@@ -110,6 +114,7 @@ class _Group:
     padded: list[int]
     indices: list[int] = dataclasses.field(default_factory=list)
     communication: Any = None
+    watched: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def parameters(self) -> list[Any]:
@@ -126,9 +131,32 @@ class _Group:
         return sum(self.padded)
 
     @property
+    def is_watched(self) -> bool:
+        """Whether all its unsharded parameters are hooked."""
+        return len(self.watched) == len(self.members)
+
+    @property
     def unused(self) -> bool:
         """Whether no forward pass has ever come here; FSDP2 then has no gradients to fill up with zeros."""
         return not any(hasattr(each, "_unsharded_param") for each in self.members)
+
+    def fill_accumulated(self) -> None:
+        """Gives parameters that were not used zeros of the dtype in which FSDP2 adds micro-steps up, so that it finds
+        one dtype when it reduces them with those that were."""
+        for each in self.members:
+            added_up = each.reduce_dtype
+            if added_up is None or not hasattr(each, "_unsharded_param"):
+                continue
+            if each._unsharded_param.dtype != added_up and each.unsharded_accumulated_grad is None:
+                shape, device = each._unsharded_param.shape, each._unsharded_param.device
+                each.unsharded_accumulated_grad = torch.zeros(shape, dtype=added_up, device=device)
+
+    def drop_gradients(self) -> None:
+        """Drops what FSDP2 has added up."""
+        for each in self.members:
+            each.unsharded_accumulated_grad = None
+            if hasattr(each, "_unsharded_param"):
+                each._unsharded_param.grad = None
 
     @property
     def wire_dtype(self) -> torch.dtype:
@@ -138,11 +166,14 @@ class _Group:
         return dtype
 
 
-def _groups(model: nn.Module) -> list[_Group]:
+def _groups(model: Any) -> list[_Group]:
     """The parameter groups that have something to train, in the model's order."""
     groups: list[_Group] = []
     for name, module, own in _own_groups(model):
         _refuse(name, own)
+        for each in own.fsdp_params:
+            if not each.sharded_param.numel():  # nothing to train, and FSDP2 cannot reduce the zeros that it fills in
+                each.sharded_param.requires_grad_(False)
         trained = [each for each in own.fsdp_params if each.sharded_param.requires_grad]
         if trained:
             padded = [each.padded_sharded_param_size.numel() for each in trained]
@@ -182,7 +213,7 @@ def _own_groups(model: nn.Module) -> list[tuple[str, FSDPModule, Any]]:
 
 
 def _refuse(name: str, group: Any) -> None:
-    if isinstance(group._reduce_scatter_comm, _ReduceScatter):
+    if isinstance(group._reduce_scatter_comm, _Communication):
         raise ConfigError("fsdp2.register: the model is registered already; register it once")
     communication = type(group._reduce_scatter_comm).__name__
     if communication != "DefaultReduceScatter":
@@ -247,18 +278,24 @@ def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist
     return create_exchange(config, group), mesh.get_group(0)
 
 
-def _plan(model: nn.Module, groups: Sequence[_Group], granularity: str) -> BlockPlan:
-    trained = {id(each): Parameter(name, each.numel()) for name, each in model.named_parameters() if each.requires_grad}
+def _plan(model: Any, groups: Sequence[_Group], granularity: str) -> BlockPlan:
+    named = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    trained = {id(each): Parameter(plain_name(name), each.numel()) for name, each in named}
     index = {identity: position for position, identity in enumerate(trained)}
     for group in groups:
         group.indices = [index[id(parameter)] for parameter in group.parameters]
     return plan_buckets(list(trained.values()), [sorted(group.indices) for group in groups], granularity)
 
 
-class _Reduction(Adapter):
-    """Takes what FSDP2 would reduce-scatter, bucket by bucket, and writes combined gradients."""
+class FSDP2Adapter(Adapter):
+    """Takes what FSDP2 would reduce-scatter, bucket by bucket, and writes combined gradients.
 
-    moo: BucketMOO
+    Args:
+        model: the root module.
+        groups: what it trains, in the plan's order.
+        plan, exchange: as in `BucketMOO`.
+        replicas: the group of this rank's replicas, where there are any.
+    """
 
     def __init__(
         self,
@@ -267,7 +304,6 @@ class _Reduction(Adapter):
         plan: BlockPlan,
         exchange: Exchange,
         replicas: dist.ProcessGroup | None,
-        once_a_window: bool,
     ) -> None:
         self._model = model
         self._groups = groups
@@ -275,10 +311,13 @@ class _Reduction(Adapter):
         self._exchange = exchange
         self._replica_group = replicas
         self._replicas = dist.get_world_size(replicas) if replicas is not None else 1
-        self._once_a_window = once_a_window
-        self._delivering: dict[int, Received] = {}
+        self._deliveries = Deliveries()
+        self._release = Release(len(groups), exchange, self._leave)
+        self._arrived: dict[int, Tensor] = {}
         self._everything = [each for _, _, own in _own_groups(model) for each in own.fsdp_params]
         self._trained = [each.sharded_param.requires_grad for each in self._everything]
+        self._early: dict[int, Tensor] = {}
+        self._watched: list[Any] = []
 
     @property
     def device(self) -> torch.device:
@@ -292,10 +331,16 @@ class _Reduction(Adapter):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)
-            group.communication = _ReduceScatter(self, bucket, empty_output=self._replicas > 1)
+            group.communication = _Communication(self, bucket, empty_output=self._replicas > 1)
             module.set_custom_reduce_scatter(group.communication)
             if self._exchange.world_size == 1:  # FSDP2 then reduces nothing, but still calls this hook
                 module.set_all_reduce_hook(functools.partial(self._take_all, bucket))
+        self._handle = self._model.register_forward_hook(Hook(self._watch))
+
+    def close(self) -> None:
+        """See `Adapter`."""
+        for handle in (self._handle, *self._watched):
+            handle.remove()
 
     @property
     def _shards(self) -> int:
@@ -307,7 +352,7 @@ class _Reduction(Adapter):
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """See `Adapter`. Ranks may differ in it."""
-        if not self._once_a_window and not all(group.own.reduce_grads for group in self._groups):
+        if not self.moo.window.local and not all(group.own.reduce_grads for group in self._groups):
             return LanguageError(
                 "set_requires_gradient_sync(False) mixes the languages of a rank's micro-steps: leave it out, or "
                 "register with once_a_window=True, which sets it, and keep one language a rank and window"
@@ -337,56 +382,87 @@ class _Reduction(Adapter):
                 )
         return None
 
-    def after_backward(self, callback: Callable[[], None]) -> None:
-        """See `Adapter`. FSDP2 has queued its own already, unless it casts outputs (`output_dtype`), or ours have ends
-        of their own: so this one goes to the end of the queue once more when backward is over."""
-        queue_callback(lambda: queue_callback(callback))
-
-    def begin(self, factor: float, boundary: bool) -> None:
+    def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`."""
-        if self._once_a_window:
-            self._model.set_requires_gradient_sync(boundary)
+        if self.moo.window.local:
+            self._model.set_requires_gradient_sync(self.micro.boundary)
         if self._replicas > 1:
             self._model.set_requires_all_reduce(False)
-        self._expects = boundary or not self._once_a_window
-        self._arrived: dict[int, Tensor] = {}
-        self._next = 0
+        self._arrived.clear()
+        self._release.start()
+        early, self._early = self._early, {}
+        for bucket, flat in early.items():
+            self.take(bucket, flat)
+
+    def nothing_came(self) -> None:
+        """See `Adapter`. FSDP2 has reduced the zeros that it fills in all the same."""
+        self._early.clear()
+
+    @torch.compiler.disable
+    def _watch(self, *_: Any) -> None:
+        """Hooks the unsharded parameters, which are there after the first forward pass, and stay. FSDP2 tells nobody
+        else of a gradient that it does not reduce, and nothing else can scale one before it is added up."""
+        for group in self._groups:
+            for each in group.members:
+                if id(each) not in group.watched and hasattr(each, "_unsharded_param"):
+                    group.watched.add(id(each))
+                    self._watched.append(each._unsharded_param.register_hook(self._come))
+
+    def _come(self, gradient: Tensor) -> Tensor | None:
+        """The gradient of an unsharded parameter, before it is added to others."""
+        self.arrive()
+        factor = self.micro.factor
+        if factor == 1.0:
+            return None
+        return gradient * factor if factor else torch.zeros_like(gradient)
 
     def take(self, bucket: int, flat: Tensor) -> None:
-        """Takes a bucket's gradient, `[S * s]` for S shards; hands buckets to the engine in the plan's order, which is
-        the same on every rank.
+        """Takes a bucket's gradient, `[S * s]` for S shards, and hands buckets to the engine in the agreed order.
 
         Raises:
-            BucketMOOError: no micro-step has begun, the bucket's size has changed, or it comes a second time.
+            BucketMOOError: the bucket's size has changed, or it comes a second time.
         """
-        self.check_open()
+        if not self.micro.is_open and self._groups[bucket].is_watched:  # zeros, of parameters that were not used
+            self._early[bucket] = flat
+            return
+        self.arrive()
         expected = self._shards * self._groups[bucket].shard_numel
         if flat.numel() != expected:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, {expected} were there at "
                 "register; leave out set_reduce_scatter_unused_params, and freeze parameters before fsdp2.register"
             )
-        if bucket < self._next or bucket in self._arrived:
+        if self._release.is_complete(bucket):
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: got a second gradient in one backward, after the first was "
                 "exchanged (a module that is called twice does that); apply fully_shard to a module that contains "
                 "all its calls"
             )
         self._arrived[bucket] = flat
-        while self._next in self._arrived:
-            self._leave(self._arrived.pop(self._next))
+        self._release.complete(bucket)
 
     def _take_all(self, bucket: int, gradient: Tensor) -> None:
         """One rank alone: the gradient will be `.grad`, to which the combined one must not be added."""
         self.take(bucket, gradient.clone())
         gradient.zero_()
 
-    def _leave(self, flat: Tensor) -> None:
-        bucket = self._next
-        self._next += 1
-        if flat.is_cuda:  # allocated on another stream than the one that exchanges it
+    def _leave(self, bucket: int) -> None:
+        flat = self._arrived.pop(bucket, None)
+        if flat is None:
+            flat = self._zeros(bucket)
+        elif flat.is_cuda:  # allocated on another stream than the one that exchanges it
             flat.record_stream(torch.cuda.current_stream())
         self.moo.ingest(bucket, self._by_rank(bucket, flat))
+
+    def _zeros(self, bucket: int) -> Tensor:
+        """What stands for a bucket that FSDP2 has not reduced: no forward pass has ever come there."""
+        group = self._groups[bucket]
+        if not group.unused:
+            raise BucketMOOError(
+                f"{self._plan.buckets[bucket].name}: FSDP2 did not reduce it in this backward; leave out "
+                "set_requires_gradient_sync and set_reduce_scatter_unused_params after fsdp2.register"
+            )
+        return torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=self.device)
 
     def _by_rank(self, bucket: int, flat: Tensor) -> Tensor:
         """Cuts the shards into one piece a replica: piece (replica, shard) is the one of that rank of the mesh."""
@@ -402,42 +478,45 @@ class _Reduction(Adapter):
 
     def end(self) -> list[bool]:
         """See `Adapter`. A parameter without a gradient counts as a gradient of zeros."""
-        while self._expects and self._next < len(self._groups):
-            group, name = self._groups[self._next], self._plan.buckets[self._next].name
-            if self._next not in self._arrived and not group.unused:
-                raise BucketMOOError(
-                    f"{name}: FSDP2 did not reduce it in this backward; leave out set_requires_gradient_sync and "
-                    "set_reduce_scatter_unused_params after fsdp2.register"
-                )
-            if self._next not in self._arrived:
-                zeros = torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=self.device)
-                self._arrived[self._next] = zeros
-            self._leave(self._arrived.pop(self._next))
+        if self.micro.exchanges:
+            self._release.finish()
+        else:
+            for group in self._groups:
+                group.fill_accumulated()
         return [True] * len(self._plan.parameters)
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
         """The engine's sink."""
-        if self._replicas == 1:
-            self._write(bucket, shard)
+        if self._replicas > 1:
+            self._deliveries.start(bucket, self._exchange.all_gather(shard, self._replica_group))
+        elif bucket == self._release.inside:  # FSDP2 has not made its `.grad` yet, and will add zeros
+            self._deliveries.start(bucket, Received(shard))
         else:
-            self._delivering[bucket] = self._exchange.all_gather(shard, self._replica_group)
+            self._write(bucket, shard)
 
     def write(self) -> None:
         """See `Adapter`."""
-        for bucket, received in self._delivering.items():
-            self._write(bucket, received.wait())
-        self._delivering.clear()
+        self._deliveries.finish(self._write)
         for group in self._groups:
             for parameter in group.parameters:
                 if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
                     parameter.grad = torch.zeros_like(parameter)
+
+    def abandon(self) -> None:
+        """See `Adapter`."""
+        self._arrived.clear()
+        self._early.clear()
+        self._release.start()
+        self._deliveries.clear()
+        for group in self._groups:
+            group.drop_gradients()
 
     @torch.no_grad()
     def _write(self, bucket: int, shard: Tensor) -> None:
         group = self._groups[bucket]
         start = 0
         for parameter, padded in zip(group.parameters, group.padded, strict=True):
-            if parameter.grad is None:  # FSDP2 has not made it yet, and will add zeros; with replicas it makes none
+            if parameter.grad is None:  # FSDP2 makes none of what no forward pass has come to, and with replicas
                 parameter.grad = torch.empty_like(parameter)
             local = parameter.grad.to_local()
             local.copy_(shard.narrow(0, start, local.numel()).view_as(local))
@@ -455,11 +534,11 @@ class _Reduction(Adapter):
         return self._plan.segments_of(bucket, runs, replica * piece, (replica + 1) * piece)
 
 
-class _ReduceScatter(ReduceScatter):
+class _Communication(ReduceScatter):
     """What FSDP2 calls in place of its reduce-scatter of one bucket."""
 
-    def __init__(self, reduction: _Reduction, bucket: int, empty_output: bool) -> None:
-        self._reduction = reduction
+    def __init__(self, adapter: FSDP2Adapter, bucket: int, empty_output: bool) -> None:
+        self._adapter = adapter
         self._bucket = bucket
         self._empty_output = empty_output
         self._is_output = False
@@ -475,4 +554,4 @@ class _ReduceScatter(ReduceScatter):
     ) -> None:
         """Hands the input over. The output becomes `.grad`, where the combined gradient is written later."""
         output_tensor.zero_()
-        self._reduction.take(self._bucket, input_tensor)
+        self._adapter.take(self._bucket, input_tensor)

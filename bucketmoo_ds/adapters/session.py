@@ -1,52 +1,50 @@
 """What the adapters of torch's own wrappers share: languages, micro-steps and windows of a model that the user trains.
 
 DeepSpeed has an engine that knows when a backward begins and a window ends. Here hooks find out: a forward pre-hook
-takes the language off the batch, a hook on the outputs' gradients opens the micro-step as backward begins, and an
-autograd callback closes it, still inside backward, once the wrapper has done its own part.
+takes the language off the batch, the first gradient of the model's parameters opens the micro-step, and an autograd
+callback closes it, still inside backward, once the wrapper has done its own part. A backward that brings the parameters
+no gradient (`torch.autograd.grad`, another model's) opens nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils import _pytree as pytree
 
+from bucketmoo_ds.adapters.hooks import Hook, Stays, after_backward, graph_task, watch, weak
+from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.data.batch import LanguageTracker
+from bucketmoo_ds.data.batch import LanguageTracker, Passage
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
-from bucketmoo_ds.pipeline.engine import BucketMOO, Resolution
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.pipeline.resolution import Resolution
 
 
-class Adapter:
+class Adapter(Stays):
     """What a session asks of the adapter of one wrapper.
 
     Attributes:
-        is_open: whether a micro-step has begun and not ended; the session sets it.
+        moo: the pipeline.
+        arrive: to be called with a parameter whose gradient comes, before anything is done with it; the session sets
+            it.
     """
 
-    is_open = False
+    moo: BucketMOO
+    arrive: Callable[..., None]
 
-    def check_open(self) -> None:
-        """Stops a backward that no output of the model opened.
+    def bind(self, micro: MicroStep) -> None:
+        """Is told where the run stands: once, by whoever drives the adapter."""
+        self.micro = micro
 
-        Raises:
-            BucketMOOError: no micro-step has begun.
-        """
-        if not self.is_open:
-            raise BucketMOOError(
-                "a gradient came in a backward that did not pass through the model's outputs first: call the model "
-                "that was registered, return tensors (or lists, tuples, dictionaries and dataclasses of them) from its "
-                "forward, start backward at a loss made of them, and do not close the session"
-            )
+    def before_forward(self) -> None:
+        """A forward pass begins that a backward may follow."""
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """What keeps this micro-step from being exchanged, if this rank knows of anything; every rank then raises."""
@@ -56,17 +54,19 @@ class Adapter:
         """The trainable parameters as the optimizer sees them now, which at register were these."""
         return parameters
 
-    def holds_gradients(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the gradients of the window before are still there as backward begins."""
-        return any(parameter.grad is not None for parameter in parameters)
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients that these parameters hold now."""
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
-    def after_backward(self, callback: Callable[[], None]) -> None:
-        """Queues a callback of this backward behind the wrapper's own. Here it has queued that already, when the
-        gradient reached it: before the hook on the outputs that calls this."""
-        queue_callback(callback)
+    def nothing_came(self) -> None:
+        """A backward has ended that went through the model and brought its parameters no gradient."""
 
-    def begin(self, factor: float, boundary: bool) -> None:
-        """A micro-step begins: the latest gradient counts `factor` times where gradients are added up locally."""
+    def begin(self, arriving: Tensor | None) -> None:
+        """A micro-step begins. What `.grad` held before a window is no part of it.
+
+        Args:
+            arriving: the parameter whose gradient is the first, if the wrapper tells: it is there already.
+        """
         raise NotImplementedError
 
     def end(self) -> list[bool]:
@@ -78,17 +78,20 @@ class Adapter:
         """The window is resolved: the rest of the combined gradients goes where the optimizer looks for it."""
         raise NotImplementedError
 
+    def abandon(self) -> None:
+        """Forgets what it has of the window."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Takes off the hooks that can be."""
 
 
-class Session:
+class Session(Stays):
     """A model whose gradients are resolved, window by window. Made by the `register` of an adapter.
 
     Args:
         model: the wrapped model that the user calls.
         config: the settings.
-        moo: the pipeline.
         adapter: the wrapper's.
         on_nonfinite: what becomes of a window in which a row was not finite. `drop`: all gradients are set to `None`,
             so that optimizers leave the parameters and their own state as they are. `keep`: they become NaN, which
@@ -99,22 +102,24 @@ class Session:
         DisagreementError: on every rank, if their settings, models or wrappers differ.
     """
 
-    def __init__(
-        self, model: nn.Module, config: BucketMOOConfig, moo: BucketMOO, adapter: Adapter, on_nonfinite: str
-    ) -> None:
+    def __init__(self, model: nn.Module, config: BucketMOOConfig, adapter: Adapter, on_nonfinite: str) -> None:
+        moo = adapter.moo
         _check(config, moo.micro_steps, on_nonfinite)
         moo.check_ranks()
         self.moo = moo
-        self._adapter = adapter
-        self._drop = on_nonfinite == "drop"
         self._tracker = LanguageTracker(config)
+        self._micro = MicroStep(moo, self._tracker)
+        self._adapter = adapter
+        adapter.bind(self._micro)
+        self._drop = on_nonfinite == "drop"
+        self._reaching: set[tuple[Passage, int | None]] = set()  # passes that the running backward has come to
         self._registered = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._finished = False
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._after_forward),
-            register_optimizer_step_pre_hook(_weak(self._before_optimizer_step)),
+            model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True, prepend=True),
+            model.register_forward_hook(Hook(self._after_forward)),
+            register_optimizer_step_pre_hook(weak(self._before_optimizer_step)),
         ]
+        adapter.arrive = self._arrive
         show_by_default()
         if moo.exchange.rank == 0:
             logger.info(moo.describe())
@@ -136,7 +141,18 @@ class Session:
     @property
     def skipped(self) -> bool:
         """Whether the latest window had a row that was not finite."""
-        return self.moo.last is not None and bool(self.moo.last.nonfinite)
+        return self._micro.skipped
+
+    def abandon(self) -> None:
+        """Gives up the window under way, or the resolved one that no step has used: the next backward begins a new one.
+
+        To be called on all ranks, after an error that was caught. Clears the gradients.
+        """
+        self._micro.abandon()
+        self._reaching.clear()
+        self._adapter.abandon()
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain JSON values; save it with the model and the optimizer.
@@ -164,6 +180,7 @@ class Session:
         for handle in self._handles:
             handle.remove()
         self._adapter.close()
+        self._adapter.arrive = _closed
 
     # --- hooks --------------------------------------------------------------------------------------------------
 
@@ -172,61 +189,60 @@ class Session:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs, entries = self._tracker.strip(args, kwargs)
-        if torch.is_grad_enabled():
-            self._tracker.note(entries, module.training)
+        self._passage = None
+        if torch.is_grad_enabled() and graph_task() is None:  # not a recomputation
+            self._reaching.clear()
+            self._micro.check_not_interrupted()
+            self._passage = self._tracker.note(entries, module.training)
+            self._adapter.before_forward()
         return args, kwargs
 
     @torch.compiler.disable
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return output
-        if self.moo.window.local:
-            return _map_tensors(self._with_scaled_gradient, output)
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                tensor.register_hook(self._open)
-        return output
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passage = self._passage
+        if passage is not None:
+            watch(output, lambda: self._reached(passage))
 
-    def _with_scaled_gradient(self, output: Tensor) -> Tensor:
-        """Where gradients are scaled, a hook will not do: it would scale that of the logits a second time, of which the
-        model has made the loss that it returns with them. What the user gets are ends of their own."""
-        scaled: Tensor = _Scaled.apply(output, self._scale) if output.requires_grad else output
-        return scaled
+    def _reached(self, passage: Passage) -> None:
+        """A backward comes to what a forward pass has returned: its end is known from here on, also where parts of it
+        run as backwards of their own (reentrant checkpointing)."""
+        task = graph_task()
+        if (passage, task) in self._reaching:
+            return
+        if all(other != task for _, other in self._reaching):
+            self._micro.check_not_interrupted()
+        self._reaching.add((passage, task))
+        self._tracker.bring_back(passage)
+        after_backward(lambda: self._after_backward(passage, task))
 
-    @torch.compiler.disable
-    def _open(self, gradient: Tensor) -> None:
-        if not self._adapter.is_open:
-            self._begin()
+    def _after_backward(self, passage: Passage, task: int | None) -> None:
+        self._reaching.discard((passage, task))
+        if self._micro.is_open:
+            self._end()
+        self._tracker.set_aside(passage)
+        if not self._reaching:
+            self._adapter.nothing_came()
 
-    def _scale(self, gradient: Tensor) -> Tensor:
-        self._open(gradient)
-        # Without a target token the loss may be 0/0.
-        return gradient * self._factor if self._factor else torch.zeros_like(gradient)
-
-    def _begin(self) -> None:
-        if self._finished and self._adapter.holds_gradients(self._parameters):
-            raise BucketMOOError(
-                "backward after the boundary of a window: call optimizer.step() and optimizer.zero_grad() first, or "
-                f"register with micro_steps greater than {self.moo.micro_steps}"
-            )
-        self._finished = False
+    def _arrive(self, parameter: Tensor | None = None) -> None:
+        """The gradient of a parameter comes: the first one opens the micro-step."""
+        if self._micro.is_open:
+            return
+        if self._micro.unused:
+            self._check_cleared(parameter)
         moo = self.moo
-        boundary = len(moo.window.table) + 1 == moo.micro_steps
-        slot = self._adapter.obstacle(boundary) or self._tracker.slot(moo.micro_steps, moo.exchange.world_size)
-        moo.begin_micro_step(slot, boundary)
-        self._boundary = boundary
-        self._factor = moo.window.local_factor(moo.exchange.rank) if moo.window.local else 1.0
-        self._adapter.begin(self._factor, boundary)
-        self._adapter.is_open = True
-        self._adapter.after_backward(self._end)
+        boundary = moo.window.micro_steps + 1 == moo.micro_steps
+        self._micro.open(boundary, self._adapter.obstacle(boundary))
+        self._adapter.begin(parameter)
+        if not self._reaching:  # what the model returns hides its tensors
+            after_backward(self._end)
 
     def _end(self) -> None:
-        self._adapter.is_open = False
-        self.moo.end_micro_step(self._adapter.end())
-        if self._boundary:
-            self.moo.finish()
+        if not self._micro.is_open:
+            return
+        self._micro.close(self._adapter.end())
+        if self._micro.boundary:
+            self._micro.resolve()
             self._adapter.write()
-            self._finished = True
             if self.skipped:
                 self._spoil()
 
@@ -241,57 +257,46 @@ class Session:
             elif parameter.grad is not None:
                 parameter.grad.fill_(float("nan"))
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        own = {id(parameter) for parameter in self._parameters}
-        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            return
-        if self.moo.in_window:
-            done = len(self.moo.window.table)
+    def _check_cleared(self, arriving: Tensor | None) -> None:
+        """A resolved window that no step has used is given up where its gradients were cleared."""
+        if self._holds_gradients([parameter for parameter in self._parameters if parameter is not arriving]):
             raise BucketMOOError(
-                f"optimizer.step() after {done} of {self.moo.micro_steps} micro-steps: this window is not resolved "
-                "yet, and its gradients are no gradients. Register with the micro_steps that the training loop takes, "
-                "and leave out an incomplete last window (LanguageBatchSampler emits whole windows only)"
+                "backward after the boundary of a window: call optimizer.step() and optimizer.zero_grad() first, or "
+                f"register with micro_steps greater than {self.moo.micro_steps}"
             )
-        self._finished = False
+
+    def _holds_gradients(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether any of these has a gradient that is not cleared, in whichever spelling. It asks the device, but is
+        called only where gradients are there that should not be."""
+        held = self._adapter.gradients(parameters)
+        local = (each.to_local() if isinstance(each, DTensor) else each for each in held)
+        return any(bool(each.count_nonzero()) for each in local)
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        own = [parameter for parameter in self._parameters if id(parameter) in stepped]
+        if not own:
+            return
+        self._micro.check_step()
+        if not self._micro.resolved and self._holds_gradients(own):
+            raise BucketMOOError(
+                "optimizer.step() on gradients that no window has resolved: they took another way than the one that "
+                "register has hooked. Call the model that was registered (not a module inside of it), name a language, "
+                "and call backward before this step"
+            )
+        self._micro.use()
 
 
-class _Scaled(torch.autograd.Function):
-    """The identity, and what `scale` does to its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.scale = scale
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.scale(gradients[0]), None
+def unwrapped(model: nn.Module) -> Any:
+    """Returns the module that `torch.compile` has wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif _is_dataclass(leaf):
-            for field in dataclasses.fields(leaf):
-                yield from _tensors(getattr(leaf, field.name))
-
-
-def _map_tensors(function: Callable[[Tensor], Tensor], output: Any) -> Any:
-    def at_leaf(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return function(leaf)
-        if _is_dataclass(leaf):
-            fields = [field.name for field in dataclasses.fields(leaf) if field.init]
-            return dataclasses.replace(leaf, **{name: _map_tensors(function, getattr(leaf, name)) for name in fields})
-        return leaf
-
-    return pytree.tree_map(at_leaf, output)
-
-
-def _is_dataclass(leaf: Any) -> bool:
-    """Dataclasses are leaves to pytree, unless they are registered."""
-    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+def _closed(parameter: Tensor | None = None) -> None:
+    raise BucketMOOError(
+        "a gradient came after the session was closed: the wrapper still has its communication hook, and nobody who "
+        "names languages; wrap the model anew, or do not close the session"
+    )
 
 
 def _check(config: BucketMOOConfig, micro_steps: object, on_nonfinite: str) -> None:
@@ -301,20 +306,3 @@ def _check(config: BucketMOOConfig, micro_steps: object, on_nonfinite: str) -> N
         raise ConfigError(f"micro_steps = {micro_steps!r}: expected a whole number, 1 or more")
     if on_nonfinite not in ("drop", "keep"):
         raise ConfigError(f'on_nonfinite = {on_nonfinite!r}: expected "drop" or "keep"')
-
-
-def queue_callback(callback: Callable[[], None]) -> None:
-    """Queues a callback for the end of the backward that is running."""
-    Variable._execution_engine.queue_callback(callback)
-
-
-def _weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
-    """A global hook that does not keep a session alive."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(optimizer)
-
-    return hook

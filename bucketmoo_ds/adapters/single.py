@@ -57,17 +57,17 @@ def register(
         ConfigError: there are several processes, the model is wrapped already, or a setting does not allow it.
     """
     _refuse(model)
-    adapter = _Reduction(
+    adapter = SingleAdapter(
         "single.register",
         model,
         config,
         Exchange(),
-        micro_steps=micro_steps,
+        micro_steps=lambda: micro_steps,
         local=False,
         bucket_size=bucket_size,
     )
-    session = Session(model, config, adapter.moo, adapter, on_nonfinite)
-    adapter.install()
+    session = Session(model, config, adapter, on_nonfinite)
+    adapter.hook(adapter.note)
     return session
 
 
@@ -85,27 +85,19 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-class _Reduction(Whole):
+class SingleAdapter(Whole):
     """Takes gradients from the parameters themselves."""
 
-    def install(self) -> None:
-        """Hooks the parameters."""
-        self._handles = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self.parameters]
-
-    def close(self) -> None:
+    def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`."""
-        for handle in self._handles:
-            handle.remove()
-
-    def begin(self, factor: float, boundary: bool) -> None:
-        """See `Adapter`."""
-        super().begin(factor, boundary)
-        if len(self.moo.window.table) == 1:
+        super().begin(arriving)
+        if self.micro.first:
             self._used = [False] * len(self.parameters)
 
-    def _take(self, parameter: Tensor) -> None:
+    def note(self, parameter: Tensor) -> None:
         """A parameter that is used several times still comes once; under reentrant checkpointing it comes several
         times, and is added up as long as its bucket is here."""
+        self.arrive(parameter)
         assert parameter.grad is not None
         self.take(parameter, parameter.grad)
         parameter.grad = None

@@ -8,18 +8,22 @@ has. Every rank resolves an even slice of each bucket, and all ranks gather the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.adapters.session import Adapter
-from bucketmoo_ds.adapters.staging import Staging
-from bucketmoo_ds.comm.exchange import Exchange, Received
+from bucketmoo_ds.adapters.staging import Gathering
+from bucketmoo_ds.comm.delivery import Deliveries
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.pipeline.engine import BucketMOO
-from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
+from bucketmoo_ds.plan.blocks import Parameter, plain_name, plan_blocks
 from bucketmoo_ds.plan.layout import Consecutive
 
 BUCKET_BYTES = 25 * 2**20  # DDP's own default, so that blocks are the same
@@ -86,22 +90,24 @@ class Whole(Adapter):
         config: BucketMOOConfig,
         exchange: Exchange,
         *,
-        micro_steps: int,
+        micro_steps: Callable[[], int],
         local: bool,
         bucket_size: int | None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         trained = trained_parameters(model, caller)
-        dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
+        self._dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
         if bucket_size is None:
-            bucket_size = max(bucket_bytes // dtype.itemsize, 1)
+            bucket_size = max(bucket_bytes // self._dtype.itemsize, 1)
         if bucket_size < 1:
             raise ConfigError(f"{caller}: bucket_size = {bucket_size}: expected at least 1 element")
-        sizes = [Parameter(name, parameter.numel()) for name, parameter in trained.items()]
+        sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
         plan = plan_blocks(sizes, bucket_size, config.granularity)
         self.parameters = list(trained.values())
         self._model = model
-        device = self.parameters[0].device
+        self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
+        self._deliveries = Deliveries()
+        self._handles: list[Any] = []
         self.moo = BucketMOO(
             config,
             plan,
@@ -109,32 +115,48 @@ class Whole(Adapter):
             self._deliver,
             micro_steps=micro_steps,
             local=local,
-            result_dtype=dtype,
+            result_dtype=self._dtype,
             overlap=exchange.world_size > 1,
-            device=device,
+            device=self.parameters[0].device,
         )
-        layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
-        self._staging = Staging(plan, layout, exchange.world_size, dtype, device, self.moo.ingest)
-        self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
-        self._delivering: dict[int, Received] = {}
 
-    def begin(self, factor: float, boundary: bool) -> None:
-        """See `Adapter`. What `.grad` held before a window is no part of it."""
-        self._exchanges = boundary or not self.moo.window.local
-        self._staging.start_window()
-        if len(self.moo.window.table) == 1:
+    def bind(self, micro: MicroStep) -> None:
+        """See `Adapter`."""
+        super().bind(micro)
+        plan, exchange = self.moo.plan, self.moo.exchange
+        layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
+        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, self.parameters[0].device)
+
+    def begin(self, arriving: Tensor | None) -> None:
+        """See `Adapter`."""
+        self._gathering.begin()
+        if self.micro.first:
             for parameter in self.parameters:
-                parameter.grad = None
+                if parameter is not arriving:
+                    parameter.grad = None
+
+    def hook(self, come: Callable[[Tensor], None]) -> None:
+        """Hooks the parameters: `come` is called with each whose `.grad` is there."""
+        for parameter in self.parameters:
+            self._handles += [
+                parameter.register_hook(functools.partial(self._make_room, parameter)),
+                parameter.register_post_accumulate_grad_hook(come),
+            ]
+
+    def close(self) -> None:
+        """See `Adapter`."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _make_room(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Before a gradient is added to what `.grad` holds: between windows that was used, or given up, and is no part
+        of the next one."""
+        if parameter.grad is not None and not (self.moo.in_window or self.micro.unused):
+            parameter.grad = None
 
     def take(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Copies the gradient of a parameter; buckets leave when they are complete and it is their turn.
-
-        Raises:
-            BucketMOOError: no micro-step has begun.
-        """
-        self.check_open()
-        self._staging.add(self._index[parameter], gradient, 1.0)
-        self._staging.release_complete()
+        """Copies the gradient of a parameter; buckets leave when they are complete and it is their turn."""
+        self._gathering.add(self._index[parameter], gradient)
 
     def end(self) -> list[bool]:
         """See `Adapter`. A parameter without a gradient counts as a gradient of zeros.
@@ -142,41 +164,46 @@ class Whole(Adapter):
         Raises:
             BucketMOOError: gradients took another way.
         """
-        contributed = self._staging.contributed
-        if self._exchanges:
-            self._check_taken(contributed)
-            self._staging.release_all()
-        return contributed
+        self._check_taken()
+        return self._gathering.end()
 
-    def _check_taken(self, contributed: list[bool]) -> None:
-        taken = dict(zip(self.parameters, contributed, strict=True))
+    def abandon(self) -> None:
+        """See `Adapter`."""
+        self._gathering.start_window()
+        self._deliveries.clear()
+
+    def _check_taken(self) -> None:
         missed = [
             name
             for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and parameter.grad is not None and not taken.get(parameter)
+            if parameter.requires_grad
+            and parameter.grad is not None
+            and not self._gathering.has_come(self._index.get(parameter, -1))
         ]
         if missed:
             raise BucketMOOError(
-                f'the gradient of parameter "{missed[0]}" ({len(missed)} in all) took another way: unfreeze, add and '
-                "replace parameters (load_state_dict with assign=True does) before wrapping and register, and under "
-                "DDP call backward once after every forward pass, before the next one"
+                f'the gradient of parameter "{missed[0]}" ({len(missed)} in all) took another way: call the model that '
+                "was registered, not a module inside of it; unfreeze, add and replace parameters (load_state_dict with "
+                "assign=True does) before wrapping and register; and under DDP return tensors (or lists, tuples, "
+                "dictionaries and dataclasses of them), and call backward once after every forward pass, before the "
+                "next one"
             )
 
     @torch.no_grad()
     def write(self) -> None:
         """See `Adapter`."""
-        for bucket, received in self._delivering.items():
-            flat = received.wait()
-            members = self.moo.plan.buckets[bucket]
-            for index, offset in zip(members.parameters, members.offsets, strict=True):
-                shape = self.parameters[index].shape
-                self.assign(index, flat.narrow(0, offset, shape.numel()).view(shape))
-        self._delivering.clear()
+        self._deliveries.finish(self._write)
 
     def assign(self, index: int, combined: Tensor) -> None:
         """Makes a combined gradient, which nobody else uses, the `.grad` of its parameter."""
         raise NotImplementedError
 
+    def _write(self, bucket: int, flat: Tensor) -> None:
+        members = self.moo.plan.buckets[bucket]
+        for index, offset in zip(members.parameters, members.offsets, strict=True):
+            shape = self.parameters[index].shape
+            self.assign(index, flat.narrow(0, offset, shape.numel()).view(shape))
+
     def _deliver(self, bucket: int, shard: Tensor) -> None:
         """The engine's sink."""
-        self._delivering[bucket] = self.moo.exchange.all_gather(shard)
+        self._deliveries.start(bucket, self.moo.exchange.all_gather(shard))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,15 +48,35 @@ class Delivery:
         send = torch.cat(parts) if parts else shard.new_empty(0)
         return self._exchange.all_to_all(send, _sizes(self._outgoing), _sizes(self._incoming))
 
-    def finish(self, received: Received, targets: Sequence[Tensor]) -> None:
+    def finish(self, data: Tensor, targets: Sequence[Tensor]) -> None:
         """Writes what arrived into this rank's flat target tensors."""
-        data = received.wait()
         position = 0
         for route in self._incoming:
             for piece in route:
                 part = data.narrow(0, position, piece.numel)
                 targets[piece.target].narrow(0, piece.target_start, piece.numel).copy_(part)
                 position += piece.numel
+
+
+class Deliveries:
+    """Combined gradients on their way to where they are written, bucket by bucket."""
+
+    def __init__(self) -> None:
+        self._received: dict[int, Received] = {}
+
+    def start(self, bucket: int, received: Received) -> None:
+        """Keeps what is under way, or waits for its turn to be written."""
+        self._received[bucket] = received
+
+    def finish(self, write: Callable[[int, Tensor], None]) -> None:
+        """Calls `write` with each bucket and what has arrived."""
+        for bucket, received in self._received.items():
+            write(bucket, received.wait())
+        self._received.clear()
+
+    def clear(self) -> None:
+        """Waits for what is under way, and forgets it."""
+        self.finish(lambda bucket, arrived: None)
 
 
 def _route(pieces: Sequence[Piece], rank: int, shard_numel: int, owner: int) -> list[Piece]:

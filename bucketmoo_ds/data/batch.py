@@ -60,6 +60,19 @@ class MicroBatch:
     loss_items: float | None = None
 
 
+@dataclasses.dataclass(eq=False)
+class Passage:
+    """A forward pass that a backward may follow.
+
+    Args:
+        found: what it said about itself, or the error that finding out gave.
+        aside: whether a backward has gone through it without bringing the parameters a gradient.
+    """
+
+    found: MicroBatch | LanguageError
+    aside: bool = False
+
+
 class LanguageTracker:
     """Takes the language off the batches of one rank and remembers it until their backward.
 
@@ -69,8 +82,12 @@ class LanguageTracker:
     def __init__(self, config: BucketMOOConfig) -> None:
         self._config = config
         self._default: tuple[object, int | None] | None = None
-        self._pending: list[MicroBatch | LanguageError] = []
-        self._latest_in_evaluation: list[MicroBatch | LanguageError] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the forward passes that no backward has used."""
+        self._pending: list[Passage] = []
+        self._latest_in_evaluation: list[Passage] = []
 
     @contextlib.contextmanager
     def language(self, language: object, target_tokens: int | None = None) -> Iterator[None]:
@@ -93,8 +110,8 @@ class LanguageTracker:
         )
         return stripped, kwargs, entries
 
-    def note(self, entries: Entries, training: bool) -> None:
-        """Remembers a forward pass that a backward may follow.
+    def note(self, entries: Entries, training: bool) -> Passage:
+        """Remembers a forward pass that a backward may follow, and returns it.
 
         Args:
             training: whether the model is in training mode. A backward belongs to the forward passes in that mode; a
@@ -104,10 +121,21 @@ class LanguageTracker:
             found: MicroBatch | LanguageError = self._micro_batch(entries)
         except LanguageError as error:
             found = error
+        passage = Passage(found)
         if training:
-            self._pending.append(found)
+            self._pending.append(passage)
         else:
-            self._latest_in_evaluation = [found]
+            self._latest_in_evaluation = [passage]
+        return passage
+
+    def set_aside(self, passage: Passage) -> None:
+        """A backward went through the forward pass and brought no parameter a gradient: the next micro-step is not its,
+        unless another backward comes to it (`bring_back`)."""
+        passage.aside = True
+
+    def bring_back(self, passage: Passage) -> None:
+        """A backward comes to the forward pass."""
+        passage.aside = False
 
     def slot(self, micro_steps: int, world_size: int) -> Slot | LanguageError:
         """Returns the slot of the forward passes since the last call, which this micro-step's backward belongs to.
@@ -115,11 +143,16 @@ class LanguageTracker:
         The scale makes the sum of `scale * gradient` over a language's micro-batches the gradient of the sum of its
         token losses, see docs/theory.md, section 2.
         """
-        pending = self._pending or self._latest_in_evaluation
-        self._pending, self._latest_in_evaluation = [], []
+        passages = self._pending or self._latest_in_evaluation
+        self.forget()
         try:
-            if not pending:
-                pending = [self._micro_batch(Entries())]
+            if not passages:
+                raise LanguageError(
+                    "a backward without a forward pass of the model since the last one: call the model that was "
+                    "registered (the engine), not a module inside of it; and add losses over one forward pass up for "
+                    "one backward"
+                )
+            pending = [each.found for each in passages if not each.aside] or [each.found for each in passages]
             batches = [batch for batch in pending if isinstance(batch, MicroBatch)]
             if len(batches) < len(pending):
                 return next(batch for batch in pending if isinstance(batch, LanguageError))

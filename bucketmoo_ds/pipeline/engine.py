@@ -1,6 +1,6 @@
 """The pipeline of a window: exchange, gram, solve, combine. Knows rows and ranks, and no framework.
 
-An adapter drives it: `begin_micro_step`, `ingest` for every bucket (in the plan's order, the same on all ranks),
+An adapter drives it: `begin_micro_step`, `ingest` for every bucket (in one order, the same on all ranks),
 `end_micro_step`, and, at the boundary, `finish`. Each combined shard goes to the adapter's sink.
 
 *Streaming* resolves a bucket as soon as it has arrived and keeps nothing. *Deferred* keeps the rows of the window;
@@ -22,48 +22,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds import aggregate, ops
+from bucketmoo_ds import ops
 from bucketmoo_ds.comm.agreement import Contributions, check_equal, digest, tell_ranks
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.comm.streams import SideStream
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.logs import logger
+from bucketmoo_ds.pipeline import checks
+from bucketmoo_ds.pipeline.resolution import Record, Resolution
+from bucketmoo_ds.pipeline.resolver import Resolver
 from bucketmoo_ds.pipeline.store import RowStore
 from bucketmoo_ds.pipeline.window import Window, merged_by_node
 from bucketmoo_ds.plan.blocks import BlockPlan, Segments
-from bucketmoo_ds.plan.choices import choose_streaming, create_aggregator
+from bucketmoo_ds.plan.choices import choose_streaming
 
 Sink = Callable[[int, Tensor], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Resolution:
-    """What was decided in one window. `B` blocks, `K` languages; entries of absent languages are 0.
-
-    Args:
-        window: number of the window, from 0.
-        gram: `[B, K, K]` float64, of the rows as the aggregator saw them (means per target token).
-        weights: `[B, K]` float64: the combined gradient of block b is the sum of `weights[b, l] row_l`.
-        present: the languages that took part.
-        target_tokens: tokens that each of the K languages fed to the window.
-        nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
-    """
-
-    window: int
-    gram: Tensor
-    weights: Tensor
-    present: tuple[int, ...]
-    target_tokens: tuple[int, ...]
-    nonfinite: tuple[tuple[str, str], ...]
-
-    @property
-    def mask(self) -> Tensor:
-        """`[B, K]` bool: which languages took part."""
-        mask = torch.zeros(self.weights.shape, dtype=torch.bool)
-        mask[:, list(self.present)] = True
-        return mask
 
 
 @dataclasses.dataclass
@@ -88,8 +62,9 @@ class BucketMOO:
         plan: buckets and blocks.
         exchange: the group's collectives.
         sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
-        micro_steps: M, micro-steps between two optimizer steps.
-        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (ZeRO-1, `no_sync`).
+        micro_steps: tells M, micro-steps between two optimizer steps, as the framework has it now; asked anew in every
+            micro-step.
+        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (`once_a_window`).
         apart: whether it then keeps the sums of its languages apart, and hands over one after the other.
         segments: for each bucket the segments of this rank's shard; left out where shard j is the j-th slice of the
             bucket's parameters laid one after the other.
@@ -108,7 +83,7 @@ class BucketMOO:
         exchange: Exchange,
         sink: Sink,
         *,
-        micro_steps: int,
+        micro_steps: Callable[[], int],
         local: bool,
         apart: bool = False,
         segments: Sequence[Segments] | None = None,
@@ -119,33 +94,28 @@ class BucketMOO:
         self.config = config
         self.plan = plan
         self.exchange = exchange
-        self.micro_steps = micro_steps
         self.result_dtype = result_dtype
         if config.exchange == "two_stage" and exchange.nodes == 1:
             raise ConfigError(
                 f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'
             )
-        self.aggregator = create_aggregator(config)
         self.backend = ops.choose_backend(config.backend, device)
-        self.streaming = choose_streaming(config, plan, exchanges=1 if local else micro_steps)
         self.window = Window(len(config.languages), config.weighting, local, apart)
-        self.windows = 0
-        self.counters: collections.Counter[str] = collections.Counter()
-        self.last: Resolution | None = None
+        self.resolver = Resolver(config, plan, exchange, self.window, self.backend)
+        self.record = Record(config, plan, speaks=exchange.rank == 0)
+        self._micro_steps = micro_steps
         self._sink = sink
         self._device = torch.device(device)
         self._side = SideStream(self._device)
         self._depth = 1 if overlap else 0
         self._store = RowStore(config.row_storage)
-        self._pending: collections.deque[_Pending] = collections.deque()
-        self._boundary = False
-        self._parts = 1
         self._contributions = Contributions([parameter.name for parameter in plan.parameters])
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = segments or [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
-        settings = {**config.to_json(), "backend": self.backend, "micro_steps": micro_steps, "local": local}
+        settings = {**config.to_json(), "backend": self.backend, "local": local}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
-        self._reset_results()
+        self._streams = self.streaming
+        self._start_window()
 
     def check_ranks(self) -> None:
         """Compares the settings and blocks of all ranks before the first step, whose collectives would not fit.
@@ -155,7 +125,7 @@ class BucketMOO:
         """
         check_equal(
             self.exchange,
-            struct.pack("<q", self._fingerprint),
+            struct.pack("<qq", self._fingerprint, self.micro_steps),
             "ranks disagree about the settings, the trained parameters or how they are wrapped: run one script on all",
         )
 
@@ -171,29 +141,30 @@ class BucketMOO:
         Raises:
             LanguageError: on every rank, if one of them has no valid micro-batch.
             DisagreementError: on every rank, if their positions, plans or settings differ.
+            ConfigError: on every rank, if `streaming` was asked for and M no longer allows it.
         """
         position = {
             "window": self.windows,
-            "micro-step": len(self.window.table),
+            "micro-step": self.window.micro_steps,
             "boundary": int(boundary),
+            "number of micro-steps in a window": self.micro_steps,
             "settings or blocks": self._fingerprint,
         }
         error, mine = (str(slot), Slot(-1, 0, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
         slots = [Slot.from_numbers(numbers) for numbers in told]
-        self._check_languages(slots)
+        checks.check_languages(self.window, slots, self.config.languages)
+        if not self.in_window:
+            self._streams = self.streaming
         self.window.add(slots)
         self._check_nodes()
         self._boundary = boundary
-        if boundary and not self.window.present:
-            raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
-        self._parts = self.window.parts
-        if self.config.mode == "streaming" and boundary and self._parts > 1:
-            raise LanguageError(
-                f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, whose parts '
-                'are then exchanged one after the other; keep one language (LanguageBatchSampler(affinity="window")), '
-                'or use "auto"'
-            )
+        if boundary:
+            checks.check_present(self.window)
+            checks.check_parts(self.window, self.config.mode)
+            self._streams = self._streams and self.window.parts == 1
+        parts = range(self.window.parts)
+        self._by_node = [self._merged(self.window.sources(part)) for part in parts]
 
     def ingest(self, bucket: int, flat: Tensor, part: int = 0) -> None:
         """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot in `Window.sources(part)`.
@@ -238,55 +209,71 @@ class BucketMOO:
             with self._side.after_current():
                 self._resolve_rows()
         self._side.join()
-        check_equal(
-            self.exchange,
-            self._block_weights.numpy().tobytes(),
-            "the ranks reached different weights from the same Grams",
-        )
+        self.resolver.check_ranks()
         resolution = Resolution(
             window=self.windows,
-            gram=self._block_gram / gradient_scale**2,
-            weights=self._block_weights,
+            gram=self.resolver.gram / gradient_scale**2,
+            weights=self.resolver.weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
-            nonfinite=tuple(self._nonfinite),
+            nonfinite=tuple(self.resolver.nonfinite),
         )
-        self._close(resolution)
+        self.record.add(resolution)
+        self._start_window()
         return resolution
 
-    # --- state that a checkpoint keeps --------------------------------------------------------------------------
+    def abandon(self) -> None:
+        """Gives the window up: what it has gathered is forgotten, and the next micro-step is its first again. All ranks
+        have to do it."""
+        while self._pending:
+            self._pending.popleft().received.wait()
+        self._side.join()
+        self._start_window()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs, as plain JSON values.
+    # --- what others ask ----------------------------------------------------------------------------------------
 
-        Random orders are derived from (seed, window), so the number of windows is all the random state there is.
-        """
-        return {"windows": self.windows, "counters": dict(self.counters), "fingerprint": self.plan.fingerprint()}
+    @property
+    def micro_steps(self) -> int:
+        """M, as the framework has it now."""
+        return self._micro_steps()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+    @property
+    def streaming(self) -> bool:
+        """Whether a window that begins now is resolved as its buckets arrive."""
+        return choose_streaming(self.config, self.plan, exchanges=1 if self.window.local else self.micro_steps)
 
-        Raises:
-            ConfigError: the state is of another model, bucket size or granularity.
-        """
-        if state["fingerprint"] != self.plan.fingerprint():
-            raise ConfigError(
-                f"the checkpoint's blocks are not this run's (fingerprint {state['fingerprint']}, here "
-                f"{self.plan.fingerprint()}): use the same model, zero_optimization.reduce_bucket_size and "
-                f"{SECTION}.granularity"
-            )
-        self.windows = int(state["windows"])
-        self.counters = collections.Counter({str(key): int(value) for key, value in state["counters"].items()})
+    @property
+    def in_window(self) -> bool:
+        """Whether micro-steps have been taken that no optimizer step has used yet."""
+        return self.window.micro_steps > 0
+
+    @property
+    def windows(self) -> int:
+        """How many windows are resolved."""
+        return self.record.windows
+
+    @property
+    def counters(self) -> collections.Counter[str]:
+        """See `Record`."""
+        return self.record.counters
+
+    @property
+    def last(self) -> Resolution | None:
+        """The latest window's resolution."""
+        return self.record.last
 
     @property
     def row_bytes(self) -> int:
         """Bytes of this rank's row store; 0 while streaming."""
         return self._store.nbytes
 
-    @property
-    def in_window(self) -> bool:
-        """Whether micro-steps have been taken that no optimizer step has used yet."""
-        return bool(self.window.table)
+    def state_dict(self) -> dict[str, Any]:
+        """See `Record.state_dict`."""
+        return self.record.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Record.load_state_dict`."""
+        self.record.load_state_dict(state)
 
     def describe(self) -> str:
         """Returns the line that is logged at start-up."""
@@ -300,11 +287,6 @@ class BucketMOO:
             f"{self._exchange_name}, "
             f"backend {self.backend}"
         )
-
-    @property
-    def _streams(self) -> bool:
-        """Whether the buckets of this window are resolved as they arrive."""
-        return self.streaming and self._parts == 1
 
     @property
     def _goes_by_node(self) -> bool:
@@ -321,9 +303,19 @@ class BucketMOO:
 
     # --- how it is done -----------------------------------------------------------------------------------------
 
+    def _start_window(self) -> None:
+        self._boundary = False
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self._grams: dict[int, Tensor] = {}
+        self._resolved: set[int] = set()
+        self.window.clear()
+        self.resolver.start_window()
+        self._store.clear()
+        self._contributions.clear()
+
     def _send(self, bucket: int, flat: Tensor, part: int) -> _Pending:
-        sources, last = self.window.sources(part), self._boundary and part == self._parts - 1
-        by_node = self._merged(sources)
+        sources, last = self.window.sources(part), self._boundary and part == self.window.parts - 1
+        by_node = self._by_node[part]
         if by_node is None:
             return _Pending(bucket, self.exchange.scatter(flat), sources, last)
         mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
@@ -332,14 +324,6 @@ class BucketMOO:
         elif mine.scale != of_node.scale:
             flat.mul_(mine.scale / of_node.scale)
         return _Pending(bucket, self.exchange.scatter_by_node(flat), by_node, last)
-
-    def _resolve_rows(self) -> None:
-        """Resolves the stored rows of all buckets at once."""
-        buckets = range(len(self.plan.buckets))
-        partial = torch.cat([self._grams[bucket] for bucket in buckets])
-        weights = self._resolve(partial, range(len(self.plan.cell_block)))
-        for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
-            self._combine(bucket, self._rows(bucket), of_bucket)
 
     def _receive(self, depth: int) -> None:
         """Takes in arrived buckets until at most `depth` are under way. The order is the same on every rank."""
@@ -360,16 +344,6 @@ class BucketMOO:
             if pending.last:
                 self._grams[pending.bucket] = self._gram(pending.bucket, self._rows(pending.bucket))
 
-    def _rows(self, bucket: int) -> list[Tensor]:
-        """The stored rows of the present languages, on the device."""
-        return [row.to(self._device) for row in self._store.rows(bucket, self.window.present)]
-
-    def _merged(self, sources: list[Slot]) -> list[Slot] | None:
-        """One slot for each node, where gradients go by node now."""
-        if not self._goes_by_node:
-            return None
-        return merged_by_node(sources, self.exchange.ranks_per_node)
-
     def _incoming(self, slices: Tensor, sources: list[Slot]) -> list[_Incoming]:
         return [
             _Incoming(piece, slot.language, slot.scale / self.window.reference_scale(slot.language))
@@ -385,7 +359,20 @@ class BucketMOO:
         else:
             rows = [torch.empty_like(slices[0], dtype=torch.float32) for _ in self.window.present]
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), incoming)
-        self._combine(bucket, rows, self._resolve(gram, self._cells[bucket]))
+        weights = self.resolver.resolve(gram, self._cells[bucket], self.record.generator())
+        self._combine(bucket, rows, weights)
+
+    def _resolve_rows(self) -> None:
+        """Resolves the stored rows of all buckets at once."""
+        buckets = range(len(self.plan.buckets))
+        partial = torch.cat([self._grams[bucket] for bucket in buckets])
+        weights = self.resolver.resolve(partial, range(len(self.plan.cell_block)), self.record.generator())
+        for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
+            self._combine(bucket, self._rows(bucket), of_bucket)
+
+    def _rows(self, bucket: int) -> list[Tensor]:
+        """The stored rows of the present languages, on the device."""
+        return [row.to(self._device) for row in self._store.rows(bucket, self.window.present)]
 
     def _accumulate_gram(self, bucket: int, rows: list[Tensor], fresh: list[bool], incoming: list[_Incoming]) -> Tensor:
         """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
@@ -407,95 +394,23 @@ class BucketMOO:
         segments = self._segments[bucket]
         return ops.gram(rows, segments.spans, segments.cells, segments.num_cells, backend=self.backend)
 
-    def _resolve(self, partial: Tensor, cells: Sequence[int]) -> Tensor:
-        """This rank's part `[C, K', K']` of the Grams of some cells, to the weights `[C, K']` of the stored rows; K'
-        languages are present."""
-        coefficients = torch.tensor(self.window.coefficients(), dtype=torch.float64)
-        gram = self.exchange.all_reduce(partial).cpu() * torch.outer(coefficients, coefficients)
-        self._note_nonfinite(gram, cells)
-        blocks = torch.tensor([self.plan.cell_block[cell] for cell in cells])
-        used, position = blocks.unique(return_inverse=True)
-        summed = torch.zeros(len(used), *gram.shape[1:], dtype=torch.float64).index_add_(0, position, gram)
-        with ops.using(self.backend):
-            weights = aggregate.solve(
-                summed,
-                torch.ones(summed.shape[:2], dtype=torch.bool),
-                self.aggregator,
-                normalize=self.config.normalize,
-                rescale=self.config.rescale,
-                generator=self._generator(),
-            )
-        present = torch.tensor(self.window.present)
-        self._block_gram[used[:, None, None], present[:, None], present] = summed
-        self._block_weights[used[:, None], present] = weights
-        return (weights * coefficients)[position]
-
     def _combine(self, bucket: int, rows: list[Tensor], weights: Tensor) -> None:
-        if not self._nonfinite:
+        if not self.resolver.nonfinite:
             segments = self._segments[bucket]
             out = torch.empty_like(rows[0], dtype=self.result_dtype)
             ops.combine(rows, weights, segments.spans, segments.cells, out, backend=self.backend)
             self._sink(bucket, out)
         self._resolved.add(bucket)
 
-    def _note_nonfinite(self, gram: Tensor, cells: Sequence[int]) -> None:
-        bad = ~torch.isfinite(gram.diagonal(dim1=1, dim2=2))
-        for cell, index in bad.nonzero().tolist():
-            language = self.config.languages[self.window.present[index]]
-            where = (language, self.plan.buckets[self.plan.cell_bucket[cells[cell]]].name)
-            if where not in self._nonfinite:
-                self._nonfinite.append(where)
-
-    def _close(self, resolution: Resolution) -> None:
-        self.counters["windows"] += 1
-        if resolution.nonfinite:
-            self.counters["skipped_windows"] += 1
-            for language in {language for language, _ in resolution.nonfinite}:
-                self.counters[f"nonfinite.{language}"] += 1
-            if self.exchange.rank == 0:
-                found = "; ".join(f"language {language} in {bucket}" for language, bucket in resolution.nonfinite)
-                logger.warning("window %d: rows that are not finite, step skipped: %s", self.windows, found)
-        self.windows += 1
-        self.last = resolution
-        self.window.clear()
-        self._store.clear()
-        self._contributions.clear()
-        self._reset_results()
-
-    def _reset_results(self) -> None:
-        blocks, languages = len(self.plan.blocks), len(self.config.languages)
-        self._grams: dict[int, Tensor] = {}
-        self._resolved: set[int] = set()
-        self._nonfinite: list[tuple[str, str]] = []
-        self._block_gram = torch.zeros(blocks, languages, languages, dtype=torch.float64)
-        self._block_weights = torch.zeros(blocks, languages, dtype=torch.float64)
-
-    def _check_languages(self, slots: list[Slot]) -> None:
-        rank = self.window.changed_language(slots)
-        if rank is not None:
-            first, now = self.window.table[0][rank].language, slots[rank].language
-            languages = self.config.languages
-            raise LanguageError(
-                f'rank {rank} went from language "{languages[first]}" to "{languages[now]}" within a window, but '
-                "gradients are exchanged only at the boundary and would be mixed: keep one language a rank and window "
-                '(LanguageBatchSampler(affinity="window")), or exchange them in every micro-step (without '
-                "once_a_window, no_sync)"
-            )
+    def _merged(self, sources: list[Slot]) -> list[Slot] | None:
+        """One slot for each node, where gradients go by node now."""
+        return merged_by_node(sources, self.exchange.ranks_per_node) if self._goes_by_node else None
 
     def _check_nodes(self) -> None:
         """Where nodes cannot train on one language each: an error if that was asked for, else a warning, once."""
-        if not self._goes_by_node or self._merged(self.window.table[-1]) is not None:
-            return
-        advice = (
-            f"ranks of one node trained on different languages, so that about {self.exchange.ranks_per_node} times the "
-            "bytes go between nodes: lay languages out by node (LanguageBatchSampler(ranks_per_node="
-            f"{self.exchange.ranks_per_node}); bucketmoo plan shows how)"
-        )
-        if self.config.exchange == "two_stage":
-            raise LanguageError(f'{SECTION}.exchange = "two_stage": {advice}, or use "auto"')
-        self.counters["flat_micro_steps"] += 1
-        if self.exchange.rank == 0 and self.counters["flat_micro_steps"] == 1:
-            logger.warning("window %d: %s", self.windows, advice)
+        if self._goes_by_node and self._merged(self.window.latest) is None:
+            advice = checks.flat_advice(self.exchange.ranks_per_node, self.config.exchange)
+            self.record.note_flat_micro_step(advice)
 
     def _check_complete(self, done: Container[int]) -> None:
         missing = [bucket.name for index, bucket in enumerate(self.plan.buckets) if index not in done]
@@ -506,7 +421,3 @@ class BucketMOO:
     def _shard_segments(self, bucket: int) -> Segments:
         numel = self.exchange.shard_numel(self.plan.buckets[bucket].numel)
         return self.plan.segments(bucket, self.exchange.rank * numel, (self.exchange.rank + 1) * numel)
-
-    def _generator(self) -> torch.Generator:
-        seed = digest(struct.pack("<qq", self.config.seed, self.windows))
-        return torch.Generator().manual_seed(seed & (2**63 - 1))

@@ -18,14 +18,22 @@ from bucketmoo_ds.data.batch import Slot
 
 
 class Window:
-    """The table (micro-step, rank) -> slot of the current window, equal on all ranks.
+    """The slots of the current window, equal on all ranks. What follows from them is worked out once, as they come.
 
     Args:
         num_languages: K.
         weighting: `language` or `token`, see `BucketMOOConfig`.
-        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (ZeRO-1).
+        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (`once_a_window`).
         apart: whether it keeps the sums of its languages apart, and exchanges one after the other; else it must keep
             one language for the window.
+
+    Attributes:
+        micro_steps: how many have come.
+        target_tokens: of every language so far, `[K]`.
+        present: the languages that fed at least one target token, ascending.
+        latest: the slots of the latest micro-step, rank by rank.
+        parts: how many exchanges carry what the ranks hold now: where they have added up several languages, as many as
+            the rank with the most of them.
     """
 
     def __init__(self, num_languages: int, weighting: str, local: bool, apart: bool = False) -> None:
@@ -33,90 +41,79 @@ class Window:
         self.weighting = weighting
         self.local = local
         self.apart = apart
-        self.table: list[list[Slot]] = []
+        self.clear()
 
     def clear(self) -> None:
         """Starts the next window."""
-        self.table = []
+        self.micro_steps = 0
+        self.target_tokens = [0] * self.num_languages
+        self.present: list[int] = []
+        self.latest: list[Slot] = []
+        self.parts = 1
+        self._first_slot: dict[int, Slot] = {}  # of a language that has fed tokens, over all ranks
+        self._fed: list[dict[int, Slot]] = []  # of each rank: its languages in order, each with its first slot
+        self._sources: list[list[Slot]] = []
 
     def add(self, slots: Sequence[Slot]) -> None:
         """Appends a micro-step: the slots of all ranks."""
-        self.table.append(list(slots))
+        self.micro_steps += 1
+        self.latest = list(slots)
+        self._fed = self._fed or [{} for _ in slots]
+        for fed, slot in zip(self._fed, slots, strict=True):
+            if slot.target_tokens > 0:
+                self.target_tokens[slot.language] += slot.target_tokens
+                self._first_slot.setdefault(slot.language, slot)
+                fed.setdefault(slot.language, slot)
+        self.present = sorted(self._first_slot)
+        self.parts = max(1, *(len(fed) for fed in self._fed)) if self.local else 1
+        self._sources = [self._sources_of(part) for part in range(self.parts)]
 
-    def changed_language(self, slots: Sequence[Slot]) -> int | None:
-        """Returns the first rank whose language differs from its earlier micro-steps where that is not allowed."""
-        if not self.local or self.apart or not self.table:
+    def changed_language(self, slots: Sequence[Slot]) -> tuple[int, int] | None:
+        """Returns the first rank whose language differs from its earlier micro-steps where that is not allowed, and
+        that earlier language."""
+        if not self.local or self.apart or not self.latest:
             return None
-        pairs = enumerate(zip(self.table[0], slots, strict=True))
-        return next((rank for rank, (first, now) in pairs if first.language != now.language), None)
-
-    @property
-    def present(self) -> list[int]:
-        """The languages that fed at least one target token to this window, ascending."""
-        return [language for language, tokens in enumerate(self.target_tokens) if tokens > 0]
-
-    @property
-    def target_tokens(self) -> list[int]:
-        """The target tokens of every language in this window."""
-        tokens = [0] * self.num_languages
-        for slots in self.table:
-            for slot in slots:
-                tokens[slot.language] += slot.target_tokens
-        return tokens
-
-    @property
-    def parts(self) -> int:
-        """How many exchanges carry what the ranks hold now: where they have added up several languages, as many as the
-        rank with the most of them."""
-        if not self.local:
-            return 1
-        return max(1, *(len(self.languages_of(rank)) for rank in range(len(self.table[0]))))
+        # Without a token so far, any of its slots tells.
+        kept = [next(iter(fed), slot.language) for fed, slot in zip(self._fed, self.latest, strict=True)]
+        pairs = enumerate(zip(kept, slots, strict=True))
+        return next(((rank, language) for rank, (language, now) in pairs if language != now.language), None)
 
     def languages_of(self, rank: int) -> list[int]:
         """Returns the languages that a rank has fed to this window, in the order in which they came."""
-        return list(dict.fromkeys(slot.language for slot in self._slots_of(rank) if slot.target_tokens > 0))
+        return list(self._fed[rank])
 
     def local_factor(self, rank: int) -> float:
         """Returns by what a rank's latest gradient is multiplied where it adds up micro-steps itself; 1 for its first
-        gradient of the language, whose scale then holds for the sum."""
-        latest = self.table[-1][rank]
-        fed = (slot for slot in self._slots_of(rank) if slot.target_tokens > 0 and slot.language == latest.language)
-        first = next(fed, latest)
-        return latest.scale / first.scale if first.scale else 0.0
+        gradient of the language, whose scale then holds for the sum, and 0 where it fed no token, so that its gradient
+        is no number."""
+        latest = self.latest[rank]
+        if latest.target_tokens == 0:
+            return 0.0
+        return latest.scale / self._fed[rank][latest.language].scale
 
     def sources(self, part: int = 0) -> list[Slot]:
         """Returns, rank by rank, the slot that stands for what the rank exchanges in this part."""
-        if not self.local:
-            return self.table[-1]
-        return [self._source(rank, part) for rank in range(len(self.table[0]))]
-
-    def _source(self, rank: int, part: int) -> Slot:
-        languages = self.languages_of(rank)
-        if part >= len(languages):
-            return Slot(self.table[-1][rank].language, 0, 0.0)
-        return next(
-            slot for slot in self._slots_of(rank) if slot.target_tokens > 0 and slot.language == languages[part]
-        )
-
-    def _slots_of(self, rank: int) -> list[Slot]:
-        return [slots[rank] for slots in self.table]
+        return self._sources[part]
 
     def reference_scale(self, language: int) -> float:
         """Returns the scale of the language's first slot. Rows are kept in its units, so that equal micro-batches are
         added without a single rounding beyond the sum's own."""
-        slots = (slot for step in self.table for slot in step)
-        return next(slot.scale for slot in slots if slot.language == language and slot.target_tokens > 0)
+        return self._first_slot[language].scale
 
     def coefficients(self) -> list[float]:
         """Returns, for each language present, what its stored row has to be multiplied by (see the module)."""
-        tokens = self.target_tokens
-        present = self.present
-        total = sum(tokens)
+        total = sum(self.target_tokens)
         share = {
-            "language": lambda language: 1.0 / tokens[language],
-            "token": lambda language: len(present) / total,
+            "language": lambda language: 1.0 / self.target_tokens[language],
+            "token": lambda language: len(self.present) / total,
         }[self.weighting]
-        return [self.reference_scale(language) * share(language) for language in present]
+        return [self.reference_scale(language) * share(language) for language in self.present]
+
+    def _sources_of(self, part: int) -> list[Slot]:
+        if not self.local:
+            return self.latest
+        each = zip(self._fed, self.latest, strict=True)
+        return [list(fed.values())[part] if part < len(fed) else Slot(now.language, 0, 0.0) for fed, now in each]
 
 
 def merged_by_node(slots: Sequence[Slot], ranks_per_node: int) -> list[Slot] | None:

@@ -212,6 +212,16 @@ def plan_buckets(parameters: Sequence[Parameter], members: Sequence[Sequence[int
     )
 
 
+# What compiling, activation checkpointing and FSDP1 put into the names of a module's parameters.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """Returns the name that a parameter has in the model without wrappers: blocks keep their names, and a run can be
+    resumed, with them and without."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def layer_of(name: str) -> str:
     """Returns the layer of a parameter: `model.layers.3.mlp.up.weight` -> `model.layers.3`, `model.norm.weight` ->
     `model.norm`."""

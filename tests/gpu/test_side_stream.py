@@ -9,7 +9,7 @@ from torch import Tensor
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.pipeline.engine import BucketMOO
-from bucketmoo_ds.pipeline.window import Slot
+from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 pytestmark = [
@@ -38,7 +38,7 @@ def _windows(device: str, mode: str, storage: str, seed: int) -> list[Tensor]:
     config = BucketMOOConfig(languages=["de", "fr", "pl"], aggregator="mean", mode=mode, row_storage=storage)
     plan = plan_blocks([Parameter(f"p{index}", NUMEL) for index in range(BUCKETS)], NUMEL, "bucket")
     combined: dict[int, Tensor] = {}
-    moo = BucketMOO(config, plan, Exchange(), combined.__setitem__, micro_steps=LANGUAGES, local=False, device=device)
+    moo = BucketMOO(config, plan, Exchange(), combined.__setitem__, micro_steps=lambda: LANGUAGES, local=False, device=device)
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(2):

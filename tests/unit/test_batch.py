@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Entries, LanguageTracker
 from bucketmoo_ds.errors import LanguageError
-from bucketmoo_ds.pipeline.window import Slot
+from bucketmoo_ds.data.batch import Slot
 
 LANGUAGES = ["de", "fr", "pt_BR"]
 

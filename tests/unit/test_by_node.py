@@ -181,7 +181,7 @@ def test_languages_mixed_in_a_node_are_refused_where_two_stages_were_asked_for()
 def test_two_stages_without_nodes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r'exchange = "two_stage".*use "auto"'):
         BucketMOO(
-            config(exchange="two_stage"), plan(), SimulatedExchange(0, 4), print, micro_steps=1, local=False
+            config(exchange="two_stage"), plan(), SimulatedExchange(0, 4), print, micro_steps=lambda: 1, local=False
         )
 
 

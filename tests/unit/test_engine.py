@@ -22,8 +22,9 @@ from bucketmoo_ds import aggregate, reference
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import CHOICES, BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
-from bucketmoo_ds.pipeline.engine import BucketMOO, Resolution
-from bucketmoo_ds.pipeline.window import Slot
+from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.pipeline.resolution import Resolution
 from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks
 from bucketmoo_ds.plan.choices import choose_streaming, create_aggregator
 
@@ -91,7 +92,7 @@ def drive(
         blocks,
         exchange,
         lambda bucket, shard: found[-1].__setitem__(bucket, shard.clone()),
-        micro_steps=len(windows[0]),
+        micro_steps=lambda: len(windows[0]),
         local=local,
         overlap=overlap,
     )
@@ -160,7 +161,7 @@ def assert_equals_reference(outcomes: Sequence[Outcome], windows: Sequence[Table
     moo = outcomes[0].moo
     for number, window in enumerate(windows):
         micros = [micro for row in window for micro in row]
-        moo.windows = number
+        moo.record.windows = number
         expected, weights = reference.resolve_window(
             micros,
             names_of_blocks(moo.plan),
@@ -169,7 +170,7 @@ def assert_equals_reference(outcomes: Sequence[Outcome], windows: Sequence[Table
             weighting=settings.weighting,
             normalize=settings.normalize,
             rescale=settings.rescale,
-            seed=moo._generator().initial_seed(),
+            seed=moo.record.generator().initial_seed(),
         )
         found = combined(outcomes, number)
         resolution = outcomes[0].resolutions[number]
@@ -459,14 +460,14 @@ class TestBeginMicroStep:
 
     def test_window(self) -> None:
         def body(moo: BucketMOO, rank: int) -> None:
-            moo.windows = 4 + rank
+            moo.record.windows = 4 + rank
             moo.begin_micro_step(Slot(0, 1, 1.0), True)
 
         assert "disagree about the window (rank 0: 4, rank 1: 5)" in self.errors(body)[0]
 
     def test_micro_step(self) -> None:
         def body(moo: BucketMOO, rank: int) -> None:
-            moo.window.table = [[Slot(0, 1, 1.0)] * 2] * rank
+            moo.window.micro_steps = rank
             moo.begin_micro_step(Slot(0, 1, 1.0), True)
 
         assert "disagree about the micro-step (rank 0: 0, rank 1: 1)" in self.errors(body)[1]
@@ -557,7 +558,7 @@ class TestFinish:
         def rank(exchange: SimulatedExchange) -> None:
             moo = make(exchange)
             if exchange.rank == 1:
-                moo.aggregator = aggregate.create("mean")
+                moo.resolver.aggregator = aggregate.create("mean")
             moo.begin_micro_step(slot_of(windows[0][0][exchange.rank], 1), True)
             for bucket in range(len(moo.plan.buckets)):
                 moo.ingest(bucket, flat_of(windows[0][0][exchange.rank], moo.plan, bucket, exchange))
@@ -594,8 +595,8 @@ class TestState:
         moo, other = make(alone), make(alone, seed=1)
         seeds = set()
         for window in range(20):
-            moo.windows = other.windows = window
-            seeds |= {moo._generator().initial_seed(), other._generator().initial_seed()}
+            moo.record.windows = other.record.windows = window
+            seeds |= {moo.record.generator().initial_seed(), other.record.generator().initial_seed()}
         assert len(seeds) == 40
 
     def test_counters_continue(self, alone: Exchange) -> None:
@@ -669,5 +670,6 @@ def make(
     exchange: Exchange, blocks: BlockPlan | None = None, *, micro_steps: int = 1, local: bool = False, **changes: Any
 ) -> BucketMOO:
     return BucketMOO(
-        config(**changes), blocks or plan(), exchange, lambda bucket, shard: None, micro_steps=micro_steps, local=local
+        config(**changes), blocks or plan(), exchange, lambda bucket, shard: None, micro_steps=lambda: micro_steps,
+        local=local,
     )

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bucketmoo_ds.pipeline.window import Slot, Window, merged_by_node
+from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.pipeline.window import Window, merged_by_node
 
 ELEMENTS = 7
 
@@ -136,7 +137,7 @@ def test_changed_language(local: bool) -> None:
     window = Window(3, "language", local)
     window.add([Slot(0, 1, 1.0), Slot(1, 1, 1.0)])
     assert window.changed_language([Slot(0, 2, 2.0), Slot(1, 2, 2.0)]) is None
-    assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == (1 if local else None)
+    assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == ((1, 1) if local else None)
     window.clear()
     assert window.changed_language([Slot(2, 2, 2.0), Slot(0, 2, 2.0)]) is None
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
+from bucketmoo_ds.adapters.hooks import after_backward, graph_task, watch
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.batch import LanguageTracker
+from bucketmoo_ds.data.batch import LanguageTracker, Passage
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.pipeline import checkpoint
@@ -83,24 +85,44 @@ class BucketMOOEngine(DeepSpeedEngine):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's forward pass, without our entries of the batch."""
         inputs, kwargs, entries = self.language_tracker.strip(inputs, kwargs)
-        if torch.is_grad_enabled():
-            # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
-            self.language_tracker.note(entries, self.module.training)
-        return super().forward(*inputs, **kwargs)
+        if not torch.is_grad_enabled() or graph_task() is not None:  # or a recomputation
+            return super().forward(*inputs, **kwargs)
+        self.reduction.micro.check_not_interrupted()
+        # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
+        passage = self.language_tracker.note(entries, self.module.training)
+        output = super().forward(*inputs, **kwargs)
+        watch(output, lambda: self._reached(passage))
+        return output
+
+    def _reached(self, passage: Passage) -> None:
+        """A backward comes to what a forward pass has returned; if it brings no gradient, it was none of ours."""
+        self.language_tracker.bring_back(passage)
+        after_backward(lambda: self.language_tracker.set_aside(passage))
 
     def _backward_prologue(self) -> None:
         super()._backward_prologue()
-        self.reduction.begin_micro_step(self.at_boundary())
+        self.reduction.due = True
 
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
-        self.reduction.close_local_micro_step()
+        self.reduction.end_local_micro_step()
 
     def zero_grad(self) -> None:
         """DeepSpeed's `zero_grad`. A window that is resolved is given up, and the next backward begins another."""
         super().zero_grad()
-        if self.reduction.finished:
-            self.reduction.start_window()
+        self.reduction.micro.use()
+
+    def abandon(self) -> None:
+        """Gives up the window under way, or the resolved one that no step has used: the next backward begins a new one.
+
+        To be called on all ranks, after an error that was caught. Clears the gradients.
+        """
+        self.reduction.abandon()
+        self.zero_grad()
+        self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+        if isinstance(self.optimizer, ZeROOptimizer):  # the interrupted backward has not left it
+            self.optimizer.clear_backward_seen_flag()
+            self.optimizer._backward_active_depth = 0
 
     @contextlib.contextmanager
     def coalesce_grad_reduction(self) -> Iterator[None]:

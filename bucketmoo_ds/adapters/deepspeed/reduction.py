@@ -1,15 +1,15 @@
-"""What stands between DeepSpeed and the pipeline: windows, which all stages of ZeRO have alike; and for ZeRO's own
-optimizers staging in front of the pipeline, the optimizer's partitions behind it."""
+"""What stands between DeepSpeed and the pipeline: micro-steps and windows, which all stages of ZeRO have alike; and for
+ZeRO's own optimizers the gathering in front of the pipeline, the optimizer's partitions behind it."""
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.adapters.staging import Staging
+from bucketmoo_ds.adapters.micro_step import MicroStep
+from bucketmoo_ds.adapters.staging import Gathering
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.pipeline.engine import BucketMOO
@@ -21,61 +21,85 @@ if TYPE_CHECKING:
 
 
 class StageReduction:
-    """What an engine asks of the reduction of its stage: a backward opens a micro-step, a step closes the window.
+    """What an engine asks of the reduction of its stage: the first gradient of a backward opens a micro-step, the
+    backward's end closes it, a step uses the window.
 
     Attributes:
         moo: the pipeline.
-        finished: whether the window is resolved, and no step has used it yet.
+        micro: where the run stands.
+        due: whether a backward has come to the engine's outputs, and to no parameter yet.
     """
 
     moo: BucketMOO
-    finished: bool
+    micro: MicroStep
+    due = False
     _engine: BucketMOOEngine
 
-    def begin_micro_step(self, boundary: bool) -> None:
-        """Backward begins; further calls in the same one do nothing.
-
-        Args:
-            boundary: whether this micro-step ends the window.
-        """
+    def begin(self, arriving: Tensor | None) -> None:
+        """A micro-step begins. See `Adapter`."""
         raise NotImplementedError
 
-    def close_local_micro_step(self) -> None:
+    def end(self) -> list[bool]:
+        """All gradients of a micro-step that is exchanged have come. See `Adapter`."""
+        raise NotImplementedError
+
+    def holds_gradients(self, arriving: Tensor | None) -> bool:
+        """Whether the gradients of a resolved window that no step has used are still there."""
+        return True
+
+    def arrive(self, parameter: Tensor | None = None) -> None:
+        """The gradient of a parameter comes: the first one opens the micro-step."""
+        if self.micro.is_open:
+            return
+        if self.micro.unused and self.holds_gradients(parameter):
+            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
+        self.due = False
+        self.micro.open(self._engine.at_boundary())
+        self.begin(parameter)
+
+    def end_micro_step(self) -> bool:
+        """Exchanges what is left of the micro-step; again, or after a backward that opened none, it does nothing.
+
+        Returns:
+            Whether the window can be resolved now.
+        """
+        self._open_if_due()
+        if not self.micro.is_open:
+            return False
+        self.micro.close(self.end())
+        self.after_exchange()
+        return self.micro.boundary
+
+    def after_exchange(self) -> None:
+        """The micro-step's gradients have gone to the other ranks."""
+
+    def end_local_micro_step(self) -> None:
         """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
+        self._open_if_due()
+        if self.micro.is_open and not self.micro.exchanges:
+            self.micro.close()
 
-    def start_window(self) -> None:
-        """What was resolved is used, or given up."""
-        self.finished = False
+    def abandon(self) -> None:
+        """Forgets the window."""
+        self.due = False
+        self.micro.abandon()
 
-    @property
-    def skip(self) -> bool:
-        """Whether the window that is closed now holds a row that is not finite."""
-        return self.moo.last is not None and bool(self.moo.last.nonfinite)
-
-    def check_finished(self) -> None:
+    def check_step(self) -> None:
         """Stops a step whose gradients took another way."""
-        if not self.finished:
+        if not (self.micro.resolved and self.micro.unused):
             raise BucketMOOError(
                 "optimizer step without a resolved window: the gradients of this window did not pass through "
                 "bucket_moo (call engine.backward and engine.step of the engine that deepspeed.initialize returned)"
             )
 
-    def _agree(self, boundary: bool) -> None:
-        """Agrees with the other ranks on this micro-step's languages."""
-        if self.finished:
-            raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
-        moo = self.moo
-        moo.begin_micro_step(self._engine.language_tracker.slot(moo.micro_steps, moo.exchange.world_size), boundary)
-        taken = len(moo.window.table)
-        if taken >= moo.micro_steps and not boundary:
-            raise BucketMOOError(
-                f"micro-step {taken} of {moo.micro_steps} does not end its window: set gradient_accumulation_steps to "
-                "as many as there are between two optimizer steps (no_sync() and set_gradient_accumulation_boundary() "
-                "do not tell)"
-            )
+    def _open_if_due(self) -> None:
+        """A backward of the engine that brought this rank's parameters no gradient is a micro-step all the same: the
+        other ranks wait for it. (`torch.autograd.grad` is none, and the engine does not run it.)"""
+        if self.due and self._engine._running_engine_backward:
+            self.arrive()
 
 
-class Reduction(StageReduction):
+class ZeroReduction(StageReduction):
     """Takes gradients from a ZeRO optimizer's hooks; a stage's subclass brings combined shards to its partitions.
 
     Args:
@@ -104,7 +128,7 @@ class Reduction(StageReduction):
             plan,
             exchange,
             self.deliver,
-            micro_steps=engine.gradient_accumulation_steps(),
+            micro_steps=engine.gradient_accumulation_steps,
             local=local,
             apart=local,
             segments=[layout.segments(bucket, exchange.rank) for bucket in range(len(plan.buckets))],
@@ -112,93 +136,37 @@ class Reduction(StageReduction):
             overlap=bool(engine.zero_overlap_comm()),
             device=device,
         )
+        self.micro = MicroStep(self.moo, engine.language_tracker)
         # What is added up here is added up in the dtype that the user chose for that.
-        self._wire_dtype = optimizer.communication_data_type
-        staging_dtype = optimizer.gradient_accumulation_dtype if local else self._wire_dtype
-        self._make_staging = functools.partial(
-            Staging, plan, layout, exchange.world_size, staging_dtype, device, self._ingest
-        )
-        self._staging = self._make_staging()
-        self._sums: dict[int, Staging] = {}  # by language, where micro-steps are added up
-        self._part = 0
+        wire = optimizer.communication_data_type
+        added_up = optimizer.gradient_accumulation_dtype if local else wire
+        self._gathering = Gathering(self.micro, layout, added_up, wire, device)
         self._index = index
         self._engine = engine
         self._optimizer = optimizer
-        self.start_window()
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
         """The engine's sink: takes a combined shard to where the optimizer looks for it, or starts to."""
         raise NotImplementedError
 
-    def start_window(self) -> None:
+    def begin(self, arriving: Tensor | None) -> None:
         """See `StageReduction`."""
-        super().start_window()
-        self._open = False
-        self._staging.start_window()
-        self._sums.clear()
-
-    def begin_micro_step(self, boundary: bool) -> None:
-        """See `StageReduction`."""
-        if self._open:
-            return
-        self._agree(boundary)
-        self._open = True
-        window, rank = self.moo.window, self.moo.exchange.rank
-        language, self._counts = window.table[-1][rank].language, window.table[-1][rank].target_tokens > 0
-        self._boundary = boundary
-        if window.local:
-            self._factor = window.local_factor(rank)
-            self._leaves = boundary and window.parts == 1 and window.languages_of(rank) in ([], [language])
-            if language not in self._sums:
-                self._sums[language] = self._make_staging()
-            self._staging = self._sums[language]
-            self._staging.start_micro_step()
-        else:
-            self._factor, self._leaves = 1.0, True
-            self._staging.start_window()
+        self._gathering.begin()
 
     def add(self, param: Tensor, gradient: Tensor) -> None:
-        """Takes the gradient of one parameter; of a micro-batch without a target token it is no number."""
-        self.begin_micro_step(self._engine.at_boundary())
-        if not self._counts:
-            gradient = torch.zeros_like(gradient)
-        self._staging.add(self._index[id(param)], gradient, self._factor)
-        if self._leaves:
-            self._staging.release_complete()
+        """Takes the gradient of one parameter."""
+        self.arrive(param)
+        self._gathering.add(self._index[id(param)], gradient)
 
-    def end_micro_step(self) -> None:
-        """Exchanges what is left of the micro-step; a second call does nothing."""
-        if not self._open:
-            return
-        self._open = False
-        stagings = list(self._sums.values()) or [self._staging]
-        contributed = [any(of_parameter) for of_parameter in zip(*(each.contributed for each in stagings), strict=True)]
-        if self._leaves:
-            self._staging.release_all()
-        elif self._boundary:
-            self._release_parts()
-        self.moo.end_micro_step(contributed)
-
-    def _release_parts(self) -> None:
-        """Exchanges one language after the other; a rank that has fewer of them than others goes on with zeros."""
-        window = self.moo.window
-        languages = window.languages_of(self.moo.exchange.rank)
-        for self._part in range(window.parts):
-            mine = self._part < len(languages)
-            staging = self._sums[languages[self._part]] if mine else self._make_staging()
-            staging.start_micro_step()
-            staging.release_all()
-        self._part = 0
-
-    def close_local_micro_step(self) -> None:
-        """See `StageReduction`. ZeRO-1 before the boundary: the next backward is another micro-step."""
-        if self.moo.window.local and not self._boundary:
-            self._open = False
+    def end(self) -> list[bool]:
+        """See `StageReduction`."""
+        return self._gathering.end()
 
     def finish(self) -> None:
         """Resolves the window."""
-        self.moo.finish(float(self._optimizer.loss_scale))
-        self.finished = True
+        self.micro.resolve(float(self._optimizer.loss_scale))
 
-    def _ingest(self, bucket: int, flat: Tensor) -> None:
-        self.moo.ingest(bucket, flat.to(self._wire_dtype), self._part)
+    def abandon(self) -> None:
+        """See `StageReduction`."""
+        super().abandon()
+        self._gathering.start_window()

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
+from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.adapters.whole import Whole
 from bucketmoo_ds.comm.exchange import Exchange
-from bucketmoo_ds.errors import BucketMOOError
 
 
 class ReplicatedEngine(BucketMOOEngine):
@@ -26,7 +26,8 @@ class ReplicatedEngine(BucketMOOEngine):
     reduction: ReplicatedReduction
 
     def _backward_epilogue(self) -> None:
-        self.reduction.end_micro_step()
+        if self.reduction.end_micro_step():
+            self.reduction.finish()
         super()._backward_epilogue()
 
     def buffered_allreduce_fallback(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
@@ -34,8 +35,8 @@ class ReplicatedEngine(BucketMOOEngine):
 
     def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
         """Takes the optimizer step, or skips it on all ranks where a row was not finite."""
-        self.reduction.check_finished()
-        if self.reduction.skip and not hasattr(self.optimizer, "overflow"):
+        self.reduction.check_step()
+        if self.reduction.micro.skipped and not hasattr(self.optimizer, "overflow"):
             self.zero_grad()
             self._step_applied = False
             self.skipped_steps += 1
@@ -43,10 +44,10 @@ class ReplicatedEngine(BucketMOOEngine):
             self.global_samples += self.train_batch_size()
         else:  # DeepSpeed's own optimizers find gradients that are no numbers, and skip
             super()._take_model_step(lr_kwargs)
-        self.reduction.start_window()
+        self.reduction.micro.use()
 
 
-class ReplicatedReduction(StageReduction, Whole):
+class ReplicatedReduction(Whole, StageReduction):
     """Takes gradients from the parameters themselves, driven by the DeepSpeed engine."""
 
     def __init__(self, engine: BucketMOOEngine, exchange: Exchange) -> None:
@@ -55,52 +56,38 @@ class ReplicatedReduction(StageReduction, Whole):
             engine.module,
             engine.moo_config,
             exchange,
-            micro_steps=engine.gradient_accumulation_steps(),
+            micro_steps=engine.gradient_accumulation_steps,
             local=False,
             bucket_size=int(engine.zero_reduce_bucket_size()),
         )
         self._engine = engine
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._take)
-        self.start_window()
+        self.bind(MicroStep(self.moo, engine.language_tracker))
+        self.hook(self._take)
 
-    def check_open(self) -> None:
-        """See `Adapter`."""
-        if not self.is_open:
-            raise BucketMOOError(
-                "a gradient came outside of engine.backward: call engine.backward and engine.step of the engine that "
-                "deepspeed.initialize returned"
-            )
-
-    def begin_micro_step(self, boundary: bool) -> None:
+    def holds_gradients(self, arriving: Tensor | None) -> bool:
         """See `StageReduction`."""
-        if self.is_open:
-            return
-        self._agree(boundary)
-        self._boundary = boundary
-        self.begin(1.0, boundary)
-        self.is_open = True
+        held = (each.grad for each in self.parameters if each is not arriving and each.grad is not None)
+        return any(bool(gradient.count_nonzero()) for gradient in held)
 
-    def end_micro_step(self) -> None:
-        """Exchanges what is left of the micro-step; at the boundary, resolves the window. Again, does nothing."""
-        if not self.is_open:
-            return
-        self.is_open = False
-        self.moo.end_micro_step(self.end())
-        if not self._boundary:
-            return
-        self.moo.finish()
+    def finish(self) -> None:
+        """Resolves the window, whose gradients are then where DeepSpeed and the user's optimizer look for them."""
+        self.micro.resolve()
         self.write()
-        self.finished = True
-        if self.skip:
+        if self.micro.skipped:
             for parameter in self.parameters:
                 parameter.grad = torch.full_like(parameter, float("nan"))
+
+    def abandon(self) -> None:
+        """See `StageReduction`."""
+        StageReduction.abandon(self)
+        super().abandon()
 
     def assign(self, index: int, combined: Tensor) -> None:
         """See `Whole`."""
         self.parameters[index].grad = combined.to(self.parameters[index].dtype)
 
     def _take(self, parameter: Tensor) -> None:
+        self.arrive(parameter)
         assert parameter.grad is not None
         self.take(parameter, parameter.grad)
         parameter.grad = None

@@ -19,9 +19,9 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from bucketmoo_ds.adapters.deepspeed.reduction import Reduction
-from bucketmoo_ds.comm.delivery import Delivery, Piece
-from bucketmoo_ds.comm.exchange import Exchange, Received
+from bucketmoo_ds.adapters.deepspeed.reduction import ZeroReduction
+from bucketmoo_ds.comm.delivery import Deliveries, Delivery, Piece
+from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.layout import Consecutive
 
@@ -48,8 +48,7 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
         for group in self.bit16_groups:
             for param in group:
                 self.process_gradients(param, 0)  # nothing is left where hooks have run
-        self.reduction.end_micro_step()
-        if self.is_gradient_accumulation_boundary() and not self.reduction.finished:
+        if self.reduction.end_micro_step():
             self.reduction.finish()
             if self.cpu_offload:
                 self._write_to_host()
@@ -73,7 +72,7 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Reports an overflow on all ranks where a row of the window was not finite."""
         super().check_overflow(partition_gradients)
-        self.overflow = self.overflow or self.reduction.skip
+        self.overflow = self.overflow or self.reduction.micro.skipped
 
     def step(self, closure: None = None) -> None:
         """Takes the optimizer step, or skips it on all ranks where a row was not finite.
@@ -81,16 +80,17 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
         Raises:
             BucketMOOError: this window's gradients did not pass through the engine.
         """
-        self.reduction.check_finished()
-        checks, self.check_grad_overflow = self.check_grad_overflow, self.check_grad_overflow or self.reduction.skip
+        self.reduction.check_step()
+        skipped = self.reduction.micro.skipped
+        checks, self.check_grad_overflow = self.check_grad_overflow, self.check_grad_overflow or skipped
         try:
             super().step(closure)
         finally:
             self.check_grad_overflow = checks
-        self.reduction.start_window()
+        self.reduction.micro.use()
 
 
-class PartitionReduction(Reduction):
+class PartitionReduction(ZeroReduction):
     """ZeRO-1 and ZeRO-2: partitions are no even slices of a bucket, so combined pieces are sent on to their owners."""
 
     def __init__(
@@ -106,7 +106,7 @@ class PartitionReduction(Reduction):
         shards = [exchange.shard_numel(bucket.numel) for bucket in plan.buckets]
         pieces = partition_pieces(optimizer, plan, index)
         self._deliveries = [Delivery(exchange, pieces[bucket], numel) for bucket, numel in enumerate(shards)]
-        self._delivering: dict[int, Received] = {}
+        self._on_their_way = Deliveries()
         super().__init__(
             engine,
             optimizer,
@@ -119,14 +119,17 @@ class PartitionReduction(Reduction):
         )
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
-        """See `Reduction`."""
-        self._delivering[bucket] = self._deliveries[bucket].start(shard)
+        """See `ZeroReduction`."""
+        self._on_their_way.start(bucket, self._deliveries[bucket].start(shard))
 
     def write(self, partitions: list[Tensor]) -> None:
         """Writes the combined gradient into this rank's flat partitions."""
-        for bucket, received in self._delivering.items():
-            self._deliveries[bucket].finish(received, partitions)
-        self._delivering.clear()
+        self._on_their_way.finish(lambda bucket, arrived: self._deliveries[bucket].finish(arrived, partitions))
+
+    def abandon(self) -> None:
+        """See `StageReduction`."""
+        super().abandon()
+        self._on_their_way.clear()
 
 
 def partition_pieces(

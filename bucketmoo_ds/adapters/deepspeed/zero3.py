@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor
 
-from bucketmoo_ds.adapters.deepspeed.reduction import Reduction
+from bucketmoo_ds.adapters.deepspeed.reduction import ZeroReduction
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.layout import Chunked
@@ -48,8 +48,7 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         """Ends a micro-step, with what no hook has brought: of a leaf module whose `forward` is not called."""
         for param in (param for group in self.fp16_groups for param in group):
             self._take(param)
-        self.reduction.end_micro_step()
-        if self.is_gradient_accumulation_boundary() and not self.reduction.finished:
+        if self.reduction.end_micro_step():
             self.reduction.finish()
             if not get_accelerator().resolves_data_dependency():
                 # DeepSpeed then waits for this stream, on which it copies gradients to the host itself.
@@ -59,7 +58,7 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
     def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
         """Reports an overflow on all ranks where a row of the window was not finite."""
         super()._overflow_check_and_loss_scale_update(update_scale=False)
-        self.overflow = self.overflow or self.reduction.skip
+        self.overflow = self.overflow or self.reduction.micro.skipped
         return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
 
     def step(self, closure: None = None) -> None:
@@ -68,12 +67,12 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
         Raises:
             BucketMOOError: this window's gradients did not pass through the engine.
         """
-        self.reduction.check_finished()
+        self.reduction.check_step()
         super().step(closure)
-        self.reduction.start_window()
+        self.reduction.micro.use()
 
 
-class ShardReduction(Reduction):
+class ShardReduction(ZeroReduction):
     """ZeRO-3: a rank's shard of a bucket is what it owns."""
 
     def __init__(
@@ -98,20 +97,18 @@ class ShardReduction(Reduction):
             device=engine.device,
         )
 
-    def end_micro_step(self) -> None:
-        """See `Reduction`. When DeepSpeed knows the order of the modules, ranks that use others wait for each other in
-        the next forward pass, while they gather parameters: so they are told before that.
+    def after_exchange(self) -> None:
+        """See `StageReduction`. When DeepSpeed knows the order of the modules, ranks that use others wait for each
+        other in the next forward pass, while they gather parameters: so they are told before that.
 
         Raises:
             DisagreementError: on every rank, if they had gradients of different parameters.
         """
-        within = self._open and not self._boundary
-        super().end_micro_step()
-        if within:
+        if not self.micro.boundary:
             self.moo.check_contributions()
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
-        """See `Reduction`. The chunks replace what the optimizer kept, as in its first micro-step."""
+        """See `ZeroReduction`. The chunks replace what the optimizer kept, as in its first micro-step."""
         params = [self._params[index] for index in self.moo.plan.buckets[bucket].parameters]
         micro_step, self._optimizer.micro_step_id = self._optimizer.micro_step_id, 0
         self._optimizer.partition_grads(params, self._layout.chunks(bucket, shard))

@@ -1,0 +1,96 @@
+"""What adapters put into other people's objects: hooks that do not travel with a copy, and hooks of a backward.
+
+A module keeps its hooks in plain dictionaries, which `copy.deepcopy`, `AveragedModel` and `torch.save` take along. A
+copy of a registered model is a plain model: it is no part of the session, so a hook that was copied does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.utils import _pytree as pytree
+
+
+class Gone:
+    """What a copy has in place of something that stays with the original."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+
+class Stays:
+    """Base of what does not travel with a copy of the model that it was put into."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gone:
+        return Gone()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gone, ()
+
+
+class Hook(Stays):
+    """A hook that a module's dictionaries may hold: bound methods would be copied with what they are bound to."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+def weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
+    """Returns a global hook of optimizers that does not keep its owner alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(optimizer)
+
+    return hook
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Queues a callback of the backward that is running, behind those that wrappers queue in it: when backward is over
+    it goes to the end of the queue once more."""
+    queue: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
+    queue(lambda: queue(callback))
+
+
+def graph_task() -> int | None:
+    """Returns the number of the backward that is running, `None` outside of one."""
+    number = int(torch._C._current_graph_task_id())
+    return number if number >= 0 else None
+
+
+def watch(output: Any, reached: Callable[[], None]) -> None:
+    """Calls `reached` when a backward comes to what a forward pass has returned.
+
+    Args:
+        output: tensors, or whatever holds them.
+    """
+    for tensor in _tensors(output, depth=4):
+        if tensor.requires_grad:
+            tensor.register_hook(torch.compiler.disable(lambda gradient: reached()))
+
+
+def _tensors(output: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors in lists, tuples, dictionaries, dataclasses and objects with attributes."""
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth and not isinstance(leaf, type):
+            yield from _tensors(_attributes(leaf), depth - 1)
+
+
+def _attributes(leaf: Any) -> list[Any]:
+    if dataclasses.is_dataclass(leaf):
+        return [getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)]
+    found = getattr(leaf, "__dict__", {})
+    return list(found.values()) if isinstance(found, Mapping) and not isinstance(leaf, torch.nn.Module) else []
