@@ -34,16 +34,17 @@ _examined: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def install(module: ModuleType) -> None:
-    """Wraps `transformers.Trainer`."""
+    """Wraps `transformers.Trainer`, and the label smoother that it takes from the same module."""
     wrapt.wrap_function_wrapper(module, "Trainer.training_step", _training_step)
     wrapt.wrap_function_wrapper(module, "Trainer.compute_loss", _compute_loss)
+    wrapt.wrap_function_wrapper(module, "LabelSmoother.__call__", _smooth)
 
 
 class TrainerLoss:
     """What a Trainer says about the loss of one micro-step: a `StatedLoss` of `data.batch`.
 
     Attributes:
-        entries: the labels of the batch, as Trainer got it.
+        entries: the labels of the batch, as Trainer got it, or as its label smoother did.
         by_trainer: whether Trainer's own `compute_loss` made the loss.
         made: in the first micro-step, the loss that the model has made of its labels, and the model's outputs.
     """
@@ -90,8 +91,8 @@ class TrainerLoss:
         if self.made is not None and self._is_mean(self.made[0].detach() / ranks, self.made[1], items):
             raise LanguageError(
                 f"{type(trainer.model).__name__} is told num_items_in_batch and returns the mean of its micro-batch "
-                "all the same: set `model.accepts_loss_kwargs = False` before the Trainer is made, so that Trainer divides "
-                "by the micro-steps"
+                "all the same: set `model.accepts_loss_kwargs = False` before the Trainer is made, which then divides "
+                "the loss by the micro-steps"
             )
         return items / ranks
 
@@ -135,6 +136,18 @@ def _compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dic
         return made if return_outputs else made[0]
 
     return with_outputs(*args, **kwargs)
+
+
+def _smooth(wrapped: Any, smoother: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The smoother is told whether to shift labels by the model's name, not as the model would do it itself."""
+    stated = stated_loss()
+    if isinstance(stated, TrainerLoss):
+        stated.entries = _smoothed(*args, **kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def _smoothed(model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Entries:
+    return Entries(shift_labels=labels[..., 1:] if shift_labels else labels)
 
 
 def _is_known(trainer: Any) -> bool:

@@ -102,7 +102,7 @@ def test_choices(setting: str) -> None:
     [
         ("enabled", "true", "expected true or false, got str"),
         ("enabled", 1, "expected true or false, got int"),
-        ("shift_labels", 0, "expected true or false, got int"),
+        ("shift_labels", 0, 'expected true, false or "auto", got int'),
         ("aggregator", None, "expected a name in quotes, got NoneType"),
         ("granularity", 3, "expected a name in quotes, got int"),
         ("mode", True, "expected a name in quotes, got bool"),
