@@ -51,3 +51,9 @@ def __getattr__(name: str) -> Any:
 def _install(deepspeed: ModuleType) -> None:
     """DeepSpeed takes seconds to import: it is wrapped when somebody imports it, before or after this package."""
     importlib.import_module("bucketmoo_ds.adapters.deepspeed")
+
+
+@wrapt.when_imported("transformers.trainer")
+def _listen(trainer: ModuleType) -> None:
+    """Trainer knows how it divides its losses; see the module."""
+    importlib.import_module("bucketmoo_ds.integrations.trainer_loss").install(trainer)

@@ -51,7 +51,8 @@ class BucketMOOConfig:
             float32 in host memory.
         backend: which implementation of the ops runs: `auto` or a name that `bucketmoo doctor` lists.
         language_key: the entry of a batch that names its language; it is taken off before the model sees the batch.
-        shift_labels: whether the model predicts `labels[..., 1:]` (causal language models), for counting targets.
+        shift_labels: whether the model predicts `labels[..., 1:]`, for counting targets. `None`, or `auto`, asks the
+            model: encoder-decoders, masked language models and token classifiers do not, all others do.
         seed: seeds everything random in a method (PCGrad's orders), alike on all ranks.
 
     Raises:
@@ -72,15 +73,17 @@ class BucketMOOConfig:
     row_storage: str = "float32"
     backend: str = "auto"
     language_key: str = "language"
-    shift_labels: bool = True
+    shift_labels: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "languages", _languages(self.languages))
         if isinstance(self.aggregator_options, Mapping):
             object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
-        for name in ("enabled", "shift_labels"):
-            _expect(name, getattr(self, name), bool, "true or false")
+        if self.shift_labels == "auto":
+            object.__setattr__(self, "shift_labels", None)
+        _expect("enabled", self.enabled, bool, "true or false")
+        _expect("shift_labels", self.shift_labels, bool | None, 'true, false or "auto"')
         for name in ("aggregator", "backend", *CHOICES):
             _expect(name, getattr(self, name), str, "a name in quotes")
         _expect("aggregator_options", self.aggregator_options, Mapping, "an object of option names and values")
@@ -120,7 +123,7 @@ class BucketMOOConfig:
                 raise ConfigError(
                     f"{SECTION}.{key}: unknown setting{did_you_mean(str(key), known)} (known: {', '.join(known)})"
                 )
-            if value == "auto" and key not in ("mode", "exchange", "backend"):
+            if value == "auto" and key not in ("mode", "exchange", "backend", "shift_labels"):
                 raise ConfigError(f'{SECTION}.{key} = "auto": has no automatic value; write the value, or leave it out')
         if "languages" not in section:
             raise ConfigError(f'{SECTION}.languages: missing; expected the list of languages, such as ["de", "fr"]')

@@ -107,7 +107,7 @@ class Session(Stays):
         _check(config, moo.micro_steps, on_nonfinite)
         moo.check_ranks()
         self.moo = moo
-        self._tracker = LanguageTracker(config)
+        self._tracker = LanguageTracker(config, model)
         self._micro = MicroStep(moo, self._tracker)
         self._adapter = adapter
         adapter.bind(self._micro)
@@ -124,14 +124,18 @@ class Session(Stays):
         if moo.exchange.rank == 0:
             logger.info(moo.describe())
 
-    def language(self, language: object, target_tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def language(
+        self, language: object, target_tokens: int | None = None, loss_divisor: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Sets the language of the forward passes inside the `with` block.
 
         Args:
             language: a name of `languages`, or its index.
-            target_tokens: tokens that the loss is a mean over; counted from `labels` where left out.
+            target_tokens: tokens that the loss is taken over; counted from `labels` where left out.
+            loss_divisor: where the loss is not their mean: what the sum over them has been divided by when its
+                gradients come, what the framework divides by included.
         """
-        return self._tracker.language(language, target_tokens)
+        return self._tracker.language(language, target_tokens, loss_divisor)
 
     @property
     def last(self) -> Resolution | None:

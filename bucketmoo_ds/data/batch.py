@@ -1,4 +1,16 @@
-"""What a micro-batch says about itself: its language, and how many target tokens its loss is a mean over."""
+"""What a micro-batch says about itself: its language, its target tokens, and how its loss was normalised.
+
+This is the one place that knows the last. Where nobody says otherwise, the loss of a micro-batch is the *mean* over its
+target tokens, and the framework divides it by the M micro-steps of a window. A loss may also be the *sum* over them,
+divided by a number that is alike in the whole window. That number is told, in this order, by
+
+    a `loss_divisor` of the batch or of `language(...)`;
+    transformers' Trainer, which says what it makes of its loss (see `StatedLoss`);
+    `num_items_in_batch` among the model's arguments: the target tokens of the window on all ranks, by which the model
+    divides, and what it returns is multiplied by the number of ranks, as Trainer does it.
+
+A divisor is worth nothing without the number of target tokens, which nobody then divided by: both, or an error.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +20,21 @@ import dataclasses
 import math
 import struct
 from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.errors import LanguageError, did_you_mean
+from bucketmoo_ds.data.languages import LanguageTable
+from bucketmoo_ds.errors import LanguageError
 
 TOKENS_KEY = "target_tokens"
+DIVISOR_KEY = "loss_divisor"
 IGNORED_LABEL = -100
+
+# Losses of transformers whose labels stand where they are predicted, by a model's `loss_type`.
+_LOSSES_IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +68,51 @@ class MicroBatch:
 
     Args:
         language: index of its language.
-        target_tokens: tokens that its loss is a mean over; 1 where nothing tells, so that micro-batches count alike.
-        loss_items: where the model was told `num_items_in_batch`, that number: its loss is then a sum over tokens
-            divided by it, not a mean.
+        target_tokens: tokens that its loss is taken over; `None` where nothing tells.
+        loss_divisor: what their summed loss is divided by, where the user says so.
+        num_items: the `num_items_in_batch` that the model was told.
     """
 
     language: int
-    target_tokens: int
-    loss_items: float | None = None
+    target_tokens: int | None = None
+    loss_divisor: float | None = None
+    num_items: float | None = None
+
+
+class StatedLoss(Protocol):
+    """What the trainer that drives a micro-step says about its loss.
+
+    Attributes:
+        entries: the labels of the batch as the trainer got it; it may take them off before the model is called.
+    """
+
+    entries: Entries
+
+    def divisor(self) -> float | None:
+        """Returns what the sum over the target tokens is divided by; `None` for their mean, divided by M.
+
+        Raises:
+            LanguageError: the trainer does not say, or contradicts itself.
+        """
+
+
+# Of the process, not of a thread: backward may run in threads of autograd's.
+_stated: list[StatedLoss] = []
+
+
+@contextlib.contextmanager
+def stating(loss: StatedLoss) -> Iterator[None]:
+    """The micro-steps inside the `with` block are driven by a trainer, which says this about their loss."""
+    _stated.append(loss)
+    try:
+        yield
+    finally:
+        _stated.pop()
+
+
+def stated_loss() -> StatedLoss | None:
+    """What the trainer says that drives the present micro-step, if one does."""
+    return _stated[-1] if _stated else None
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,11 +132,17 @@ class LanguageTracker:
     """Takes the language off the batches of one rank and remembers it until their backward.
 
     An error is kept, not raised: all ranks have to learn of it, or the others would wait for this one for ever.
+
+    Args:
+        config: the settings.
+        model: tells whether labels are shifted, where the settings leave it open.
     """
 
-    def __init__(self, config: BucketMOOConfig) -> None:
-        self._config = config
-        self._default: tuple[object, int | None] | None = None
+    def __init__(self, config: BucketMOOConfig, model: nn.Module | None = None) -> None:
+        self._table = LanguageTable(config.languages)
+        self._key = config.language_key
+        self._shifted = shifts_labels(model) if config.shift_labels is None else config.shift_labels
+        self._default = Entries()
         self.forget()
 
     def forget(self) -> None:
@@ -90,9 +151,12 @@ class LanguageTracker:
         self._latest_in_evaluation: list[Passage] = []
 
     @contextlib.contextmanager
-    def language(self, language: object, target_tokens: int | None = None) -> Iterator[None]:
-        """Sets the language of the forward passes inside the `with` block."""
-        before, self._default = self._default, (language, target_tokens)
+    def language(
+        self, language: object, target_tokens: int | None = None, loss_divisor: float | None = None
+    ) -> Iterator[None]:
+        """Sets the language of the forward passes inside the `with` block, and how their loss is normalised."""
+        before = self._default
+        self._default = Entries(language=language, target_tokens=target_tokens, loss_divisor=loss_divisor)
         try:
             yield
         finally:
@@ -104,10 +168,8 @@ class LanguageTracker:
         The caller's own dictionaries stay as they are.
         """
         entries = Entries()
-        kwargs = entries.take(kwargs, self._config.language_key)
-        stripped = tuple(
-            entries.take(arg, self._config.language_key) if isinstance(arg, MutableMapping) else arg for arg in args
-        )
+        kwargs = entries.take(kwargs, self._key)
+        stripped = tuple(entries.take(arg, self._key) if isinstance(arg, MutableMapping) else arg for arg in args)
         return stripped, kwargs, entries
 
     def note(self, entries: Entries, training: bool) -> Passage:
@@ -152,91 +214,142 @@ class LanguageTracker:
                     "registered (the engine), not a module inside of it; and add losses over one forward pass up for "
                     "one backward"
                 )
-            pending = [each.found for each in passages if not each.aside] or [each.found for each in passages]
-            batches = [batch for batch in pending if isinstance(batch, MicroBatch)]
-            if len(batches) < len(pending):
-                return next(batch for batch in pending if isinstance(batch, LanguageError))
-            names = sorted({self._config.languages[batch.language] for batch in batches})
-            if len(names) > 1:
-                raise LanguageError(
-                    f"one backward after forward passes in several languages ({', '.join(names)}); call backward after "
-                    "each of them, or evaluate under torch.no_grad()"
-                )
+            batches = [_checked(each.found) for each in passages if not each.aside]
+            batches = batches or [_checked(each.found) for each in passages]
+            language = self._language(batches)
+            tokens, divisor = self._normalisation(batches, world_size)
+            return Slot(language, tokens, float(micro_steps * tokens) if divisor is None else divisor)
         except LanguageError as error:
             return error
-        tokens = sum(batch.target_tokens for batch in batches)
-        items = batches[0].loss_items
-        if items is not None and not (math.isfinite(items) and (items > 0 or tokens == 0)):
-            return LanguageError(f"num_items_in_batch = {items} with {tokens} target tokens: expected more than 0")
-        scale = float(micro_steps * tokens) if items is None else items / world_size
-        return Slot(batches[0].language, tokens, scale)
+
+    def _language(self, batches: Sequence[MicroBatch]) -> int:
+        names = sorted({self._table.names[batch.language] for batch in batches})
+        if len(names) > 1:
+            raise LanguageError(
+                f"one backward after forward passes in several languages ({', '.join(names)}); call backward after "
+                "each of them, or evaluate under torch.no_grad()"
+            )
+        return batches[0].language
+
+    def _normalisation(self, batches: Sequence[MicroBatch], world_size: int) -> tuple[int, float | None]:
+        """Returns the target tokens of a micro-step, and what their summed loss is divided by; `None` for the mean."""
+        stated = stated_loss()
+        counts = [batch.target_tokens for batch in batches if batch.target_tokens is not None]
+        tokens = sum(counts) if counts else self._count_labels(stated.entries) if stated is not None else None
+        items = _only("num_items_in_batch", [batch.num_items for batch in batches])
+        divisor, source = _only(DIVISOR_KEY, [batch.loss_divisor for batch in batches]), DIVISOR_KEY
+        if divisor is None and stated is not None:
+            divisor, source = stated.divisor(), "Trainer's num_items_in_batch"
+            if divisor is None and items is not None:
+                raise LanguageError(
+                    f"the model was told num_items_in_batch = {items:g}, but Trainer takes its loss for the mean of a "
+                    "micro-batch: set `loss_is_scaled_for_ga = True` on the Trainer if it divides the loss by that "
+                    "number, or do not pass it on"
+                )
+        elif divisor is None and items is not None:
+            divisor, source = items / world_size, "num_items_in_batch"
+        if divisor is None:
+            return (len(batches) if tokens is None else tokens), None
+        if tokens is None:
+            raise LanguageError(
+                f"{source}: the loss is a sum divided by {divisor:g}, but nothing tells over how many target tokens, "
+                f"as the model was given no labels: add the entry {TOKENS_KEY} to the batch, or run it inside "
+                f"`with engine.language(language, {TOKENS_KEY}=...):`"
+            )
+        if not (math.isfinite(divisor) and (divisor > 0 or tokens == 0)):
+            raise LanguageError(f"{source} = {divisor} with {tokens} target tokens: expected more than 0")
+        return tokens, divisor
 
     def _micro_batch(self, entries: Entries) -> MicroBatch:
-        default, default_tokens = self._default or (None, None)
-        if entries.language is None and default is None:
+        default = self._default
+        if entries.language is None and default.language is None:
             raise LanguageError(
-                f'the micro-batch names no language: add the entry "{self._config.language_key}" to the batch, or run '
-                'it inside `with engine.language("de"):`'
+                f'the micro-batch names no language: add the entry "{self._key}" to the batch, or run it inside '
+                '`with engine.language("de"):`'
             )
-        indices = {self._index(value) for value in (entries.language, default) if value is not None}
+        told = [value for value in (entries.language, default.language) if value is not None]
+        indices = {self._table.index_of_batch(value) for value in told}
         if len(indices) > 1:
             raise LanguageError(
-                f"the batch says {entries.language!r}, but engine.language(...) says {default!r}; name it in one place"
+                f"the batch says {entries.language!r}, but engine.language(...) says {default.language!r}; name it in "
+                "one place"
             )
-        tokens = entries.target_tokens if entries.target_tokens is not None else default_tokens
-        return MicroBatch(indices.pop(), self._count(tokens, entries.labels), entries.loss_items)
+        tokens = entries.target_tokens if entries.target_tokens is not None else default.target_tokens
+        divisor = entries.loss_divisor if entries.loss_divisor is not None else default.loss_divisor
+        return MicroBatch(
+            indices.pop(),
+            self._count_labels(entries) if tokens is None else _count(tokens),
+            None if divisor is None else _number(DIVISOR_KEY, divisor),
+            None if entries.num_items is None else _number("num_items_in_batch", entries.num_items),
+        )
 
-    def _index(self, value: object) -> int:
-        if hasattr(value, "tolist"):  # tensors, and NumPy's arrays and numbers
-            value = value.tolist()
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            different = sorted({str(item) for item in value})
-            if len(different) != 1:
-                raise LanguageError(
-                    f"a micro-batch of several languages ({', '.join(different) or 'none'}): each micro-batch is of "
-                    "one language, as LanguageBatchSampler draws them"
-                )
-            value = value[0]
-        languages = self._config.languages
-        if isinstance(value, str):
-            if value not in languages:
-                raise LanguageError(
-                    f'language "{value}" is not in bucket_moo.languages ({", ".join(languages)})'
-                    f"{did_you_mean(value, languages)}"
-                )
-            return languages.index(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(languages):
-            return value
-        raise LanguageError(f"language {value!r}: expected a name, or an index from 0 to {len(languages) - 1}")
-
-    def _count(self, tokens: object, labels: object) -> int:
-        if tokens is not None:
-            count = tokens.sum().item() if isinstance(tokens, torch.Tensor) else tokens
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise LanguageError(f"{TOKENS_KEY} = {count!r}: expected a whole number, 0 or more")
-            return count
+    def _count_labels(self, entries: Entries) -> int | None:
+        """Returns the target tokens among the labels; `None` where there are none that can be counted."""
+        labels = entries.shift_labels if entries.shift_labels is not None else entries.labels
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-            return 1
-        targets = labels[..., 1:] if self._config.shift_labels and labels.dim() > 1 else labels
-        return int((targets != IGNORED_LABEL).sum())
+            return None
+        shifted = self._shifted and labels.dim() > 1 and entries.shift_labels is None
+        return int(((labels[..., 1:] if shifted else labels) != IGNORED_LABEL).sum())
 
 
 @dataclasses.dataclass
 class Entries:
-    """Our entries of one forward pass, as they stood in its arguments."""
+    """What the arguments of one forward pass say, as it stood there."""
 
     language: object = None
     target_tokens: object = None
+    loss_divisor: object = None
     labels: object = None
-    loss_items: float | None = None
+    shift_labels: object = None
+    num_items: object = None
 
     def take(self, batch: Any, language_key: str) -> Any:
-        """Returns a copy of the batch, of the same type, without the language and the token count, and keeps those."""
+        """Returns a copy of the batch, of the same type, without our entries, and keeps what it says."""
         rest = copy.copy(batch)
         self.language = rest.pop(language_key, self.language)
         self.target_tokens = rest.pop(TOKENS_KEY, self.target_tokens)
+        self.loss_divisor = rest.pop(DIVISOR_KEY, self.loss_divisor)
         self.labels = rest.get("labels", self.labels)
-        items = rest.get("num_items_in_batch")
-        if items is not None:
-            self.loss_items = float(items)
+        self.shift_labels = rest.get("shift_labels", self.shift_labels)
+        self.num_items = rest.get("num_items_in_batch", self.num_items)
         return rest
+
+
+def _checked(found: MicroBatch | LanguageError) -> MicroBatch:
+    if isinstance(found, LanguageError):
+        raise found
+    return found
+
+
+def _only(name: str, told: Sequence[float | None]) -> float | None:
+    """Returns the one number that the forward passes of a backward were told."""
+    different = sorted({number for number in told if number is not None})
+    if len(different) > 1:
+        raise LanguageError(f"one backward after forward passes with several {name} ({different}); expected one")
+    return different[0] if different else None
+
+
+def _count(tokens: Any) -> int:
+    count = tokens.sum().item() if hasattr(tokens, "sum") else tokens
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise LanguageError(f"{TOKENS_KEY} = {count!r}: expected a whole number, 0 or more")
+    return count
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise LanguageError(f"{name} = {value!r}: expected a number") from None
+
+
+def shifts_labels(model: nn.Module | None) -> bool:
+    """Whether a model predicts `labels[..., 1:]`. Causal models do; those with a decoder of their own, and those that
+    label the tokens they read, take labels as they stand."""
+    for module in model.modules() if model is not None else ():
+        encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", None)
+        if encoder_decoder is not None:  # the outermost that says so: wrappers have no such config, parts come later
+            return not encoder_decoder and getattr(module, "loss_type", None) not in _LOSSES_IN_PLACE
+    return True

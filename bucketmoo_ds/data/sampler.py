@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Sampler
 
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.data.schedule import LanguageSchedule
 from bucketmoo_ds.errors import ConfigError, did_you_mean
 from bucketmoo_ds.plan.choices import ranks_per_node as ranks_of_a_node
@@ -251,15 +252,15 @@ class LanguageBatchSampler(Sampler[list[int]]):
 
 def _labels(dataset: Any, column: str, given: Any, languages: Sequence[str]) -> NDArray[np.int32]:
     """Returns the language index of every row, `[rows]`."""
+    table = LanguageTable(languages)
     if given is None:
-        return _column_labels(dataset, column, languages)
+        return _column_labels(dataset, column, table)
     if hasattr(dataset, "__len__") and len(dataset) != len(given):
         raise ConfigError(f"sample_languages has {len(given)} entries; expected {len(dataset)}, one for each row")
-    values, codes = _distinct(given.tolist() if isinstance(given, np.ndarray) else given)
-    return _indices(values, codes, languages, "sample_languages")
+    return table.column(*_distinct(given.tolist() if hasattr(given, "tolist") else given), "sample_languages")
 
 
-def _column_labels(dataset: Any, column: str, languages: Sequence[str]) -> NDArray[np.int32]:
+def _column_labels(dataset: Any, column: str, table: LanguageTable) -> NDArray[np.int32]:
     if dataset is None:
         raise ConfigError("dataset: missing; give a dataset with a language column, or sample_languages")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -269,32 +270,46 @@ def _column_labels(dataset: Any, column: str, languages: Sequence[str]) -> NDArr
             "save it once: datasets.Dataset.from_generator(lambda: iter(stream))"
         )
     if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
-        return _hugging_face_labels(dataset, column, languages)
+        return _hugging_face_labels(dataset, column, table)
     values = []
     for row in range(len(dataset)):
         sample = dataset[row]
         if not isinstance(sample, Mapping) or column not in sample:
             raise _missing_column(column, list(sample) if isinstance(sample, Mapping) else [])
         values.append(sample[column])
-    return _indices(*_distinct(values), languages, f'column "{column}"')
+    known, codes = _distinct(values)
+    for class_names in _class_names(dataset, column):
+        table.check_classes(class_names, [value for value in known if isinstance(value, int)], column)
+    return table.column(known, codes, f'column "{column}"')
 
 
-def _hugging_face_labels(dataset: Any, column: str, languages: Sequence[str]) -> NDArray[np.int32]:
+def _hugging_face_labels(dataset: Any, column: str, table: LanguageTable) -> NDArray[np.int32]:
     """Reads the column as Arrow does, so that ten million strings become numbers without a Python object each."""
     if column not in dataset.column_names:
         raise _missing_column(column, dataset.column_names)
-    table = dataset.select_columns([column]).with_format("arrow")[:]
-    if table.schema.field(column).type.num_fields:
+    arrow = dataset.select_columns([column]).with_format("arrow")[:]
+    if arrow.schema.field(column).type.num_fields:
         kind = dataset.features[column]
         raise ConfigError(f'column "{column}" holds {kind}: expected a name, an index or a ClassLabel in each row')
-    encoded = table.column(column).combine_chunks().dictionary_encode()
-    values: list[object] = encoded.dictionary.to_pylist()
+    encoded = arrow.column(column).combine_chunks().dictionary_encode()
+    values: list[Any] = encoded.dictionary.to_pylist()
     codes = encoded.indices.fill_null(len(values)).to_numpy()
-    class_names = getattr(dataset.features[column], "names", None)
-    if class_names is not None:
-        known: dict[object, str] = dict(enumerate(class_names))
-        values = [known.get(value) for value in values]
-    return _indices([*values, None], codes, languages, f'column "{column}"')
+    names = values
+    for class_names in _class_names(dataset, column):
+        known = dict(enumerate(class_names))
+        names = [known.get(value) for value in values]
+        table.check_classes(class_names, values, column)
+    return table.column([*names, None], codes, f'column "{column}"')
+
+
+def _class_names(dataset: Any, column: str) -> list[Sequence[str]]:
+    """Returns the names of the column's `ClassLabel`, where it is one. Torch's `Subset` and `ConcatDataset` hide the
+    features of what they are made of, but not the numbers."""
+    feature = (getattr(dataset, "features", None) or {}).get(column)
+    if feature is not None:
+        return [feature.names] if hasattr(feature, "names") else []
+    inner = [*getattr(dataset, "datasets", []), getattr(dataset, "dataset", None)]
+    return [names for each in inner if each is not None for names in _class_names(each, column)]
 
 
 def _distinct(values: Sequence[Any]) -> tuple[list[object], NDArray[np.int64]]:
@@ -303,29 +318,6 @@ def _distinct(values: Sequence[Any]) -> tuple[list[object], NDArray[np.int64]]:
     plain = (value.item() if hasattr(value, "item") else value for value in values)
     rows = [codes.setdefault((type(value), value), len(codes)) for value in plain]
     return [value for _, value in codes], np.array(rows, dtype=np.int64)
-
-
-def _indices(
-    values: Sequence[object], codes: NDArray[np.integer], languages: Sequence[str], source: str
-) -> NDArray[np.int32]:
-    """Returns the language index of every row, where row i has the value `values[codes[i]]`."""
-    position = {name: index for index, name in enumerate(languages)}
-    used = np.unique(codes).tolist()
-    indices = np.full(len(values), -1, dtype=np.int32)
-    for code in used:
-        value = values[code]
-        if isinstance(value, str) and value in position:
-            indices[code] = position[value]
-        elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(languages):
-            indices[code] = value
-        else:
-            row = int(np.argmax(codes == code))
-            hint = did_you_mean(value, languages) if isinstance(value, str) else ""
-            raise ConfigError(
-                f"{source}, row {row}: {value!r} is no language of languages = {list(languages)}{hint}; expected a "
-                f"name, or an index from 0 to {len(languages) - 1}. Filter such rows out, or list the language"
-            )
-    return indices[codes]
 
 
 def _missing_column(column: str, known: Sequence[str]) -> ConfigError:

@@ -16,12 +16,17 @@ TOLERANCE = 1e-7
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)]  # (stage, micro-steps)
 MEAN_LAYOUTS = [(1, 1), (2, 1), (2, 2)]
+SMOOTH_LAYOUTS = [(1, 2), (3, 2)]
+SMOOTHING = 0.1
 MOO: dict[str, Any] = {"aggregator": "mgda", "granularity": "layer"}
 BY_TOKENS: dict[str, Any] = {"aggregator": "mean", "weighting": "token"}
 
 
-def case(way: str, layout: tuple[int, int], moo: dict[str, Any] | None, ragged: bool) -> dict[str, Any]:
-    return {"way": way, "stage": layout[0], "micro_steps": layout[1], "moo": moo, "ragged": ragged}
+def case(
+    way: str, layout: tuple[int, int], moo: dict[str, Any] | None, ragged: bool, smoothing: float = 0.0
+) -> dict[str, Any]:
+    found = {"way": way, "stage": layout[0], "micro_steps": layout[1], "moo": moo, "ragged": ragged}
+    return found | ({"smoothing": smoothing} if smoothing else {})
 
 
 CASES = [
@@ -30,6 +35,7 @@ CASES = [
         case("trainer", layout, moo, ragged)
         for moo, layout, ragged in itertools.product((None, BY_TOKENS), MEAN_LAYOUTS, (True, False))
     ),
+    *(case(way, layout, MOO, True, SMOOTHING) for way in ("initialize", "trainer") for layout in SMOOTH_LAYOUTS),
 ]
 
 
@@ -59,6 +65,19 @@ def test_trains_as_initialize_does(outcomes: list[list[Any]], way: str, layout: 
         assert found["target_tokens"] == wanted["target_tokens"]
         assert len({tokens for tokens in found["target_tokens"] if tokens}) > 1, "the counts should differ"
         assert difference(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", SMOOTH_LAYOUTS, ids=lambda layout: f"zero{layout[0]}-M{layout[1]}")
+def test_label_smoothing_trains_as_initialize_does(outcomes: list[list[Any]], layout: tuple[int, int]) -> None:
+    """Trainer takes the labels off the batch, and its smoother divides by the window's tokens, outside of the model."""
+    expected = results(outcomes, "initialize", layout, MOO, True, SMOOTHING)
+    plain = results(outcomes, "initialize", layout, MOO, True)
+    for found, wanted, other in zip(
+        results(outcomes, "trainer", layout, MOO, True, SMOOTHING), expected, plain, strict=True
+    ):
+        assert found["target_tokens"] == wanted["target_tokens"]
+        assert difference(found, wanted) < TOLERANCE
+        assert difference(found, other) > 100 * TOLERANCE, "smoothing should matter"
 
 
 @pytest.mark.parametrize("layout", MEAN_LAYOUTS, ids=lambda layout: f"zero{layout[0]}-M{layout[1]}")

@@ -21,6 +21,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from deepspeed.runtime.engine import DeepSpeedEngine
 from setup_engine import LANGUAGES, settings
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -32,7 +33,9 @@ LEARNING_RATE = 0.1
 SAMPLES = 40
 
 
-def run(*, way: str, stage: int, micro_steps: int, moo: dict[str, Any] | None, ragged: bool) -> dict[str, Any]:
+def run(
+    *, way: str, stage: int, micro_steps: int, moo: dict[str, Any] | None, ragged: bool, smoothing: float = 0.0
+) -> dict[str, Any]:
     """Returns the parameters after `WINDOWS` windows and, where bucket_moo is on, how many windows it resolved."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
@@ -48,9 +51,8 @@ def run(*, way: str, stage: int, micro_steps: int, moo: dict[str, Any] | None, r
     config = settings(stage, micro_steps=micro_steps, moo=moo)
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
-    engine = {"initialize": initialize, "accelerate": accelerate, "trainer": train_with_trainer}[way](
-        model, config, Rows(ragged)
-    )
+    ways: dict[str, Any] = {"initialize": initialize, "accelerate": accelerate, "trainer": train_with_trainer}
+    engine = ways[way](model, config, Rows(ragged), smoothing)
     assert isinstance(engine, DeepSpeedEngine), f"{way} built {type(engine).__name__}"
     moo_engine = engine.moo if moo is not None else None
     return {
@@ -107,17 +109,23 @@ def collator(config: dict[str, Any]) -> Any:
     return collate if "bucket_moo" in config else collate_without_language
 
 
-def initialize(model: Any, config: dict[str, Any], rows: Rows) -> Any:
+def initialize(model: Any, config: dict[str, Any], rows: Rows, smoothing: float) -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     engine, *_ = bucketmoo_ds.initialize(model=model, optimizer=optimizer, config=config)
     loader = DataLoader(rows, batch_sampler=rows.sampler(config, worker.RANK), collate_fn=collator(config))
     for batch in first_batches(loader, config):
-        engine.backward(engine(**batch).loss)
+        outputs = engine(**batch)
+        engine.backward(smoothed(outputs.logits, batch["labels"], smoothing) if smoothing else outputs.loss)
         engine.step()
     return engine
 
 
-def accelerate(model: Any, config: dict[str, Any], rows: Rows) -> Any:
+def smoothed(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """The mean over the target tokens, as models that shift their labels take it."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+
+
+def accelerate(model: Any, config: dict[str, Any], rows: Rows, smoothing: float) -> Any:
     """The loop of Accelerate's documentation."""
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
@@ -144,7 +152,7 @@ class SingleLanguageTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
 
-def train_with_trainer(model: Any, config: dict[str, Any], rows: Rows) -> Any:
+def train_with_trainer(model: Any, config: dict[str, Any], rows: Rows, smoothing: float) -> Any:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +168,7 @@ def train_with_trainer(model: Any, config: dict[str, Any], rows: Rows) -> Any:
                 optim="sgd",
                 learning_rate=LEARNING_RATE,
                 lr_scheduler_type="constant",
+                label_smoothing_factor=smoothing,
                 remove_unused_columns=False,
                 save_strategy="no",
                 report_to=[],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import BatchEncoding
 
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.batch import Entries, LanguageTracker
+from bucketmoo_ds.data.batch import Entries, LanguageTracker, stating
 from bucketmoo_ds.errors import LanguageError
 from bucketmoo_ds.data.batch import Slot
 
@@ -46,6 +49,10 @@ def error_of(tracker: LanguageTracker, *args: Any, **kwargs: Any) -> str:
         (torch.tensor(2), 2),
         (torch.tensor([0, 0, 0]), 0),
         (torch.tensor([1], dtype=torch.int32), 1),
+        (b"fr", 1),
+        ([b"de", "de"], 0),
+        (np.array(["fr", "fr"]), 1),
+        ([torch.tensor(2), np.int8(2)], 2),
     ],
 )
 def test_forms_of_a_language(value: object, index: int) -> None:
@@ -72,12 +79,10 @@ def test_forms_of_a_language(value: object, index: int) -> None:
         (torch.tensor(1.0), "language 1.0: expected a name"),
         (torch.tensor([True]), "language True: expected a name"),
         (torch.tensor([[0], [0]]), "language [0]: expected a name"),
-        (b"de", "language 100: expected a name"),
+        ([0, "0"], "several languages (0, 0)"),
     ],
 )
 def test_bad_languages_are_error_values(value: object, expected: str) -> None:
-    if value == b"de":
-        expected = "several languages"  # bytes are numbers, and these two differ
     assert expected in error_of(tracker(), {"language": value})
 
 
@@ -229,6 +234,119 @@ def test_num_items_in_batch_makes_the_loss_a_sum(items: object) -> None:
 def test_impossible_num_items_in_batch(items: float) -> None:
     message = error_of(tracker(), language="de", target_tokens=5, num_items_in_batch=items)
     assert f"num_items_in_batch = {float(items)}" in message
+
+
+@pytest.mark.parametrize("entry", ["num_items_in_batch", "loss_divisor"])
+@pytest.mark.parametrize("labels", [None, torch.randn(3, 4), "text"])
+def test_a_divisor_without_target_tokens_is_refused(entry: str, labels: object) -> None:
+    """Micro-batches that count alike are right for means only: a sum grows with its tokens."""
+    message = error_of(tracker(), {"language": "de", "labels": labels, entry: 8})
+    assert message.startswith(f"{entry}: the loss is a sum divided by 8, but nothing tells over how many target tokens")
+    assert "add the entry target_tokens" in message
+    assert slot_of(tracker(), {"language": "de", "target_tokens": 3, entry: 8}) == Slot(0, 3, 8.0)
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 1e6), st.integers(1, 999), st.integers(1, 99), st.integers(1, 9))
+def test_a_stated_divisor_is_the_scale(divisor: float, tokens: int, items: int, micro_steps: int) -> None:
+    """Wherever it is stated, however many micro-steps and ranks there are, and against `num_items_in_batch`."""
+    one = tracker()
+    entries = {"language": "fr", "target_tokens": tokens, "num_items_in_batch": items}
+    args, _, _ = one.strip((entries | {"loss_divisor": divisor},), {})
+    assert args == ({"num_items_in_batch": items},)
+    told = slot_of(one, entries | {"loss_divisor": torch.tensor(divisor).double()}, micro_steps=micro_steps)
+    assert told.scale == pytest.approx(divisor, rel=1e-7)  # the tensor was float32
+    with one.language("fr", target_tokens=tokens, loss_divisor=divisor):
+        assert slot_of(one, {"num_items_in_batch": items}, world_size=4) == Slot(1, tokens, divisor)
+        assert slot_of(one, {"loss_divisor": 2 * divisor}).scale == 2 * divisor, "the batch knows better"
+
+
+@pytest.mark.parametrize("value", [True, "8", [8], object()])
+def test_a_divisor_that_is_no_number(value: object) -> None:
+    assert "loss_divisor = " in error_of(tracker(), language="de", target_tokens=5, loss_divisor=value)
+
+
+@pytest.mark.parametrize("value", [0, -3.0, float("nan"), float("inf")])
+def test_an_impossible_divisor(value: float) -> None:
+    message = error_of(tracker(), language="de", target_tokens=5, loss_divisor=value)
+    assert message == f"loss_divisor = {float(value)} with 5 target tokens: expected more than 0"
+    assert value != 0 or slot_of(tracker(), language="de", target_tokens=0, loss_divisor=0) == Slot(0, 0, 0.0)
+
+
+def test_two_divisors_in_one_backward_are_refused() -> None:
+    one = tracker()
+    for divisor in (8, 9):
+        *_, entries = one.strip(({"language": "fr", "target_tokens": 3, "loss_divisor": divisor},), {})
+        one.note(entries, training=True)
+    found = one.slot(1, 1)
+    assert isinstance(found, LanguageError)
+    assert "several loss_divisor ([8.0, 9.0])" in str(found)
+
+
+class Stated:
+    """A trainer whose batch has six labels, of which five are shifted in, and which divides by `number`."""
+
+    def __init__(self, number: float | None, error: str = "") -> None:
+        self.entries = Entries(labels=torch.ones(1, 6, dtype=torch.int64))
+        self.number, self.error = number, error
+
+    def divisor(self) -> float | None:
+        if self.error:
+            raise LanguageError(self.error)
+        return self.number
+
+
+def test_a_trainer_says_how_it_divides_and_knows_the_labels() -> None:
+    one = tracker()
+    with stating(Stated(24.0)):
+        assert slot_of(one, {"language": "fr"}, micro_steps=3) == Slot(1, 5, 24.0), "labels it was not given"
+        assert slot_of(one, {"language": "fr", "target_tokens": 2, "num_items_in_batch": 99}) == Slot(1, 2, 24.0)
+        assert slot_of(one, {"language": "fr", "loss_divisor": 7}) == Slot(1, 5, 7.0), "the user knows better"
+        for _ in range(2):  # two forward passes of one backward: the trainer's labels count once
+            one.note(Entries(language="fr"), training=True)
+        assert one.slot(1, 1) == Slot(1, 5, 24.0)
+    with stating(Stated(None)):
+        assert slot_of(one, {"language": "fr"}, micro_steps=3) == Slot(1, 5, 15.0)
+        assert "Trainer takes its loss for the mean" in error_of(one, {"language": "fr", "num_items_in_batch": 99})
+    with stating(Stated(None, "who knows")):
+        assert error_of(one, {"language": "fr"}) == "who knows"
+    assert slot_of(one, {"language": "fr"}) == Slot(1, 1, 1.0), "no trainer any more"
+
+
+def model_that_says(encoder_decoder: bool | None, loss_type: str | None = None) -> nn.Module:
+    """A wrapper around a model with a config as transformers writes it, one of whose parts says the opposite."""
+    wrapper, model, part = nn.Module(), nn.Module(), nn.Module()
+    wrapper.module, model.part = model, part
+    if encoder_decoder is not None:
+        model.config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
+        part.config = SimpleNamespace(is_encoder_decoder=not encoder_decoder)
+        model.loss_type = loss_type
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("model", "shifted"),
+    [
+        (None, True),
+        (nn.Linear(2, 2), True),
+        (model_that_says(None), True),
+        (model_that_says(False, "ForCausalLM"), True),
+        (model_that_says(True, "ForConditionalGeneration"), False),
+        (model_that_says(False, "ForMaskedLM"), False),
+        (model_that_says(False, "ForTokenClassification"), False),
+    ],
+)
+def test_the_model_tells_whether_labels_are_shifted(model: nn.Module | None, shifted: bool) -> None:
+    labels = torch.ones(3, 7, dtype=torch.int64)
+    for setting, expected in ((None, shifted), ("auto", shifted), (True, True), (False, False)):
+        config = BucketMOOConfig(languages=LANGUAGES, shift_labels=setting)
+        found = slot_of(LanguageTracker(config, model), language="de", labels=labels)
+        assert found.target_tokens == (18 if expected else 21), setting
+
+
+def test_labels_that_are_shifted_already_count_as_they_stand() -> None:
+    labels = {"labels": torch.ones(1, 4).long(), "shift_labels": torch.tensor([[1, -100, 3, 4]])}
+    assert slot_of(tracker(), language="de", **labels).target_tokens == 3
 
 
 def test_evaluation_does_not_disturb_a_model_in_training_mode() -> None:

@@ -102,7 +102,7 @@ def test_choices(setting: str) -> None:
     [
         ("enabled", "true", "expected true or false, got str"),
         ("enabled", 1, "expected true or false, got int"),
-        ("shift_labels", 0, "expected true or false, got int"),
+        ("shift_labels", 0, 'expected true, false or "auto", got int'),
         ("aggregator", None, "expected a name in quotes, got NoneType"),
         ("granularity", 3, "expected a name in quotes, got int"),
         ("mode", True, "expected a name in quotes, got bool"),
@@ -132,7 +132,7 @@ def test_auto_languages_are_refused() -> None:
     assert 'bucket_moo.languages = "auto"' in error_of({"languages": "auto"})
 
 
-@pytest.mark.parametrize("setting", ["mode", "backend"])
+@pytest.mark.parametrize("setting", ["mode", "exchange", "backend", "shift_labels"])
 def test_auto_is_a_value_of(setting: str) -> None:
     assert BucketMOOConfig.from_section(section(**{setting: "auto"})) is not None
 
@@ -182,7 +182,7 @@ configs = st.builds(
     aggregator_options=st.dictionaries(names, json_values, max_size=3),
     backend=names,
     language_key=names.filter(lambda name: name != "auto"),
-    shift_labels=st.booleans(),
+    shift_labels=st.sampled_from([True, False, None]),
     seed=st.integers(0, 2**63 - 1),
     **{setting: st.sampled_from(values) for setting, values in CHOICES.items()},
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
+import re
 
 import datasets
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from bucketmoo_ds.config import BucketMOOConfig
@@ -225,17 +227,58 @@ def test_columns_of_names_indices_and_class_labels():
     languages = np.random.default_rng().choice(["de", "fr"], 40).tolist()
     languages[:2] = ["de", "fr"]
     expected = {name: {row for row, language in enumerate(languages) if language == name} for name in ("de", "fr")}
-    # The label's own order is not that of `languages`: names count, not numbers.
-    label = datasets.ClassLabel(names=["fr", "xx", "de"])
+    label = datasets.ClassLabel(names=["de", "fr", "xx"])
     indices = [("de", "fr").index(language) for language in languages]
     assert rows_by_language(hugging_face(languages)) == expected
     assert rows_by_language(hugging_face(indices, language=datasets.Value("int32"))) == expected
     assert rows_by_language(hugging_face(languages, language=label)) == expected
     assert rows_by_language([{"language": language} for language in languages]) == expected
+    assert rows_by_language([{"language": language.encode()} for language in languages]) == expected
+    assert rows_by_language([{"language": np.str_(language)} for language in languages]) == expected
+    as_bytes = [language.encode() for language in languages]
+    assert rows_by_language(hugging_face(as_bytes, language=datasets.Value("binary"))) == expected
     torch_formatted = hugging_face(indices, language=datasets.Value("int32")).with_format("torch")
     assert rows_by_language(torch_formatted) == expected
     transformed = hugging_face(languages).with_transform(lambda rows: {"nothing": rows["id"]})
     assert rows_by_language(transformed) == expected
+
+
+WRAPPERS = {
+    "itself": lambda dataset: dataset,
+    "torch format": lambda dataset: dataset.with_format("torch"),
+    "Subset": lambda dataset: Subset(dataset, range(len(dataset))),
+    "ConcatDataset": lambda dataset: ConcatDataset([dataset, hugging_face([0, 1], language=datasets.Value("int64"))]),
+    "nested": lambda dataset: Subset(ConcatDataset([Subset(dataset, range(len(dataset)))]), range(len(dataset))),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_class_label_in_another_order_is_refused(wrap):
+    """A loader hands out its numbers, which would then be taken for indices of `languages`."""
+    names = np.random.default_rng().choice(["de", "fr"], 40).tolist()
+    names[:2] = ["de", "fr"]
+    refusal = r"of its ClassLabel, but number \d in languages = .*align_labels_with_mapping"
+    for classes in (["fr", "de"], ["fr", "xx", "de"], ["xx", "de", "fr"], ["de", "xx", "fr"]):
+        dataset = wrap(hugging_face(names, language=datasets.ClassLabel(names=classes)))
+        with pytest.raises(ValueError, match=refusal):
+            rows_by_language(dataset)
+    with pytest.raises(ValueError, match=r'"xx".* is not in'):
+        rows_by_language(wrap(hugging_face([*names, "xx"], language=datasets.ClassLabel(names=["de", "fr", "xx"]))))
+    assert rows_by_language(wrap(hugging_face(names, language=datasets.ClassLabel(names=["de", "fr", "xx"]))))
+
+
+def test_the_way_out_of_another_order_works():
+    names = np.random.default_rng().choice(["de", "fr"], 40).tolist()
+    names[:2] = ["de", "fr"]
+    dataset = hugging_face(names, language=datasets.ClassLabel(names=["xx", "fr", "de"]))
+    with pytest.raises(ValueError, match="with_mapping") as refused:
+        rows_by_language(dataset)
+    call = re.search(r"dataset\.align_labels_with_mapping\((\{.*?\}), \"(.*?)\"\)", str(refused.value))
+    aligned = dataset.align_labels_with_mapping(ast.literal_eval(call[1]), call[2])
+    assert aligned["language"][:] == [("de", "fr").index(name) for name in names]
+    assert rows_by_language(aligned) == {
+        name: {row for row, language in enumerate(names) if language == name} for name in ("de", "fr")
+    }
 
 
 def test_selected_shuffled_and_concatenated_datasets():
@@ -317,12 +360,12 @@ class Unmapped(TorchDataset):
         (hugging_face(["de", "fr"]).rename_column("language", "lang"), 'no such column; did you mean "lang".*id, lang'),
         ([{"langage": "de"}], 'did you mean "langage"'),
         (Unmapped(), "its rows are no mappings"),
-        (hugging_face(["de", "fr", "de_"] * 3), "column \"language\", row 2: 'de_' is no language.*did you mean"),
-        (hugging_face(["de", None] * 3), "row 1: None is no language"),
-        (hugging_face([0, 1, 2, 2], language=datasets.Value("int8")), "row 2: 2 is no language"),
-        (hugging_face([True, False], language=datasets.Value("bool")), "row 0: True is no language"),
-        (hugging_face([0, -1], language=datasets.ClassLabel(names=["de", "fr"])), "row 1: None is no language"),
-        (hugging_face(["de"] * 9, language=datasets.ClassLabel(names=["fr", "de"])), 'language "fr" has 0 samples'),
+        (hugging_face(["de", "fr", "de_"] * 3), 'column "language", row 2: language "de_" is not in .*did you mean'),
+        (hugging_face(["de", None] * 3), "row 1: language None: expected"),
+        (hugging_face([0, 1, 2, 2], language=datasets.Value("int8")), "row 2: language 2: expected"),
+        (hugging_face([True, False], language=datasets.Value("bool")), "row 0: language True: expected"),
+        (hugging_face([0, -1], language=datasets.ClassLabel(names=["de", "fr"])), "row 1: language None: expected"),
+        (hugging_face(["de"] * 9, language=datasets.ClassLabel(names=["de", "fr"])), 'language "fr" has 0 samples'),
         (hugging_face([["de"]], language=datasets.List(datasets.Value("string"))), "holds List"),
         (hugging_face([]), 'language "de" has 0 samples'),
     ],
@@ -339,7 +382,7 @@ def test_errors_of_the_data(dataset, message):
         ({"rank": 2}, "rank = 2: expected 0 to 1, as world_size = 2"),
         ({"rank": -1}, "rank = -1"),
         ({"dataset": [1, 2, 3]}, "sample_languages has 60 entries; expected 3"),
-        ({"sample_languages": [0, 1, 2.5]}, "sample_languages, row 2: 2.5 is no language"),
+        ({"sample_languages": [0, 1, 2.5]}, "sample_languages, row 2: language 2.5: expected"),
     ],
 )
 def test_errors_of_the_settings(changes, message):

@@ -94,7 +94,7 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     optimizer = engine.optimizer
     engine.__class__ = stage.engine
     engine.moo_config = config
-    engine.language_tracker = LanguageTracker(config)
+    engine.language_tracker = LanguageTracker(config, engine.module)
     engine._moo_states = {}
     group = engine.seq_data_parallel_group
     exchange = create_exchange(config, group)

@@ -61,14 +61,18 @@ class BucketMOOEngine(DeepSpeedEngine):
         """The pipeline: `engine.moo.last` is the latest window's resolution, `engine.moo.counters` what was skipped."""
         return self.reduction.moo
 
-    def language(self, language: object, target_tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def language(
+        self, language: object, target_tokens: int | None = None, loss_divisor: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Sets the language of the forward passes inside the `with` block.
 
         Args:
             language: a name of `bucket_moo.languages`, or its index.
-            target_tokens: tokens that the loss is a mean over; counted from `labels` where left out.
+            target_tokens: tokens that the loss is taken over; counted from `labels` where left out.
+            loss_divisor: where the loss is not their mean: what the sum over them has been divided by when its
+                gradients come, what the framework divides by included.
         """
-        return self.language_tracker.language(language, target_tokens)
+        return self.language_tracker.language(language, target_tokens, loss_divisor)
 
     def register_state(self, name: str, owner: checkpoint.Stateful) -> None:
         """Saves and restores something of the run, such as its sampler, with every checkpoint.

@@ -30,6 +30,7 @@ from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 from bucketmoo_ds.apps.training.progress import Progress
 from bucketmoo_ds.apps.training.settings import TrainingSettings
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.pipeline import checkpoint
@@ -142,6 +143,7 @@ class _Loop:
             affinity="window" if self.engine.zero_optimization_stage() == 1 else "micro_step",
         )
         self._batches = iter(self.sampler)
+        self._table = LanguageTable(self.config.languages)
         self._language_column = dataset.with_format(None)["language"]
 
     @property
@@ -164,7 +166,7 @@ class _Loop:
             self.engine.backward(loss)
             self.engine.step()
             targets = int((batch["labels"][:, 1:] != -100).sum())
-            totals[self.config.languages.index(language)] += torch.tensor([float(loss.detach()) * targets, targets])
+            totals[self._table.index(language)] += torch.tensor([float(loss.detach()) * targets, targets])
         self.step += 1
         skipped = self.engine.skipped_steps > skipped_before
         return self._record(_summed(totals, self.engine.device), learning_rate, skipped)

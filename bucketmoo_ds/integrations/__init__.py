@@ -1,0 +1,1 @@
+"""Where people train: what the trainers that know nothing of this package tell it."""
