@@ -44,7 +44,7 @@ CUDA_SOURCES = (
     "gram.cu",
     "add_partials.cu",
     "accumulate.cu",
-    "solve.cu",
+    "min_norm.cu",
     "combine.cu",
     "resolve.cu",
     "resolve_bfloat16.cu",

@@ -14,7 +14,7 @@ from bucketmoo_ds.logs import logger
 from bucketmoo_ds.ops import build
 from bucketmoo_ds.ops.backends import choice, cpu
 
-ROWS, SPANS, BLOCKS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
+ROWS, SPANS, CELLS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
 
 
 @pytest.fixture(autouse=True)
@@ -101,23 +101,23 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_honours_its_argument() -> None:
     weights, mask, out = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), torch.empty(2)
     calls = {
-        "gram": (ROWS, SPANS, BLOCKS, 1),
-        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, BLOCKS, 1),
-        "combine": (ROWS, weights, SPANS, BLOCKS, out),
-        "resolve": (ROWS, mask, SPANS, BLOCKS, out),
+        "gram": (ROWS, SPANS, CELLS, 1),
+        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, CELLS, 1),
+        "combine": (ROWS, weights, SPANS, CELLS, out),
+        "resolve": (ROWS, mask, SPANS, CELLS, out),
     }
     for name, arguments in calls.items():
         with pytest.raises(ConfigError, match=r'bucket_moo\.backend = "cuda"'):
             getattr(ops, name)(*arguments, backend="cuda")
     # What a backend of another device leaves on the CPU is solved by the CPU's own.
-    assert ops.solve(torch.ones(1, 1, 1, dtype=torch.float64), mask, backend="cuda")[0].item() == 1.0
+    assert ops.min_norm(torch.ones(1, 1, 1, dtype=torch.float64), mask, backend="cuda")[0].item() == 1.0
 
 
 @pytest.mark.usefixtures("forgetful")
 def test_the_automatic_choice_is_logged_once(lines: list[str]) -> None:
     name = ops.choose_backend()
     for _ in range(3):
-        assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
+        assert ops.gram(ROWS, SPANS, CELLS, 1).item() == 5.0
     chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
     assert len(chosen) == 1
     assert chosen[0].startswith(f"backend of the ops on cpu: {name}")
@@ -126,7 +126,7 @@ def test_the_automatic_choice_is_logged_once(lines: list[str]) -> None:
 @pytest.mark.usefixtures("_no_library")
 def test_without_a_library_auto_takes_the_reference_and_says_why(lines: list[str]) -> None:
     assert ops.choose_backend() == "reference"
-    assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
+    assert ops.gram(ROWS, SPANS, CELLS, 1).item() == 5.0
     chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
     assert chosen == ["backend of the ops on cpu: reference (cpu: there is no C++ compiler g++-99)"]
 
@@ -134,7 +134,7 @@ def test_without_a_library_auto_takes_the_reference_and_says_why(lines: list[str
 @pytest.mark.usefixtures("_no_library")
 def test_without_a_library_an_explicit_cpu_raises() -> None:
     with pytest.raises(ConfigError) as caught:
-        ops.gram(ROWS, SPANS, BLOCKS, 1, backend="cpu")
+        ops.gram(ROWS, SPANS, CELLS, 1, backend="cpu")
     assert str(caught.value) == 'bucket_moo.backend = "cpu": there is no C++ compiler g++-99'
 
 
