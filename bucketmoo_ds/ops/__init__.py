@@ -34,8 +34,8 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *
     """Returns the partial Grams of a shard's segments, added up by cell.
 
     Args:
-        rows: K tensors `[S]` of one dtype (float32, bfloat16, float16 or float64), 1 <= K <= 64, contiguous, at any
-            alignment.
+        rows: K tensors `[S]` of one dtype (float32, bfloat16, float16 or float64), contiguous, at any alignment;
+            beyond 64 they are taken in groups (`bucketmoo_ds.ops.groups`), at about twice the work.
         spans: `[n, 2]` int64 on the CPU: start and length of each segment, in elements, ascending, none overlapping.
         cells: `[n]` int64 on the CPU: the cell of each segment.
         num_cells: C.
@@ -98,7 +98,7 @@ def min_norm(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: st
     launch, without waiting for it; a backend of another device leaves a Gram that lies on the CPU to the CPU's own.
 
     Args:
-        gram: `[B, K, K]` float64, symmetric, summed over all ranks, K at most 64.
+        gram: `[B, K, K]` float64, symmetric, summed over all ranks.
         mask: `[B, K]` bool on the Gram's device, the languages that count in a block. The others get exactly 0, and
             their entries of the Gram, NaN included, influence nothing.
         max_weight: no weight is larger, in (0, 1]; in a block of n languages the larger of it and 1/n holds.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.ops.backends.checks import check_combine, check_incoming, check_min_norm, check_rows
+from bucketmoo_ds.ops.backends.checks import MAX_ROWS, check_combine, check_incoming, check_min_norm, check_rows
 from bucketmoo_ds.ops.backends.choice import load_backend, load_solver
+from bucketmoo_ds.ops.groups import Grouped
 
 _library = torch.library.Library("bucketmoo_ds", "FRAGMENT")
 
@@ -24,9 +27,14 @@ _library.define(
 )
 
 
+def _for_rows(count: int, backend: ModuleType) -> ModuleType | Grouped:
+    """Returns the backend, or what calls it with groups of rows where it does not take so many."""
+    return backend if count <= MAX_ROWS else Grouped(backend)
+
+
 def _gram(rows: list[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *, backend: str = "auto") -> Tensor:
     check_rows(rows, spans, cells, num_cells)
-    result: Tensor = load_backend(backend, rows[0].device).gram(rows, spans, cells, num_cells)
+    result: Tensor = _for_rows(len(rows), load_backend(backend, rows[0].device)).gram(rows, spans, cells, num_cells)
     return result
 
 
@@ -44,14 +52,15 @@ def _accumulate_gram(
 ) -> Tensor:
     check_rows(rows, spans, cells, num_cells)
     check_incoming(rows, incoming, targets, scales, fresh)
-    module = load_backend(backend, rows[0].device)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
     result: Tensor = module.accumulate_gram(rows, incoming, targets, scales, fresh, spans, cells, num_cells)
     return result
 
 
 def _min_norm(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
     check_min_norm(gram, mask, max_weight)
-    result: tuple[Tensor, Tensor] = load_solver(backend, gram.device).min_norm(gram, mask, max_weight)
+    solver = _for_rows(mask.shape[1], load_solver(backend, gram.device))
+    result: tuple[Tensor, Tensor] = solver.min_norm(gram, mask, max_weight)
     return result
 
 
@@ -60,7 +69,8 @@ def _combine(
 ) -> None:
     check_rows(rows, spans, cells, weights.shape[0])
     check_combine(rows, weights, out)
-    load_backend(backend, rows[0].device).combine(rows, weights.to(rows[0].device), spans, cells, out)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
+    module.combine(rows, weights.to(rows[0].device), spans, cells, out)
 
 
 def _resolve(
@@ -76,7 +86,7 @@ def _resolve(
     check_rows(rows, spans, cells, mask.shape[0])
     check_min_norm(None, mask, max_weight)
     check_combine(rows, mask, out)
-    module = load_backend(backend, rows[0].device)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
     result: tuple[Tensor, Tensor, Tensor] = module.resolve(rows, mask, max_weight, spans, cells, out)
     return result
 

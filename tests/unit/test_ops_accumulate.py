@@ -45,7 +45,7 @@ def threads() -> Iterator[None]:
 @several
 @given(
     seed=st.integers(0, 2**32),
-    count=st.integers(1, 12),
+    count=st.one_of(st.integers(1, 12), st.sampled_from([64, 65, 130])),
     amount=st.integers(0, 20),
     size=st.one_of(st.integers(0, 70), st.integers(2000, 2500)),
     dtype=st.sampled_from(DTYPES),

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_ROWS = 64
+MAX_ROWS = 64  # that a backend takes; more go to it in groups (bucketmoo_ds.ops.groups)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_rows(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> None:
     """Raises a ValueError unless rows and segments fit together (see `bucketmoo_ds.ops.gram`)."""
-    _check(1 <= len(rows) <= MAX_ROWS, f"{len(rows)} rows: expected 1 to {MAX_ROWS}")
+    _check(len(rows) >= 1, "no rows: expected at least one")
     first = rows[0]
     _check(first.dtype in DTYPES, f"rows of {first.dtype}: expected one of {', '.join(map(str, DTYPES))}")
     for index, row in enumerate(rows):
@@ -75,8 +75,8 @@ def check_combine(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
 def check_min_norm(gram: Tensor | None, mask: Tensor, max_weight: float) -> None:
     """Raises a ValueError unless Gram, mask and cap fit together (see `bucketmoo_ds.ops.min_norm`)."""
     _check(
-        mask.dtype == torch.bool and mask.dim() == 2 and 1 <= mask.shape[1] <= MAX_ROWS,
-        f"mask: {mask.dtype} {list(mask.shape)}: expected torch.bool [B, K] with K from 1 to {MAX_ROWS}",
+        mask.dtype == torch.bool and mask.dim() == 2 and mask.shape[1] >= 1,
+        f"mask: {mask.dtype} {list(mask.shape)}: expected torch.bool [B, K] with K at least 1",
     )
     _check(0.0 < max_weight <= 1.0, f"max_weight = {max_weight}: expected more than 0 and at most 1")
     if gram is not None:

@@ -248,6 +248,26 @@ def test_rescale_gives_the_norm_of_the_mean_row_and_keeps_the_direction(rows: Te
     torch.testing.assert_close(scaled[lasting], plain[lasting] * factor, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_more_languages_than_a_kernel_takes(rule: str) -> None:
+    """Two groups of equal rows: their weights are those of the two rows, shared out evenly, for rules without orders;
+    and all rules are finite on rows of any kind. Problems are cut into several batches."""
+    seed = torch.seed() % 2**32
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.randn(1, 2, 5, generator=generator, dtype=torch.float64)
+    copies = 45
+    gram = gram_of(pair.repeat_interleave(copies, dim=1))
+    w = weights(gram, rule)
+    assert w.shape == (1, 2 * copies)
+    assert bool(w.isfinite().all())
+    if rule in UNORDERED:
+        grouped = w.unflatten(1, (2, copies)).sum(-1)
+        assert combined_error(pair, grouped, weights(gram_of(pair), rule)) < SAME, seed
+    for kind in KINDS:
+        assert bool(weights(gram_of(make_rows(kind, 1, 66, generator)), rule).isfinite().all()), (kind, seed)
+
+
 def test_solve_draws_alike_whatever_the_data() -> None:
     gram = gram_of(make_rows("random", 2, 3, torch.Generator().manual_seed(torch.seed() % 2**32)))
     states = []
