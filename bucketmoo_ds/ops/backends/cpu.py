@@ -10,6 +10,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import libraries
+
 __all__ = [
     "accumulate_gram", "combine", "gram", "instruction_sets", "min_norm", "resolve", "unavailable",
     "using_instruction_set",
@@ -87,13 +90,7 @@ def resolve(
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    from bucketmoo_ds.ops import build
-
-    try:
-        torch.ops.load_library(build.cpu_library())
-    except (build.BuildError, OSError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
+    return libraries.load(build.cpu_library)
 
 
 def _ops() -> torch._ops._OpNamespace:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import libraries
 from bucketmoo_ds.ops.backends.tiles import tiles_on_device
 
 __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
@@ -110,13 +112,7 @@ def _tiles(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int)
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    from bucketmoo_ds.ops import build
-
-    try:
-        torch.ops.load_library(build.cuda_library())
-    except (build.BuildError, OSError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
+    return libraries.load(build.cuda_library)
 
 
 def _ops() -> torch._ops._OpNamespace:
