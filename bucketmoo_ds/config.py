@@ -9,6 +9,7 @@ from typing import Any
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 SECTION = "bucket_moo"
+MAX_LANGUAGES = 512  # a Gram has their square of numbers; from 65 present in a window on, everything is slower
 OTHER_SPELLINGS = ("bucketmoo", "bucketmoods", "bucketlevelmoo", "moobucket")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,8 @@ class BucketMOOConfig:
     """What a run with bucket-level multi-objective optimization (MOO) needs to know.
 
     Args:
-        languages: the K languages, in the order of their indices 0..K-1. Every micro-batch is of one of them.
+        languages: the K languages, at most 512, in the order of their indices 0..K-1. Every micro-batch is of one of
+            them.
         enabled: `False` leaves the framework exactly as it is.
         aggregator: the rule from a Gram to weights: `mean`, `mgda`, `pcgrad`, `cagrad`, `upgrad`, or a registered one.
         aggregator_options: options of that rule, such as `{"c": 0.4}` for `cagrad`.
@@ -157,6 +159,10 @@ def _languages(value: object) -> tuple[str, ...]:
             raise ConfigError(f"{SECTION}.languages: {name!r} is not a name; expected strings that are not empty")
     if not names:
         raise ConfigError(f"{SECTION}.languages = []: expected at least one language")
+    if len(names) > MAX_LANGUAGES:
+        raise ConfigError(
+            f"{SECTION}.languages: {len(names)} names; expected at most {MAX_LANGUAGES}: put languages together"
+        )
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f'{SECTION}.languages: "{name}" stands there {names.count(name)} times; name it once')

@@ -1,8 +1,8 @@
 """Triton kernels of the ops, installed as `bucketmoo_ds.kernels` (see setup.py for why not as `kernels`).
 
-    gram         partial Grams of runs of tiles, and their sums by block
+    gram         partial Grams of runs of tiles, and their sums by cell
     accumulate   the same, while gradients are added to the rows
-    solve        min-norm weights
+    min_norm     min-norm weights
     combine      weighted sums of rows
     launch       how each is launched: a table
     arguments    what they are given at run time

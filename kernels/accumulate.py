@@ -26,7 +26,7 @@ def accumulate_kernel(
     INCOMING: tl.constexpr, INCOMING_ALIGNED: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Updates a run, and takes its partial Gram where it belongs to a block.
+    """Updates a run, and takes its partial Gram where it belongs to a cell.
 
     owners: `[count, 3]` int64, for each row its first update, its last + 1, and whether the first one overwrites it.
     updates: `[M, 2]` int64, address of a gradient of `INCOMING`, and the bits of its float32 scale. The others as in

@@ -12,7 +12,7 @@ ARGUMENTS = {
     "partials": "*fp64",
     "first": "*i64",
     "parts": "i32",
-    "blocks": "i32",
+    "cells": "i32",
     "gram": "*fp64",
     "owners": "*i64",
     "updates": "*i64",

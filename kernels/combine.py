@@ -17,7 +17,7 @@ def combine_kernel(
 ):  # fmt: skip
     """Writes a run of tiles of `out`, whose address stands behind those of the rows: addresses is `[count + 1]`.
 
-    weights: `[B, count]` float64. A weight of 0 leaves its row unread; a run outside of all segments has no weights.
+    weights: `[C, count]` float64. A weight of 0 leaves its row unread; a run outside of all segments has no weights.
     Runs, and the tiles of each, are walked from the last to the first: behind the kernel of the Gram, the tiles that
     it has read last still lie in the L2 cache. `out` may be a row: a program reads a chunk of all rows before it
     writes it, and nobody else touches that chunk.
@@ -25,7 +25,7 @@ def combine_kernel(
     run = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     begin = tl.load(runs + run * 3)
     end = tl.load(runs + run * 3 + 1)
-    block = tl.load(runs + run * 3 + 2)
+    cell = tl.load(runs + run * 3 + 2)
     REAL: tl.constexpr = tl.float64 if tl.float64 == ELEMENT else tl.float32
     place = tl.arange(0, COLUMNS)
     for step in range(begin, end):
@@ -36,7 +36,7 @@ def combine_kernel(
             for base in range(0, count, AHEAD):
                 for ahead in tl.static_range(AHEAD):
                     row = base + ahead
-                    weight = tl.load(weights + block * count + row, mask=(row < count) & (block >= 0), other=0.0)
+                    weight = tl.load(weights + cell * count + row, mask=(row < count) & (cell >= 0), other=0.0)
                     pointer = pointer_to(addresses, row, count, start, ELEMENT, ALIGNED)
                     read = offset + place < nothing_unless(weight != 0.0, length, ALIGNED)
                     value = tl.load(pointer + (offset + place), mask=read, other=0.0)

@@ -1,6 +1,6 @@
-"""Partial Grams of runs of tiles, and their sums by block.
+"""Partial Grams of runs of tiles, and their sums by cell.
 
-A program takes a run: consecutive tiles of one block. It writes one partial Gram, which `add_partials` adds up in a
+A program takes a run: consecutive tiles of one cell. It writes one partial Gram, which `add_partials` adds up in a
 fixed order: no atomics, and equal bits from run to run. There are two ways to multiply, by the number of rows:
 
     up to 8 rows   every pair of rows by unrolled multiplications and additions, straight from registers; a tensor
@@ -39,8 +39,8 @@ def gram_kernel(
 ):  # fmt: skip
     """Takes the partial Gram `[count, count]` of the run that this program stands for.
 
-    addresses: `[count]` int64, of rows of `ELEMENT`. tiles: `[T, 3]` int64, start, length and block. runs: `[R, 3]`
-    int64, first tile, last tile + 1 and block. partials: `[R, count, count]` float64. `ROWS` is count, padded.
+    addresses: `[count]` int64, of rows of `ELEMENT`. tiles: `[T, 3]` int64, start, length and cell. runs: `[R, 3]`
+    int64, first tile, last tile + 1 and cell. partials: `[R, count, count]` float64. `ROWS` is count, padded.
     `ALIGNED`: the tiles of all rows begin at multiples of 16 bytes, and are of multiples of 16 elements.
     """
     run = tl.program_id(0).to(tl.int64)
@@ -191,23 +191,23 @@ def store_products(total, partial, count, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def add_partials_kernel(partials, first, gram, count, blocks, parts, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Adds up row i of the partial Grams of a block: program (block, i).
+def add_partials_kernel(partials, first, gram, count, cells, parts, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Adds up row i of the partial Grams of a cell: program (cell, i).
 
-    first: `[parts, blocks + 1]` int64, where each block's partials begin in each of the parts. gram: `[blocks, count,
+    first: `[parts, cells + 1]` int64, where each cell's partials begin in each of the parts. gram: `[cells, count,
     count]` float64. Only the upper triangle of partials is read, so that the Gram is symmetric to the bit.
     """
-    block = tl.program_id(0).to(tl.int64)
+    cell = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1)
     j = tl.arange(0, ROWS)
     pair = tl.minimum(i, j) * count + tl.maximum(i, j)
     depth = tl.arange(0, DEPTH)
     sums = tl.zeros([DEPTH, ROWS], tl.float64)
     for part in range(parts):
-        begin = tl.load(first + part * (blocks + 1) + block)
-        end = tl.load(first + part * (blocks + 1) + block + 1)
+        begin = tl.load(first + part * (cells + 1) + cell)
+        end = tl.load(first + part * (cells + 1) + cell + 1)
         for base in range(begin, end, DEPTH):
             slot = base + depth
             inside = (slot < end)[:, None] & (j < count)[None, :]
             sums += tl.load(partials + slot[:, None] * count * count + pair[None, :], mask=inside, other=0.0)
-    tl.store(gram + (block * count + i) * count + j, tl.sum(sums, axis=0), mask=j < count)
+    tl.store(gram + (cell * count + i) * count + j, tl.sum(sums, axis=0), mask=j < count)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bucketmoo_ds.kernels.accumulate import accumulate_kernel
 from bucketmoo_ds.kernels.combine import combine_kernel
 from bucketmoo_ds.kernels.gram import add_partials_kernel, gram_kernel
-from bucketmoo_ds.kernels.solve import solve_kernel
+from bucketmoo_ds.kernels.min_norm import min_norm_kernel
 
 ELEMENTS = {
     torch.float32: tl.float32,
@@ -52,7 +52,7 @@ _DOT = {
 }
 # Left to itself, ptxas spills a few registers to have more programs on a multiprocessor.
 _ALL_REGISTERS = 255
-_SOLVE_WARPS = {16: 1, 32: 4, 64: 8}
+_MIN_NORM_WARPS = {16: 1, 32: 4, 64: 8}
 _COMBINE_WARPS = 4
 _UPDATE_COLUMNS = 1024
 _ADD_PARTIALS = (16, 4)  # partials at a time, warps
@@ -115,10 +115,10 @@ def add_partials(count: int) -> Launch:
     return Launch(f"add partials {rows}", add_partials_kernel, {"ROWS": rows, "DEPTH": depth}, warps)
 
 
-def solve(count: int) -> Launch:
+def min_norm(count: int) -> Launch:
     """Arguments: gram, mask, weights, finite, cap_bits, count. Grid: blocks."""
-    rows = _padded(count, tuple(_SOLVE_WARPS))
-    return Launch(f"solve {rows}", solve_kernel, {"ROWS": rows}, _SOLVE_WARPS[rows])
+    rows = _padded(count, tuple(_MIN_NORM_WARPS))
+    return Launch(f"min_norm {rows}", min_norm_kernel, {"ROWS": rows}, _MIN_NORM_WARPS[rows])
 
 
 def combine(dtype: torch.dtype, out: torch.dtype, aligned: bool) -> Launch:
@@ -139,7 +139,7 @@ def every_launch() -> Iterator[Launch]:
     for dtype, out, aligned in itertools.product(ELEMENTS, ELEMENTS, (True, False)):
         yield combine(dtype, out, aligned)
     yield from (add_partials(rows) for rows in ROWS)
-    yield from (solve(rows) for rows in _SOLVE_WARPS)
+    yield from (min_norm(rows) for rows in _MIN_NORM_WARPS)
 
 
 def _gram_shape(dtype: torch.dtype, rows: int, aligned: bool) -> Shape:

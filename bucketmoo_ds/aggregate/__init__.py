@@ -8,7 +8,7 @@ class; the files of this package are listed below, a class elsewhere only needs 
 """
 
 from bucketmoo_ds.aggregate import cagrad, mean, mgda, pcgrad, upgrad  # noqa: F401  each registers its aggregator
+from bucketmoo_ds.aggregate.apply import solve, weights
 from bucketmoo_ds.aggregate.base import Aggregator, create, names, register
-from bucketmoo_ds.aggregate.solve import solve, weights
 
 __all__ = ["Aggregator", "create", "names", "register", "solve", "weights"]

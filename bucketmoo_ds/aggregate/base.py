@@ -70,6 +70,8 @@ def create(name: str, **options: Any) -> Aggregator:
     Raises:
         ConfigError: (a ValueError) an unknown name, an unknown option, or an option's value of a wrong type or range.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"aggregator = {name!r}: expected a name, {one_of(names())}")
     cls = _REGISTRY.get(name)
     if cls is None:
         raise ConfigError(f'aggregator = "{name}": unknown, expected {one_of(names())}{did_you_mean(name, names())}')

@@ -24,7 +24,7 @@ class MGDA(Aggregator):
     A cap on the weights keeps a language of short rows from taking all the weight. It gives up the promise above: a
     language may be harmed where the shortest vector would need more weight than the cap.
 
-    The op `solve` finds them: `w @ gram @ w - min_i (gram @ w)_i <= 1e-12 * trace` without a cap.
+    The op `min_norm` finds them: `w @ gram @ w - min_i (gram @ w)_i <= 1e-12 * trace` without a cap.
 
     Args:
         max_weight: no weight is larger, in (0, 1]; in a block of n languages the larger of it and 1/n holds, so that
@@ -42,4 +42,4 @@ class MGDA(Aggregator):
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
-        return ops.solve(gram, mask, max_weight=float(self.max_weight))[0]
+        return ops.min_norm(gram, mask, max_weight=float(self.max_weight))[0]

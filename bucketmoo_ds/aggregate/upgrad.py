@@ -14,6 +14,8 @@ from bucketmoo_ds.aggregate.base import Aggregator, register
 # Makes the smallest projection weights the solution where any number of them is as good (a Pareto-stationary block);
 # an inner product of the result with a row may fall below 0 by this much, relative to the two norms.
 RIDGE = 1e-12
+# Entries of the matrices that are worked on at once: 4 MB each stay in cache, and many languages fit into memory.
+AT_ONCE = 1 << 19
 
 
 @register("upgrad")
@@ -35,9 +37,11 @@ class UPGrad(Aggregator):
         block, language = (cosines < 0.0).any(-1).nonzero(as_tuple=True)
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         projections = identity.repeat(len(gram), 1, 1)
-        projections[block, language] += minimize_quadratic(
-            cosines[block] + RIDGE * identity, cosines[block, language], nonzero[block]
-        )
+        problems = max(1, AT_ONCE // identity.numel())
+        for of_block, of_language in zip(block.split(problems), language.split(problems), strict=True):
+            projections[of_block, of_language] += minimize_quadratic(
+                cosines[of_block] + RIDGE * identity, cosines[of_block, of_language], nonzero[of_block]
+            )
         divisor = torch.where(nonzero, norms, 1.0)
         lengths = torch.where(nonzero, norms, mask.to(norms.dtype))
         summed = (projections * lengths.unsqueeze(-1)).sum(-2) / divisor

@@ -1,13 +1,13 @@
 """Builds the compiled backends with ninja: into a wheel (setup.py), or on first use into a cache.
 
 Imports nothing of this package, so that setup.py can load this file alone. A library is built once for all processes of
-a machine: they wait for one another, and it appears under its name only when it is complete.
+a machine: they wait for one another, and it appears under its name only when it is complete. Whatever stands in the way
+(no home folder, no compiler, a read-only place) is a `BuildError`, on which the next backend is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -17,12 +17,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CACHE = "BUCKETMOO_BUILD_DIR"
 FOLDER = "lib"  # of a wheel's libraries, in the package
+PATIENCE = 600.0  # seconds that another process may build; then it hangs, and this one builds too
+# Programs that stand before the compiler in CXX.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "buildcache")
 
 # The stable ABI of the oldest PyTorch that we support: a library serves all later ones.
 _COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000")
@@ -44,7 +53,7 @@ CUDA_SOURCES = (
     "gram.cu",
     "add_partials.cu",
     "accumulate.cu",
-    "solve.cu",
+    "min_norm.cu",
     "combine.cu",
     "resolve.cu",
     "resolve_bfloat16.cu",
@@ -76,12 +85,14 @@ class Library:
         folder: where its sources lie.
         commands: for each source the command that compiles it, without input and output.
         link: the command that links them, and what to link them with.
+        compiler: what compiles them; its `--version` tells one from another.
     """
 
     name: str
     folder: Path
     commands: Mapping[str, tuple[str, ...]]
     link: tuple[tuple[str, ...], tuple[str, ...]]
+    compiler: tuple[str, ...]
 
     @property
     def file(self) -> str:
@@ -110,6 +121,7 @@ def can_build() -> bool:
     """Whether there is what the CPU backend's library takes to build."""
     try:
         _cpu()
+        _ninja()
     except BuildError:
         return False
     return True
@@ -134,8 +146,8 @@ def _cpu() -> Library:
     if platform.machine() == "x86_64":
         sources |= _X86_SOURCES
     torch = _torch_folder()
-    commands = {name: (compiler, *_CXX_FLAGS, f"-I{torch}/include", *flags) for name, flags in sources.items()}
-    return Library("cpu", _sources("cpu"), commands, ((compiler, "-shared"), _linked(torch)))
+    commands = {name: (*compiler, *_CXX_FLAGS, f"-I{torch}/include", *flags) for name, flags in sources.items()}
+    return Library("cpu", _sources("cpu"), commands, ((*compiler, "-shared"), _linked(torch)), compiler)
 
 
 def _cuda() -> Library:
@@ -147,11 +159,13 @@ def _cuda() -> Library:
         raise BuildError("nvcc is neither on the path nor in CUDA_HOME/bin: install the CUDA toolkit")
     compiler = _compiler()
     include = f"-I{torch}/include"
-    host = (compiler, *_CXX_FLAGS, include)
-    device = (nvcc, f"-ccbin={compiler}", *NVCC_FLAGS, _PTX_FLAG, include)
+    host = (*compiler, *_CXX_FLAGS, include)
+    # nvcc takes the path of a compiler, without launcher and flags.
+    behind = next(word for word in compiler if Path(word).name not in LAUNCHERS)
+    device = (nvcc, f"-ccbin={behind}", *NVCC_FLAGS, _PTX_FLAG, include)
     commands = {name: device if name.endswith(".cu") else host for name in CUDA_SOURCES}
-    link = (nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static")
-    return Library("cuda", _sources("cuda"), commands, (link, _linked(torch)))
+    link = (nvcc, f"-ccbin={behind}", "-shared", "-cudart=static")
+    return Library("cuda", _sources("cuda"), commands, (link, _linked(torch)), (nvcc,))
 
 
 def _linked(torch: Path) -> tuple[str, ...]:
@@ -173,14 +187,23 @@ def _torch_folder() -> Path:
     return Path(found.origin).parent
 
 
-def _compiler() -> str:
+def _compiler() -> tuple[str, ...]:
+    """Returns the C++ compiler's words: CXX may have a launcher before it, and flags behind it."""
     if sys.platform != "linux":
         raise BuildError(f"compiled backends are for Linux, not for {sys.platform}")
-    wanted = os.environ.get("CXX", "g++")
-    compiler = shutil.which(wanted)
-    if compiler is None:
-        raise BuildError(f"there is no C++ compiler {wanted}: install g++ 12 or newer, or name another with CXX")
-    return compiler
+    given = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise BuildError(f"CXX = {given}: cannot be read ({error}): name a C++ compiler with it") from error
+    # A launcher, and what it launches, must be there.
+    needed = 2 if Path(words[0]).name in LAUNCHERS else 1
+    for place in range(needed):
+        found = shutil.which(words[place]) if place < len(words) else None
+        if found is None:
+            raise BuildError(f"there is no C++ compiler {given}: install g++ 12 or newer, or name another with CXX")
+        words[place] = found
+    return tuple(words)
 
 
 def _find_or_build(name: str, describe: Callable[[], Library]) -> str:
@@ -191,10 +214,11 @@ def _find_or_build(name: str, describe: Callable[[], Library]) -> str:
     folder = _cache() / _fingerprint(library)
     built = folder / library.file
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{library.name}.lock"):
-            if not built.exists():
-                _build(library, folder)
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f"{library.name}.lock"):
+                if not built.exists():
+                    _build(library, folder)
     except OSError as error:
         raise BuildError(f"{folder} cannot be written ({error}): name another folder with {CACHE}") from error
     return str(built)
@@ -202,13 +226,20 @@ def _find_or_build(name: str, describe: Callable[[], Library]) -> str:
 
 def _cache() -> Path:
     given = os.environ.get(CACHE)
-    return Path(given) if given else Path.home() / ".cache" / "bucketmoo_ds"
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "bucketmoo_ds"
+    except RuntimeError as error:
+        raise BuildError(f"there is no home folder to build in ({error}): name a folder with {CACHE}") from error
 
 
 def _fingerprint(library: Library) -> str:
     """Returns what tells a library from one of other sources, flags, compiler or torch."""
-    compiler = library.link[0][0]
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    try:
+        version = subprocess.run([*library.compiler, "--version"], capture_output=True, check=False).stdout
+    except OSError as error:
+        raise BuildError(f"{library.compiler[0]} does not start ({error}): name another compiler with CXX") from error
     made_of = hashlib.sha256(version + repr((sorted(library.commands.items()), library.link)).encode())
     for path in sorted(library.folder.iterdir()):
         if path.is_file():
@@ -218,17 +249,36 @@ def _fingerprint(library: Library) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lets one process of this machine in at a time; a process that dies lets go."""
+    """Lets one process of this machine in at a time. One that dies lets go, and one that hangs is waited for no longer
+    than `PATIENCE`: two at once cost time and do no harm, as each builds in a folder of its own."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        end = time.monotonic() + PATIENCE
+        while not _taken(file.fileno()) and time.monotonic() < end:
+            time.sleep(0.1)
         yield
+
+
+def _taken(file: int) -> bool:
+    """Takes the lock; `False` where another process has it. Where files have no locks everybody has it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system
+        pass
+    return True
 
 
 def _build(library: Library, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         (Path(made) / "build.ninja").write_text(_rules(library))
-        done = subprocess.run([_ninja(), "-C", made], capture_output=True, text=True, check=False)
+        command = [_ninja(), "-C", made]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        except OSError as error:
+            raise BuildError(f"{command[0]} does not start ({error}): pip install ninja") from error
         if done.returncode != 0:
             log = folder / f"{library.name}.log"
             log.write_text(done.stdout + done.stderr)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.ops.backends.checks import check_combine, check_incoming, check_rows, check_solve
+from bucketmoo_ds.ops.backends.checks import MAX_ROWS, check_combine, check_incoming, check_min_norm, check_rows
 from bucketmoo_ds.ops.backends.choice import load_backend, load_solver
+from bucketmoo_ds.ops.groups import Grouped
 
 _library = torch.library.Library("bucketmoo_ds", "FRAGMENT")
 
-_SEGMENTS = "Tensor spans, Tensor blocks"
-_library.define(f"gram(Tensor[] rows, {_SEGMENTS}, int num_blocks, *, str backend='auto') -> Tensor")
+_SEGMENTS = "Tensor spans, Tensor cells"
+_library.define(f"gram(Tensor[] rows, {_SEGMENTS}, int num_cells, *, str backend='auto') -> Tensor")
 _library.define(
-    "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] languages, float[] scales, bool[] fresh, "
-    f"{_SEGMENTS}, int num_blocks, *, str backend='auto') -> Tensor"
+    "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] targets, float[] scales, bool[] fresh, "
+    f"{_SEGMENTS}, int num_cells, *, str backend='auto') -> Tensor"
 )
-_library.define("solve(Tensor gram, Tensor mask, *, float max_weight=1.0, str backend='auto') -> (Tensor, Tensor)")
+_library.define("min_norm(Tensor gram, Tensor mask, *, float max_weight=1.0, str backend='auto') -> (Tensor, Tensor)")
 _library.define(f"combine(Tensor[] rows, Tensor weights, {_SEGMENTS}, Tensor(a!) out, *, str backend='auto') -> ()")
 _library.define(
     f"resolve(Tensor[] rows, Tensor mask, {_SEGMENTS}, Tensor(a!) out, *, float max_weight=1.0, str backend='auto') "
@@ -24,67 +27,74 @@ _library.define(
 )
 
 
-def _gram(rows: list[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int, *, backend: str = "auto") -> Tensor:
-    check_rows(rows, spans, blocks, num_blocks)
-    result: Tensor = load_backend(backend, rows[0].device).gram(rows, spans, blocks, num_blocks)
+def _for_rows(count: int, backend: ModuleType) -> ModuleType | Grouped:
+    """Returns the backend, or what calls it with groups of rows where it does not take so many."""
+    return backend if count <= MAX_ROWS else Grouped(backend)
+
+
+def _gram(rows: list[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *, backend: str = "auto") -> Tensor:
+    check_rows(rows, spans, cells, num_cells)
+    result: Tensor = _for_rows(len(rows), load_backend(backend, rows[0].device)).gram(rows, spans, cells, num_cells)
     return result
 
 
 def _accumulate_gram(
     rows: list[Tensor],
     incoming: list[Tensor],
-    languages: list[int],
+    targets: list[int],
     scales: list[float],
     fresh: list[bool],
     spans: Tensor,
-    blocks: Tensor,
-    num_blocks: int,
+    cells: Tensor,
+    num_cells: int,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    check_rows(rows, spans, blocks, num_blocks)
-    check_incoming(rows, incoming, languages, scales, fresh)
-    module = load_backend(backend, rows[0].device)
-    result: Tensor = module.accumulate_gram(rows, incoming, languages, scales, fresh, spans, blocks, num_blocks)
+    check_rows(rows, spans, cells, num_cells)
+    check_incoming(rows, incoming, targets, scales, fresh)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
+    result: Tensor = module.accumulate_gram(rows, incoming, targets, scales, fresh, spans, cells, num_cells)
     return result
 
 
-def _solve(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    check_solve(gram, mask, max_weight)
-    result: tuple[Tensor, Tensor] = load_solver(backend, gram.device).solve(gram, mask, max_weight)
+def _min_norm(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    check_min_norm(gram, mask, max_weight)
+    solver = _for_rows(mask.shape[1], load_solver(backend, gram.device))
+    result: tuple[Tensor, Tensor] = solver.min_norm(gram, mask, max_weight)
     return result
 
 
 def _combine(
-    rows: list[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor, *, backend: str = "auto"
+    rows: list[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor, *, backend: str = "auto"
 ) -> None:
-    check_rows(rows, spans, blocks, weights.shape[0])
+    check_rows(rows, spans, cells, weights.shape[0])
     check_combine(rows, weights, out)
-    load_backend(backend, rows[0].device).combine(rows, weights.to(rows[0].device), spans, blocks, out)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
+    module.combine(rows, weights.to(rows[0].device), spans, cells, out)
 
 
 def _resolve(
     rows: list[Tensor],
     mask: Tensor,
     spans: Tensor,
-    blocks: Tensor,
+    cells: Tensor,
     out: Tensor,
     *,
     max_weight: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_rows(rows, spans, blocks, mask.shape[0])
-    check_solve(None, mask, max_weight)
+    check_rows(rows, spans, cells, mask.shape[0])
+    check_min_norm(None, mask, max_weight)
     check_combine(rows, mask, out)
-    module = load_backend(backend, rows[0].device)
-    result: tuple[Tensor, Tensor, Tensor] = module.resolve(rows, mask, max_weight, spans, blocks, out)
+    module = _for_rows(len(rows), load_backend(backend, rows[0].device))
+    result: tuple[Tensor, Tensor, Tensor] = module.resolve(rows, mask, max_weight, spans, cells, out)
     return result
 
 
 for _name, _implementation in {
     "gram": _gram,
     "accumulate_gram": _accumulate_gram,
-    "solve": _solve,
+    "min_norm": _min_norm,
     "combine": _combine,
     "resolve": _resolve,
 }.items():
@@ -93,34 +103,34 @@ for _name, _implementation in {
 
 
 @torch.library.register_fake("bucketmoo_ds::gram", lib=_library)
-def _(rows: list[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int, *, backend: str = "auto") -> Tensor:
-    return rows[0].new_empty((num_blocks, len(rows), len(rows)), dtype=torch.float64)
+def _(rows: list[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *, backend: str = "auto") -> Tensor:
+    return rows[0].new_empty((num_cells, len(rows), len(rows)), dtype=torch.float64)
 
 
 @torch.library.register_fake("bucketmoo_ds::accumulate_gram", lib=_library)
 def _(
     rows: list[Tensor],
     incoming: list[Tensor],
-    languages: list[int],
+    targets: list[int],
     scales: list[float],
     fresh: list[bool],
     spans: Tensor,
-    blocks: Tensor,
-    num_blocks: int,
+    cells: Tensor,
+    num_cells: int,
     *,
     backend: str = "auto",
 ) -> Tensor:
-    return rows[0].new_empty((num_blocks, len(rows), len(rows)), dtype=torch.float64)
+    return rows[0].new_empty((num_cells, len(rows), len(rows)), dtype=torch.float64)
 
 
-@torch.library.register_fake("bucketmoo_ds::solve", lib=_library)
+@torch.library.register_fake("bucketmoo_ds::min_norm", lib=_library)
 def _(gram: Tensor, mask: Tensor, *, max_weight: float = 1.0, backend: str = "auto") -> tuple[Tensor, Tensor]:
     return gram.new_empty(mask.shape), mask.new_empty(mask.shape[:1])
 
 
 @torch.library.register_fake("bucketmoo_ds::combine", lib=_library)
 def _(
-    rows: list[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor, *, backend: str = "auto"
+    rows: list[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor, *, backend: str = "auto"
 ) -> None:
     return None
 
@@ -130,7 +140,7 @@ def _(
     rows: list[Tensor],
     mask: Tensor,
     spans: Tensor,
-    blocks: Tensor,
+    cells: Tensor,
     out: Tensor,
     *,
     max_weight: float = 1.0,

@@ -73,8 +73,8 @@ struct Rows {
   const void* data[kMaxRows];
 };
 
-bucketmoo::Segments segments_of(const Tensor& spans, const Tensor& blocks, int64_t elements) {
-  return {spans.const_data_ptr<int64_t>(), blocks.const_data_ptr<int64_t>(), blocks.numel(), elements};
+bucketmoo::Segments segments_of(const Tensor& spans, const Tensor& cells, int64_t elements) {
+  return {spans.const_data_ptr<int64_t>(), cells.const_data_ptr<int64_t>(), cells.numel(), elements};
 }
 
 Tensor new_zeros(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
@@ -89,77 +89,77 @@ void for_tasks(const std::vector<int64_t>& begins, const Run& run) {
   });
 }
 
-// The partial Gram of the pieces of one block in one task: a triangle of `pairs` sums.
+// The partial Gram of the pieces of one cell in one task: a triangle of `pairs` sums.
 struct Runs {
   Runs(const std::vector<Piece>& pieces, const std::vector<int64_t>& begins) {
     for (size_t task = 0; task + 1 < begins.size(); ++task) {
-      first.push_back(static_cast<int64_t>(blocks.size()));
-      int64_t before = bucketmoo::kNoBlock;
+      first.push_back(static_cast<int64_t>(cells.size()));
+      int64_t before = bucketmoo::kNoCell;
       for (int64_t i = begins[task]; i < begins[task + 1]; ++i) {
-        if (pieces[i].block == bucketmoo::kNoBlock) continue;
-        if (pieces[i].block != before) blocks.push_back(pieces[i].block);
-        before = pieces[i].block;
+        if (pieces[i].cell == bucketmoo::kNoCell) continue;
+        if (pieces[i].cell != before) cells.push_back(pieces[i].cell);
+        before = pieces[i].cell;
       }
     }
   }
 
   std::vector<int64_t> first;   // by task, its first run
-  std::vector<int64_t> blocks;  // by run
+  std::vector<int64_t> cells;  // by run
 };
 
 // Adds up the partials in the order of the runs, and writes out both triangles.
 void add_partials(const Runs& runs, const std::vector<double>& partials, int count, double* grams) {
   const int pairs = bucketmoo::pair_count(count);
-  for (size_t run = 0; run < runs.blocks.size(); ++run) {
-    double* gram = grams + runs.blocks[run] * count * count;
+  for (size_t run = 0; run < runs.cells.size(); ++run) {
+    double* gram = grams + runs.cells[run] * count * count;
     const double* partial = partials.data() + run * pairs;
     for (int i = 0; i < count; ++i)
       for (int j = 0; j <= i; ++j) gram[i * count + j] += partial[bucketmoo::pair_index(i, j)];
   }
-  for (size_t run = 0; run < runs.blocks.size(); ++run) {
-    double* gram = grams + runs.blocks[run] * count * count;
+  for (size_t run = 0; run < runs.cells.size(); ++run) {
+    double* gram = grams + runs.cells[run] * count * count;
     for (int i = 0; i < count; ++i)
       for (int j = 0; j < i; ++j) gram[j * count + i] = gram[i * count + j];
   }
 }
 
-// Calls prepare(piece) for every piece, and adds up the Grams of those that have a block.
+// Calls prepare(piece) for every piece, and adds up the Grams of those that have a cell.
 template <class Prepare>
 Tensor gram_of_pieces(const Kernels& kernels, const Tensor& like, const Rows& rows, std::vector<Piece> pieces,
-                      int64_t num_blocks, const Prepare& prepare) {
-  bucketmoo::sort_by_block(pieces);
+                      int64_t num_cells, const Prepare& prepare) {
+  bucketmoo::sort_by_cell(pieces);
   const std::vector<int64_t> begins = bucketmoo::deal(pieces);
   const Runs runs(pieces, begins);
   const int64_t pairs = bucketmoo::pair_count(rows.count);
-  std::vector<double> partials(runs.blocks.size() * pairs);
+  std::vector<double> partials(runs.cells.size() * pairs);
   for_tasks(begins, [&](int64_t begin, int64_t end, int64_t task) {
     int64_t run = runs.first[task] - 1;
-    int64_t before = bucketmoo::kNoBlock;
+    int64_t before = bucketmoo::kNoCell;
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       prepare(piece);
-      if (piece.block == bucketmoo::kNoBlock) continue;
-      if (piece.block != before) ++run;
-      before = piece.block;
+      if (piece.cell == bucketmoo::kNoCell) continue;
+      if (piece.cell != before) ++run;
+      before = piece.cell;
       const int64_t next = i + 1 < end ? pieces[i + 1].begin : piece.begin + piece.count;
       kernels.gram(rows.data, rows.dtype, rows.count, piece.begin, piece.count, next, partials.data() + run * pairs);
     }
   });
-  const Tensor grams = new_zeros(like, {num_blocks, rows.count, rows.count}, ScalarType::Double);
+  const Tensor grams = new_zeros(like, {num_cells, rows.count, rows.count}, ScalarType::Double);
   add_partials(runs, partials, rows.count, grams.mutable_data_ptr<double>());
   return grams;
 }
 
-Tensor gram(std::vector<Tensor> tensors, Tensor spans, Tensor blocks, int64_t num_blocks, std::string instruction_set) {
+Tensor gram(std::vector<Tensor> tensors, Tensor spans, Tensor cells, int64_t num_cells, std::string instruction_set) {
   const Rows rows(tensors);
-  std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, blocks, rows.elements), false);
-  return gram_of_pieces(kernels_for(instruction_set), tensors[0], rows, std::move(pieces), num_blocks,
+  std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, cells, rows.elements), false);
+  return gram_of_pieces(kernels_for(instruction_set), tensors[0], rows, std::move(pieces), num_cells,
                         [](const Piece&) {});
 }
 
-Tensor accumulate_gram(std::vector<Tensor> tensors, std::vector<Tensor> incoming, std::vector<int64_t> languages,
-                       std::vector<double> scales, std::vector<int64_t> fresh, Tensor spans, Tensor blocks,
-                       int64_t num_blocks, std::string instruction_set) {
+Tensor accumulate_gram(std::vector<Tensor> tensors, std::vector<Tensor> incoming, std::vector<int64_t> targets,
+                       std::vector<double> scales, std::vector<int64_t> fresh, Tensor spans, Tensor cells,
+                       int64_t num_cells, std::string instruction_set) {
   const Kernels& kernels = kernels_for(instruction_set);
   const Rows rows(tensors);
   struct Addition {
@@ -170,20 +170,20 @@ Tensor accumulate_gram(std::vector<Tensor> tensors, std::vector<Tensor> incoming
   };
   std::vector<Addition> additions;
   for (size_t i = 0; i < incoming.size(); ++i) {
-    const int64_t language = languages[i];
-    additions.push_back({tensors[language].mutable_data_ptr<float>(), incoming[i].const_data_ptr(),
-                         static_cast<float>(scales[i]), fresh[language] != 0});
-    fresh[language] = 0;  // the next one is added
+    const int64_t target = targets[i];
+    additions.push_back({tensors[target].mutable_data_ptr<float>(), incoming[i].const_data_ptr(),
+                         static_cast<float>(scales[i]), fresh[target] != 0});
+    fresh[target] = 0;  // the next one is added
   }
   const Dtype dtype = incoming.empty() ? Dtype::float32 : dtype_of(incoming[0]);
-  std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, blocks, rows.elements), true);
-  return gram_of_pieces(kernels, tensors[0], rows, std::move(pieces), num_blocks, [&](const Piece& piece) {
+  std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, cells, rows.elements), true);
+  return gram_of_pieces(kernels, tensors[0], rows, std::move(pieces), num_cells, [&](const Piece& piece) {
     for (const Addition& each : additions)
       kernels.accumulate(each.row, each.gradient, dtype, each.scale, each.fresh, piece.begin, piece.count);
   });
 }
 
-std::tuple<Tensor, Tensor> solve(Tensor gram, Tensor mask, double max_weight) {
+std::tuple<Tensor, Tensor> min_norm(Tensor gram, Tensor mask, double max_weight) {
   const int64_t blocks = mask.size(0), rows = mask.size(1);
   const Tensor weights = new_zeros(gram, {blocks, rows}, ScalarType::Double);
   const Tensor finite = new_zeros(gram, {blocks}, ScalarType::Bool);
@@ -195,22 +195,22 @@ std::tuple<Tensor, Tensor> solve(Tensor gram, Tensor mask, double max_weight) {
   return {weights, finite};
 }
 
-void combine(std::vector<Tensor> tensors, Tensor weights, Tensor spans, Tensor blocks, Tensor out,
+void combine(std::vector<Tensor> tensors, Tensor weights, Tensor spans, Tensor cells, Tensor out,
              std::string instruction_set) {
   const Kernels& kernels = kernels_for(instruction_set);
   const Rows rows(tensors);
   const double* given = weights.const_data_ptr<double>();
   void* to = out.mutable_data_ptr();
   const Dtype dtype = dtype_of(out);
-  const std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, blocks, rows.elements), true);
+  const std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, cells, rows.elements), true);
   for_tasks(bucketmoo::deal(pieces), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = pieces[i];
       const void* used[kMaxRows];
       double weight[kMaxRows];
       int count = 0;
-      for (int row = 0; row < rows.count && piece.block != bucketmoo::kNoBlock; ++row) {
-        weight[count] = given[piece.block * rows.count + row];
+      for (int row = 0; row < rows.count && piece.cell != bucketmoo::kNoCell; ++row) {
+        weight[count] = given[piece.cell * rows.count + row];
         used[count] = rows.data[row];
         if (weight[count] != 0.0) ++count;
       }
@@ -223,13 +223,13 @@ void combine(std::vector<Tensor> tensors, Tensor weights, Tensor spans, Tensor b
 
 STABLE_TORCH_LIBRARY(bucketmoo_ds_cpu, library) {
   library.def("instruction_sets() -> str");
-  library.def("gram(Tensor[] rows, Tensor spans, Tensor blocks, int num_blocks, str instruction_set) -> Tensor");
+  library.def("gram(Tensor[] rows, Tensor spans, Tensor cells, int num_cells, str instruction_set) -> Tensor");
   library.def(
-      "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] languages, float[] scales, int[] fresh, "
-      "Tensor spans, Tensor blocks, int num_blocks, str instruction_set) -> Tensor");
-  library.def("solve(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
+      "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] targets, float[] scales, int[] fresh, "
+      "Tensor spans, Tensor cells, int num_cells, str instruction_set) -> Tensor");
+  library.def("min_norm(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
   library.def(
-      "combine(Tensor[] rows, Tensor weights, Tensor spans, Tensor blocks, Tensor(a!) out, str instruction_set) -> ()");
+      "combine(Tensor[] rows, Tensor weights, Tensor spans, Tensor cells, Tensor(a!) out, str instruction_set) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bucketmoo_ds_cpu, CompositeExplicitAutograd, library) {
@@ -239,6 +239,6 @@ STABLE_TORCH_LIBRARY_IMPL(bucketmoo_ds_cpu, CompositeExplicitAutograd, library) 
 STABLE_TORCH_LIBRARY_IMPL(bucketmoo_ds_cpu, CPU, library) {
   library.impl("gram", TORCH_BOX(&gram));
   library.impl("accumulate_gram", TORCH_BOX(&accumulate_gram));
-  library.impl("solve", TORCH_BOX(&solve));
+  library.impl("min_norm", TORCH_BOX(&min_norm));
   library.impl("combine", TORCH_BOX(&combine));
 }

@@ -1,4 +1,4 @@
-// A shard cut into pieces for the kernels, and these dealt into tasks for threads. Knows spans and blocks, no tensors.
+// A shard cut into pieces for the kernels, and these dealt into tasks for threads. Knows spans and cells, no tensors.
 #pragma once
 
 #include <algorithm>
@@ -10,21 +10,21 @@
 namespace bucketmoo {
 
 constexpr int64_t kTask = 16384;  // columns that a task takes at least, but the last
-constexpr int64_t kNoBlock = -1;  // of a piece outside of all segments
+constexpr int64_t kNoCell = -1;  // of a piece outside of all segments
 
 struct Piece {
-  int64_t begin, count, block;
+  int64_t begin, count, cell;
 };
 
 struct Segments {
   const int64_t* spans;  // [num, 2]: start and length
-  const int64_t* blocks;
+  const int64_t* cells;
   int64_t num;
   int64_t elements;  // of the shard
 };
 
-inline void cut(int64_t begin, int64_t end, int64_t block, std::vector<Piece>& pieces) {
-  for (; begin < end; begin += kPiece) pieces.push_back({begin, std::min(kPiece, end - begin), block});
+inline void cut(int64_t begin, int64_t end, int64_t cell, std::vector<Piece>& pieces) {
+  for (; begin < end; begin += kPiece) pieces.push_back({begin, std::min(kPiece, end - begin), cell});
 }
 
 // The pieces of all segments in ascending order and, where `gaps`, of what lies between them.
@@ -34,18 +34,18 @@ inline std::vector<Piece> cut(const Segments& segments, bool gaps) {
   int64_t done = 0;
   for (int64_t i = 0; i < segments.num; ++i) {
     const int64_t begin = segments.spans[2 * i], end = begin + segments.spans[2 * i + 1];
-    if (gaps) cut(done, begin, kNoBlock, pieces);
-    cut(begin, end, segments.blocks[i], pieces);
+    if (gaps) cut(done, begin, kNoCell, pieces);
+    cut(begin, end, segments.cells[i], pieces);
     done = end;
   }
-  if (gaps) cut(done, segments.elements, kNoBlock, pieces);
+  if (gaps) cut(done, segments.elements, kNoCell, pieces);
   return pieces;
 }
 
-// Puts pieces in the order of their blocks, those of none last.
-inline void sort_by_block(std::vector<Piece>& pieces) {
+// Puts pieces in the order of their cells, those of none last.
+inline void sort_by_cell(std::vector<Piece>& pieces) {
   std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
-    return static_cast<uint64_t>(a.block) < static_cast<uint64_t>(b.block);
+    return static_cast<uint64_t>(a.cell) < static_cast<uint64_t>(b.cell);
   });
 }
 

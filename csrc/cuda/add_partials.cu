@@ -1,4 +1,4 @@
-// The second stage of a Gram: the partials of every block, added up in a fixed order.
+// The second stage of a Gram: the partials of every cell, added up in a fixed order.
 #include "gram_launch.cuh"
 
 namespace bucketmoo {
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) add_partials_kernel(
 
 void launch_add_partials(
     int count, const Tiles& tiles, int64_t parts, const double* partials, double* gram, void* stream) {
-  const int64_t warps = tiles.blocks * count * count;
+  const int64_t warps = tiles.cells * count * count;
   if (warps == 0) return;
   const int64_t blocks = (warps + kThreads / kWarp - 1) / (kThreads / kWarp);
   launch("gram, adding up", add_partials_kernel, {std::min<int64_t>(blocks, 1 << 20), kThreads, 0}, stream, partials,

@@ -42,7 +42,7 @@ Rows rows_of(const std::vector<Tensor>& tensors) {
   return rows;
 }
 
-// `table` [tiles, 3] int64 (start, length, block) and `first` [blocks + 1] int64, on the device.
+// `table` [tiles, 3] int64 (start, length, cell) and `first` [cells + 1] int64, on the device.
 Tiles tiles_of(const Tensor& table, const Tensor& first, int64_t inside) {
   return {
       reinterpret_cast<const Tile*>(table.const_data_ptr<int64_t>()), first.const_data_ptr<int64_t>(), inside,
@@ -53,7 +53,7 @@ Tensor new_double(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Double);
 }
 
-Tensor new_grams(const Tensor& like, int64_t blocks, int64_t rows) { return new_double(like, {blocks, rows, rows}); }
+Tensor new_grams(const Tensor& like, int64_t cells, int64_t rows) { return new_double(like, {cells, rows, rows}); }
 
 // Makes a tensor's device the current one, and has its current stream.
 struct OnDevice {
@@ -71,7 +71,7 @@ Tensor gram(std::vector<Tensor> tensors, Tensor table, Tensor first, int64_t ins
   const Rows rows = rows_of(tensors);
   const Tiles tiles = tiles_of(table, first, inside);
   const Tensor partials = new_grams(tensors[0], bucketmoo::gram_slots(rows, tiles), rows.count);
-  const Tensor result = new_grams(tensors[0], tiles.blocks, rows.count);
+  const Tensor result = new_grams(tensors[0], tiles.cells, rows.count);
   bucketmoo::gram(
       rows, tiles, partials.mutable_data_ptr<double>(), result.mutable_data_ptr<double>(), device.handle());
   return result;
@@ -95,7 +95,7 @@ Tensor accumulate_gram(
   for (const int64_t row : fresh) incoming.fresh |= uint64_t{1} << row;
   const int64_t slots = last ? bucketmoo::accumulate_slots(rows, tiles) : 0;
   const Tensor partials = new_grams(tensors[0], slots, rows.count);
-  const Tensor result = new_grams(tensors[0], last ? tiles.blocks : 0, rows.count);
+  const Tensor result = new_grams(tensors[0], last ? tiles.cells : 0, rows.count);
   bucketmoo::accumulate_gram(
       rows, incoming, tiles, last, partials.mutable_data_ptr<double>(), result.mutable_data_ptr<double>(),
       device.handle());
@@ -111,16 +111,16 @@ struct Weights {
   Tensor finite;
 };
 
-void solve_into(const Tensor& gram, const Tensor& mask, double max_weight, const Weights& result, void* stream) {
-  bucketmoo::solve(
+void min_norm_into(const Tensor& gram, const Tensor& mask, double max_weight, const Weights& result, void* stream) {
+  bucketmoo::min_norm(
       gram.const_data_ptr<double>(), mask.const_data_ptr<bool>(), mask.size(0), static_cast<int>(mask.size(1)),
       max_weight, result.weights.mutable_data_ptr<double>(), result.finite.mutable_data_ptr<bool>(), stream);
 }
 
-std::tuple<Tensor, Tensor> solve(Tensor gram, Tensor mask, double max_weight) {
+std::tuple<Tensor, Tensor> min_norm(Tensor gram, Tensor mask, double max_weight) {
   const OnDevice device(gram);
   const Weights result(mask);
-  solve_into(gram, mask, max_weight, result, device.handle());
+  min_norm_into(gram, mask, max_weight, result, device.handle());
   return {result.weights, result.finite};
 }
 
@@ -144,12 +144,12 @@ std::tuple<Tensor, Tensor, Tensor> resolve(
   const int64_t slots = fused ? bucketmoo::resolve_slots(rows, tiles, tensors[0].numel()) : 0;
   if (slots == 0) {
     const Tensor grams = gram(tensors, table, first, inside);
-    solve_into(grams, mask, max_weight, result, device.handle());
+    min_norm_into(grams, mask, max_weight, result, device.handle());
     combine(tensors, result.weights, table, first, inside, out, true);
     return {grams, result.weights, result.finite};
   }
   const Tensor partials = new_grams(tensors[0], slots, rows.count);
-  const Tensor grams = new_grams(tensors[0], tiles.blocks, rows.count);
+  const Tensor grams = new_grams(tensors[0], tiles.cells, rows.count);
   bucketmoo::resolve(
       rows, tiles, mask.const_data_ptr<bool>(), max_weight, partials.mutable_data_ptr<double>(),
       grams.mutable_data_ptr<double>(), result.weights.mutable_data_ptr<double>(),
@@ -164,7 +164,7 @@ STABLE_TORCH_LIBRARY(bucketmoo_ds_cuda, library) {
   library.def(
       "accumulate_gram(Tensor(a!)[] rows, Tensor[] gradients, int[] offsets, float[] scales, int[] fresh, "
       "Tensor tiles, Tensor first, int inside, bool last) -> Tensor");
-  library.def("solve(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
+  library.def("min_norm(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
   library.def(
       "combine(Tensor[] rows, Tensor weights, Tensor tiles, Tensor first, int inside, Tensor(a!) out, bool backward) "
       "-> ()");
@@ -176,7 +176,7 @@ STABLE_TORCH_LIBRARY(bucketmoo_ds_cuda, library) {
 STABLE_TORCH_LIBRARY_IMPL(bucketmoo_ds_cuda, CUDA, library) {
   library.impl("gram", TORCH_BOX(&gram));
   library.impl("accumulate_gram", TORCH_BOX(&accumulate_gram));
-  library.impl("solve", TORCH_BOX(&solve));
+  library.impl("min_norm", TORCH_BOX(&min_norm));
   library.impl("combine", TORCH_BOX(&combine));
   library.impl("resolve", TORCH_BOX(&resolve));
 }

@@ -1,4 +1,4 @@
-// combine: the weighted sum of the rows, block by block.
+// combine: the weighted sum of the rows, cell by cell.
 #include "combine.cuh"
 #include "gram_launch.cuh"
 
@@ -20,7 +20,7 @@ void launch_combine(
   const int64_t all = tiles.inside + tiles.outside;
   if (all == 0) return;
   // Backward only pays where the ranges are those which `gram` has walked.
-  const int64_t parts = backward ? gram_slots(rows, tiles) - tiles.blocks : std::min<int64_t>(1, tiles.inside);
+  const int64_t parts = backward ? gram_slots(rows, tiles) - tiles.cells : std::min<int64_t>(1, tiles.inside);
   const int64_t wave =
       int64_t{current_device().multiprocessors} *
       blocks_per_multiprocessor(combine_kernel<Format>, kCombineThreads, kSharedBytes, "combine");

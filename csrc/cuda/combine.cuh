@@ -7,7 +7,7 @@ namespace bucketmoo {
 
 constexpr int kCombineThreads = 256;
 
-// The rows of a block whose weight is not 0, in shared memory. Indices, as an address that is read from shared memory
+// The rows of a cell whose weight is not 0, in shared memory. Indices, as an address that is read from shared memory
 // is no longer known to be one of global memory.
 template <class Real>
 struct Chosen {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void combine_tiles(
   auto& chosen = *reinterpret_cast<Chosen<typename Widened<Format>::Real>*>(shared);
   const int64_t depth = parts == 0 ? 0 : (tiles.inside + parts - 1) / parts;
   const int64_t steps = depth * parts;
-  int64_t block = -2;
+  int64_t cell = -2;
   for (int64_t step = blockIdx.x; step < steps + tiles.outside; step += gridDim.x) {
     int64_t index = tiles.inside + step - steps;
     if (step < steps) {
@@ -184,11 +184,11 @@ __device__ __forceinline__ void combine_tiles(
       if (index < begin || index >= end) continue;
     }
     const Tile tile = tiles.data[index];
-    if (tile.block != block) {
-      block = tile.block;
+    if (tile.cell != cell) {
+      cell = tile.cell;
       __syncthreads();
-      if (block >= 0) {
-        choose(rows, weights + block * rows.count, chosen);
+      if (cell >= 0) {
+        choose(rows, weights + cell * rows.count, chosen);
       } else if (threadIdx.x == 0) {
         chosen.count = 0;
       }

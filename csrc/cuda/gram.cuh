@@ -6,9 +6,9 @@
 //   StagedGram  float32 above, and float64: 4 x 4 tiles of pairs, from shared memory
 //
 // Products of bf16 and fp16 are exact in float32. No TF32. Float32 sums are short, then go to float64 (kChain).
-// Every block takes a range of tiles and writes one partial Gram for each of the tiles' blocks that it meets. As tiles
-// are sorted by block, (part, block) is a staircase, and part + block names a partial that nobody else writes: the sum
-// of a block's partials (`add_partials`) has a fixed order, and no atomics are needed.
+// Every block takes a range of tiles and writes one partial Gram for each of the tiles' cells that it meets. As tiles
+// are sorted by cell, (part, cell) is a staircase, and part + cell names a partial that nobody else writes: the sum
+// of a cell's partials (`add_partials`) has a fixed order, and no atomics are needed.
 #pragma once
 
 #include <type_traits>
@@ -379,55 +379,55 @@ class StagedGram {
   int second_;
 };
 
-// The tiles of this block of threads, one partial Gram for each of their blocks.
+// The tiles of this block of threads, one partial Gram for each of their cells.
 template <class Gram, class Source>
 __device__ __forceinline__ void gram_tiles(
     const Rows& rows, const Source& source, const Tiles& tiles, int shift, double* partials, char* shared) {
   Gram gram(rows.count);
   const int64_t part = blockIdx.x;
   const int64_t end = part_begin(part + 1, gridDim.x, tiles.inside);
-  int64_t block = -1;
+  int64_t cell = -1;
   const auto finish = [&] {
     __syncthreads();
-    gram.finish(rows.count, shared, partials + (part + block) * rows.count * rows.count);
+    gram.finish(rows.count, shared, partials + (part + cell) * rows.count * rows.count);
     __syncthreads();
   };
   for (int64_t index = part_begin(part, gridDim.x, tiles.inside); index < end; ++index) {
     const Tile tile = tiles.data[index];
-    if (tile.block != block) {
-      if (block >= 0) finish();
-      block = tile.block;
+    if (tile.cell != cell) {
+      if (cell >= 0) finish();
+      cell = tile.cell;
       gram.clear(shared);
     }
     gram.add(rows, source, tile, shift, shared);
   }
-  if (block >= 0) finish();
+  if (cell >= 0) finish();
 }
 
-// Adds up the partials of every block, a warp a pair, in a fixed order, and mirrors them.
+// Adds up the partials of every cell, a warp a pair, in a fixed order, and mirrors them.
 __device__ __forceinline__ void add_partials(
     const double* partials, const Tiles& tiles, int64_t parts, int count, double* gram) {
   const int64_t pairs = int64_t{count} * count;
   const int64_t warps = int64_t{gridDim.x} * (blockDim.x / kWarp);
   const int64_t first = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  for (int64_t item = first; item < tiles.blocks * pairs; item += warps) {
-    const int64_t block = item / pairs;
+  for (int64_t item = first; item < tiles.cells * pairs; item += warps) {
+    const int64_t cell = item / pairs;
     const int i = static_cast<int>(item % pairs) / count;
     const int j = static_cast<int>(item % pairs) % count;
     if (i > j) continue;
     double total = 0.0;
-    const int64_t begin = tiles.first[block];
-    const int64_t end = tiles.first[block + 1];
+    const int64_t begin = tiles.first[cell];
+    const int64_t end = tiles.first[cell + 1];
     if (begin < end) {
       const int64_t last = part_of(end - 1, parts, tiles.inside);
       for (int64_t part = part_of(begin, parts, tiles.inside) + threadIdx.x % kWarp; part <= last; part += kWarp) {
-        total += partials[(part + block) * pairs + i * count + j];
+        total += partials[(part + cell) * pairs + i * count + j];
       }
     }
     total = warp_sum(total);
     if (threadIdx.x % kWarp == 0) {
-      gram[block * pairs + i * count + j] = total;
-      gram[block * pairs + j * count + i] = total;
+      gram[cell * pairs + i * count + j] = total;
+      gram[cell * pairs + j * count + i] = total;
     }
   }
 }

@@ -55,8 +55,8 @@ Layout layout_of(const Tiles& tiles, Kernel kernel, const char* name, int least_
   return {std::min(wave, tiles.inside), threads, shared_bytes};
 }
 
-// Partials are named part + block.
-inline int64_t slots(const Tiles& tiles, int64_t parts) { return parts + tiles.blocks; }
+// Partials are named part + cell.
+inline int64_t slots(const Tiles& tiles, int64_t parts) { return parts + tiles.cells; }
 
 void launch_add_partials(
     int count, const Tiles& tiles, int64_t parts, const double* partials, double* gram, void* stream);

@@ -1,5 +1,5 @@
 // The plain interface of the CUDA kernels: addresses, sizes and a stream, no framework. `bindings.cpp` calls it with
-// tensors, the tests' emulator with arrays of the host. What the kernels compute stands in bucketmoo_ds/ops.py.
+// tensors, the tests' emulator with arrays of the host. What the kernels compute stands in bucketmoo_ds/ops.
 #pragma once
 
 #include <cstdint>
@@ -23,20 +23,20 @@ struct Rows {
   Dtype dtype;
 };
 
-// A stretch of elements of one block; a block of -1 lies outside of all segments.
+// A stretch of elements of one cell; a cell of -1 lies outside of all segments.
 struct Tile {
   int64_t start;
   int64_t length;
-  int64_t block;
+  int64_t cell;
 };
 
-// The tiles of a shard, on the device, sorted by block; those outside of all segments stand at the end.
+// The tiles of a shard, on the device, sorted by cell; those outside of all segments stand at the end.
 struct Tiles {
   const Tile* data;
-  const int64_t* first;  // [blocks + 1]: where each block's tiles begin
+  const int64_t* first;  // [cells + 1]: where each cell's tiles begin
   int64_t inside;        // how many lie in a segment
   int64_t outside;       // how many do not
-  int64_t blocks;
+  int64_t cells;
 };
 
 // Gradients that are added to the rows: sorted by row, those of row k are first[k] to first[k + 1].
@@ -60,7 +60,7 @@ void gram(const Rows& rows, const Tiles& tiles, double* partials, double* gram, 
 void accumulate_gram(
     const Rows& rows, const Incoming& incoming, const Tiles& tiles, bool last, double* partials, double* gram,
     void* stream);
-void solve(
+void min_norm(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite,
     void* stream);
 // `backward`: the tiles that `gram` has read last come first, as they still lie in the L2 cache.

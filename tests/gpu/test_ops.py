@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of sqrt(G_ii G_jj): the issue's bounds; float64 sums of 1e6 products, 1e6 * 2^-53 with a margin of 10.
 GRAM_BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 1e-9}
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
-NUM_BLOCKS = 4
+NUM_CELLS = 4
 
 
 @pytest.fixture(params=BACKENDS)
@@ -44,13 +44,13 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 9, 16, 24, 40, 64])
 @pytest.mark.parametrize("alike", [True, False])
 def test_gram(backend: str, generator: torch.Generator, dtype: torch.dtype, count: int, alike: bool) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike)
-    expected = ops.gram(rows, spans, blocks, NUM_BLOCKS, backend="reference")
+    rows, spans, cells = _shard(generator, count, dtype, alike)
+    expected = ops.gram(rows, spans, cells, NUM_CELLS, backend="reference")
     on_device = _on_device(rows)
-    found = ops.gram(on_device, spans, blocks, NUM_BLOCKS, backend=backend)
+    found = ops.gram(on_device, spans, cells, NUM_CELLS, backend=backend)
     assert found.is_cuda
     assert torch.equal(found, found.transpose(1, 2))
-    assert torch.equal(found, ops.gram(on_device, spans, blocks, NUM_BLOCKS, backend=backend))
+    assert torch.equal(found, ops.gram(on_device, spans, cells, NUM_CELLS, backend=backend))
     norms = expected.diagonal(dim1=1, dim2=2).sqrt()
     scale = (norms[:, :, None] * norms[:, None, :]).clamp(min=1e-300)
     assert float(((found.cpu() - expected).abs() / scale).max()) <= GRAM_BOUND[dtype]
@@ -63,11 +63,11 @@ def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
 ) -> None:
     if backend == "reference":
         pytest.skip("holds for the fast backends only: the reference's products come from a matrix library")
-    rows, spans, blocks = _shard(generator, count, dtype, alike=True)
+    rows, spans, cells = _shard(generator, count, dtype, alike=True)
     order = torch.randperm(count, generator=generator).tolist()
     on_device = _on_device(rows)
-    plain = ops.gram(on_device, spans, blocks, NUM_BLOCKS, backend=backend)
-    found = ops.gram([on_device[index] for index in order], spans, blocks, NUM_BLOCKS, backend=backend)
+    plain = ops.gram(on_device, spans, cells, NUM_CELLS, backend=backend)
+    found = ops.gram([on_device[index] for index in order], spans, cells, NUM_CELLS, backend=backend)
     assert torch.equal(found, plain[:, order][:, :, order])
 
 
@@ -76,13 +76,13 @@ def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
 def test_what_is_not_finite_stays_in_its_row_and_column(
     backend: str, generator: torch.Generator, dtype: torch.dtype, count: int
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike=True)
+    rows, spans, cells = _shard(generator, count, dtype, alike=True)
     longest = int(spans[:, 1].argmax())
-    block, bad = int(blocks[longest]), count // 2
+    cell, bad = int(cells[longest]), count // 2
     rows[bad][int(spans[longest, 0]) + 17] = float("nan")
-    found = ops.gram(_on_device(rows), spans, blocks, NUM_BLOCKS, backend=backend).cpu()
-    expected = torch.zeros(NUM_BLOCKS, count, count, dtype=torch.bool)
-    expected[block, bad] = expected[block, :, bad] = True
+    found = ops.gram(_on_device(rows), spans, cells, NUM_CELLS, backend=backend).cpu()
+    expected = torch.zeros(NUM_CELLS, count, count, dtype=torch.bool)
+    expected[cell, bad] = expected[cell, :, bad] = True
     assert torch.equal(found.isnan(), expected)
 
 
@@ -92,32 +92,32 @@ def test_what_is_not_finite_stays_in_its_row_and_column(
 def test_accumulate_gram(
     backend: str, generator: torch.Generator, dtype: torch.dtype, count: int, gradients: str
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, torch.float32, alike=True)
+    rows, spans, cells = _shard(generator, count, torch.float32, alike=True)
     amount = 70 if gradients == "many" else count
-    languages = torch.randint(1, count, (amount,), generator=generator).tolist()  # row 0 gets none
-    languages[0] = count - 1
+    targets = torch.randint(1, count, (amount,), generator=generator).tolist()  # row 0 gets none
+    targets[0] = count - 1
     fresh = [row == count - 1 for row in range(count)]
     rows[-1].fill_(float("nan"))
     scales = torch.rand(amount, generator=generator).tolist()
     incoming = [torch.randn(len(rows[0]), generator=generator).to(dtype) for _ in range(amount)]
     on_device, on_device_incoming = _on_device(rows), [gradient.cuda() for gradient in incoming]
     ops.accumulate_gram(
-        rows, [gradient.clone() for gradient in incoming], languages, scales, fresh, spans, blocks, NUM_BLOCKS,
+        rows, [gradient.clone() for gradient in incoming], targets, scales, fresh, spans, cells, NUM_CELLS,
         backend="reference",
     )  # fmt: skip
     found = ops.accumulate_gram(
-        on_device, on_device_incoming, languages, scales, fresh, spans, blocks, NUM_BLOCKS, backend=backend
+        on_device, on_device_incoming, targets, scales, fresh, spans, cells, NUM_CELLS, backend=backend
     )
     for row, wanted in zip(on_device, rows, strict=True):
         # To the bit but for float64 gradients, which the fast backends round to float32 first: 2^-24 each.
         exact = dtype != torch.float64
         torch.testing.assert_close(row.cpu(), wanted, rtol=0 if exact else 1e-6, atol=0 if exact else 1e-5)
-    assert torch.equal(found, ops.gram(on_device, spans, blocks, NUM_BLOCKS, backend=backend))
+    assert torch.equal(found, ops.gram(on_device, spans, cells, NUM_CELLS, backend=backend))
 
 
 @pytest.mark.parametrize("count", [2, 3, 16, 64])
 @pytest.mark.parametrize("cap", [1.0, 0.5])
-def test_solve(backend: str, generator: torch.Generator, count: int, cap: float) -> None:
+def test_min_norm(backend: str, generator: torch.Generator, count: int, cap: float) -> None:
     rows = torch.randn(16, count, 2 * count, generator=generator, dtype=torch.float64)
     rows[8:] *= 10 ** (6 * torch.rand(8, count, 1, generator=generator, dtype=torch.float64) - 3)
     gram = rows @ rows.transpose(1, 2)
@@ -125,8 +125,8 @@ def test_solve(backend: str, generator: torch.Generator, count: int, cap: float)
     mask = torch.rand(16, count, generator=generator) < 0.9
     gram[3, 0] = gram[3, :, 0] = float("nan")
     mask[3, 0] = True
-    expected, expected_finite = ops.solve(gram, mask, max_weight=cap, backend="reference")
-    weights, finite = ops.solve(gram.cuda(), mask.cuda(), max_weight=cap, backend=backend)
+    expected, expected_finite = ops.min_norm(gram, mask, max_weight=cap, backend="reference")
+    weights, finite = ops.min_norm(gram.cuda(), mask.cuda(), max_weight=cap, backend=backend)
     assert weights.is_cuda
     assert torch.equal(finite.cpu(), expected_finite)
     # Rows of full rank have one solution. Multipliers are right to 1e-12, and the cosines' condition is below 1e4.
@@ -139,16 +139,16 @@ def test_solve(backend: str, generator: torch.Generator, count: int, cap: float)
 def test_combine(
     backend: str, generator: torch.Generator, dtype: torch.dtype, out_dtype: torch.dtype, alike: bool
 ) -> None:
-    rows, spans, blocks = _shard(generator, 6, dtype, alike)
-    weights = torch.rand(NUM_BLOCKS, 6, generator=generator, dtype=torch.float64)
+    rows, spans, cells = _shard(generator, 6, dtype, alike)
+    weights = torch.rand(NUM_CELLS, 6, generator=generator, dtype=torch.float64)
     weights[:, 1] = 0.0
     rows[1].fill_(float("nan"))
     exact = torch.empty(len(rows[0]), dtype=torch.float64)
-    ops.combine(rows, weights, spans, blocks, exact, backend="reference")
+    ops.combine(rows, weights, spans, cells, exact, backend="reference")
     magnitudes = torch.empty_like(exact)
-    ops.combine([row.double().abs() for row in rows], weights, spans, blocks, magnitudes, backend="reference")
+    ops.combine([row.double().abs() for row in rows], weights, spans, cells, magnitudes, backend="reference")
     out = torch.full(exact.shape, float("nan"), dtype=out_dtype, device="cuda")
-    ops.combine(_on_device(rows), weights.cuda(), spans, blocks, out, backend=backend)
+    ops.combine(_on_device(rows), weights.cuda(), spans, cells, out, backend=backend)
     # K + 2 roundings of the arithmetic, and one, or two from float64, to out's dtype; float16's subnormals.
     arithmetic = ROUNDING[torch.float64 if dtype == out_dtype == torch.float64 else torch.float32]
     bound = 8 * arithmetic * magnitudes + 2 * ROUNDING[out_dtype] * exact.abs() + 2.0**-24 * (out_dtype.itemsize == 2)
@@ -158,22 +158,22 @@ def test_combine(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [2, 8, 24, 64])
 def test_resolve(backend: str, generator: torch.Generator, dtype: torch.dtype, count: int) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike=True)
-    mask = torch.rand(NUM_BLOCKS, count, generator=generator) < 0.8
+    rows, spans, cells = _shard(generator, count, dtype, alike=True)
+    mask = torch.rand(NUM_CELLS, count, generator=generator) < 0.8
     on_device = _on_device(rows)
     out, apart = (torch.full_like(on_device[0], float("nan")) for _ in range(2))
-    gram, weights, finite = ops.resolve(on_device, mask.cuda(), spans, blocks, out, max_weight=0.9, backend=backend)
-    expected = ops.gram(rows, spans, blocks, NUM_BLOCKS, backend="reference")
+    gram, weights, finite = ops.resolve(on_device, mask.cuda(), spans, cells, out, max_weight=0.9, backend=backend)
+    expected = ops.gram(rows, spans, cells, NUM_CELLS, backend="reference")
     norms = expected.diagonal(dim1=1, dim2=2).sqrt()
     scale = (norms[:, :, None] * norms[:, None, :]).clamp(min=1e-300)
     assert float(((gram.cpu() - expected).abs() / scale).max()) <= GRAM_BOUND[dtype]
-    alone, flags = ops.solve(gram, mask.cuda(), max_weight=0.9, backend=backend)
+    alone, flags = ops.min_norm(gram, mask.cuda(), max_weight=0.9, backend=backend)
     assert torch.equal(weights, alone)
     assert torch.equal(finite, flags)
-    ops.combine(on_device, weights, spans, blocks, apart, backend=backend)
+    ops.combine(on_device, weights, spans, cells, apart, backend=backend)
     assert torch.equal(out, apart)
     # In place, in the row that it reads.
-    ops.resolve(on_device, mask.cuda(), spans, blocks, on_device[0], max_weight=0.9, backend=backend)
+    ops.resolve(on_device, mask.cuda(), spans, cells, on_device[0], max_weight=0.9, backend=backend)
     assert torch.equal(on_device[0], apart)
 
 
@@ -182,12 +182,12 @@ def test_resolve_in_one_launch_gives_what_three_do(generator: torch.Generator, d
     reason = cuda.unavailable(torch.device("cuda"))
     if reason:
         pytest.skip(reason)
-    rows, spans, blocks = _shard(generator, 8, dtype, alike=True)
-    on_device, mask = _on_device(rows), torch.ones(NUM_BLOCKS, 8, dtype=torch.bool, device="cuda")
+    rows, spans, cells = _shard(generator, 8, dtype, alike=True)
+    on_device, mask = _on_device(rows), torch.ones(NUM_CELLS, 8, dtype=torch.bool, device="cuda")
     results = []
     for fused in (True, False):
         out = torch.empty_like(on_device[0])
-        results.append((*cuda.resolve(on_device, mask, 1.0, spans, blocks, out, fused=fused), out))
+        results.append((*cuda.resolve(on_device, mask, 1.0, spans, cells, out, fused=fused), out))
     # The launches may deal tiles differently, so that float64 sums differ in their last bits, and weights with them.
     for one, three in zip(*results, strict=True):
         tolerance = 4 * ROUNDING.get(one.dtype, 0.0) if one.dtype != torch.float64 else 1e-9
@@ -197,7 +197,7 @@ def test_resolve_in_one_launch_gives_what_three_do(generator: torch.Generator, d
 def _shard(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Rows of random alignment; segments of random length and block, empty ones and gaps among them. The last block has
+    """Rows of random alignment; segments of random length and cell, empty ones and gaps among them. The last cell has
     none."""
     lengths = [0, 1, 1, 17, 300, 40_000, 200_003, 64, 1, 9_997]
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -211,7 +211,7 @@ def _shard(
     for index in range(count):
         row = torch.empty(position + 7 + 16, dtype=dtype)[shifts[0 if alike else index] :][: position + 7]
         rows.append(row.copy_(torch.randn(position + 7, generator=generator)))
-    return rows, torch.tensor(spans), torch.randint(NUM_BLOCKS - 1, (len(lengths),), generator=generator)
+    return rows, torch.tensor(spans), torch.randint(NUM_CELLS - 1, (len(lengths),), generator=generator)
 
 
 def _on_device(rows: list[Tensor]) -> list[Tensor]:

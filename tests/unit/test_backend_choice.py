@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.ops import build
-from bucketmoo_ds.ops.backends import choice, cpu
+from bucketmoo_ds.ops.backends import choice, cpu, libraries
 
-ROWS, SPANS, BLOCKS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
+ROWS, SPANS, CELLS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def lines() -> Iterator[list[str]]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            found.append(f"{record.levelname} {record.getMessage()}")
 
     handler, level = Keep(), logger.level
     logger.addHandler(handler)
@@ -101,41 +103,70 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_op_honours_its_argument() -> None:
     weights, mask, out = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), torch.empty(2)
     calls = {
-        "gram": (ROWS, SPANS, BLOCKS, 1),
-        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, BLOCKS, 1),
-        "combine": (ROWS, weights, SPANS, BLOCKS, out),
-        "resolve": (ROWS, mask, SPANS, BLOCKS, out),
+        "gram": (ROWS, SPANS, CELLS, 1),
+        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, CELLS, 1),
+        "combine": (ROWS, weights, SPANS, CELLS, out),
+        "resolve": (ROWS, mask, SPANS, CELLS, out),
     }
     for name, arguments in calls.items():
         with pytest.raises(ConfigError, match=r'bucket_moo\.backend = "cuda"'):
             getattr(ops, name)(*arguments, backend="cuda")
     # What a backend of another device leaves on the CPU is solved by the CPU's own.
-    assert ops.solve(torch.ones(1, 1, 1, dtype=torch.float64), mask, backend="cuda")[0].item() == 1.0
+    assert ops.min_norm(torch.ones(1, 1, 1, dtype=torch.float64), mask, backend="cuda")[0].item() == 1.0
 
 
 @pytest.mark.usefixtures("forgetful")
 def test_the_automatic_choice_is_logged_once(lines: list[str]) -> None:
     name = ops.choose_backend()
     for _ in range(3):
-        assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
-    chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
+        assert ops.gram(ROWS, SPANS, CELLS, 1).item() == 5.0
+    chosen = [line for line in lines if "backend of the ops on cpu" in line]
     assert len(chosen) == 1
-    assert chosen[0].startswith(f"backend of the ops on cpu: {name}")
+    assert f"backend of the ops on cpu: {name}" in chosen[0]
+    assert chosen[0].startswith("INFO" if name == "cpu" else "WARNING")
 
 
 @pytest.mark.usefixtures("_no_library")
 def test_without_a_library_auto_takes_the_reference_and_says_why(lines: list[str]) -> None:
     assert ops.choose_backend() == "reference"
-    assert ops.gram(ROWS, SPANS, BLOCKS, 1).item() == 5.0
-    chosen = [line for line in lines if line.startswith("backend of the ops on cpu")]
-    assert chosen == ["backend of the ops on cpu: reference (cpu: there is no C++ compiler g++-99)"]
+    assert ops.gram(ROWS, SPANS, CELLS, 1).item() == 5.0
+    chosen = [line for line in lines if "backend of the ops on cpu" in line]
+    assert chosen == ["WARNING backend of the ops on cpu: reference (cpu: there is no C++ compiler g++-99)"]
 
 
 @pytest.mark.usefixtures("_no_library")
 def test_without_a_library_an_explicit_cpu_raises() -> None:
     with pytest.raises(ConfigError) as caught:
-        ops.gram(ROWS, SPANS, BLOCKS, 1, backend="cpu")
+        ops.gram(ROWS, SPANS, CELLS, 1, backend="cpu")
     assert str(caught.value) == 'bucket_moo.backend = "cpu": there is no C++ compiler g++-99'
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("runs", ["cuda", "triton", "reference"])
+def test_a_device_that_falls_back_says_why_and_loudly_where_it_will_be_slow(
+    runs: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = {"cuda": "nvcc is not there", "triton": "triton is not installed", "reference": ""} | {runs: ""}
+    monkeypatch.setattr(choice, "_load", lambda name: SimpleNamespace(unavailable=lambda device: reasons[name]))
+    assert ops.choose_backend(device="cuda") == runs
+    (line,) = (line for line in lines if "backend of the ops on cuda" in line)
+    assert line.startswith("INFO" if runs == "cuda" else "WARNING")
+    assert ("nvcc is not there" in line) == (runs != "cuda")
+    assert ("triton is not installed" in line) == ("SLOWER" in line) == (runs == "reference")
+    for name, reason in reasons.items():
+        if reason:
+            with pytest.raises(ConfigError, match=reason):
+                ops.choose_backend(name, "cuda")
+
+
+@pytest.mark.parametrize("content", [b"", b"half of a libr", b"\x7fELF\x02\x01\x01"])
+def test_a_file_that_is_no_library_is_a_reason(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "libbucketmoo_cpu.so"
+    file.write_bytes(content)
+    reason = libraries.load(lambda: str(file))
+    assert f"{file} cannot be loaded" in reason
+    assert "delete it" in reason
+    assert len(reason.splitlines()) == 1
 
 
 def _forget() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,144 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     message = _failure()
     assert build.CACHE in message
     assert str(file) in message
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(build.CACHE, raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    message = _failure()
+    assert "no home folder" in message
+    assert build.CACHE in message
+
+
+def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = build.importlib.util.find_spec
+    monkeypatch.setenv(build.CACHE, str(tmp_path))
+    monkeypatch.setenv("CXX", str(shutil.which("g++")))
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "ninja" else find_spec(name))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "pip install ninja" in _failure()
+    assert not build.can_build()
+    # The package of that name without its program.
+    monkeypatch.setattr(build, "_ninja", lambda: "/nonexistent/ninja")
+    message = _failure()
+    assert "/nonexistent/ninja does not start" in message
+    assert "pip install ninja" in message
+
+
+@pytest.mark.parametrize(
+    ("cxx", "words"),
+    [
+        ("ccache g++", ["{folder}/ccache", "{g++}"]),
+        ("{folder}/ccache g++ -m64", ["{folder}/ccache", "{g++}", "-m64"]),
+        ("g++ -m64 '-DNAME=a b'", ["{g++}", "-m64", "-DNAME=a b"]),
+        ("'{folder}/my g++'", ["{folder}/my g++"]),
+        ("", ["{g++}"]),
+        (" ", ["{g++}"]),
+    ],
+)
+def test_the_words_of_cxx(cxx: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ccache", "my g++"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec \"$@\"\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    known = {"folder": str(tmp_path), "g++": str(shutil.which("g++"))}
+    monkeypatch.setenv("CXX", cxx.format(**known))
+    expected = tuple(word.format(**known) for word in words)
+    library = build._cpu()
+    assert library.compiler == expected
+    assert all(command[: len(expected)] == expected for command in (*library.commands.values(), library.link[0]))
+    build._fingerprint(library)  # it starts the compiler, to learn its version
+
+
+@pytest.mark.parametrize("cxx", ["g++ 'unbalanced", "ccache", "ccache no-such-compiler", "no-such-compiler -m64"])
+def test_a_cxx_that_names_no_compiler(cxx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ccache").write_text("#!/bin/sh\n")
+    (tmp_path / "ccache").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", cxx)
+    assert cxx in _failure()
+
+
+def test_a_library_that_is_there_is_taken_from_a_place_that_cannot_be_written(
+    built: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*arguments: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    folder, paths = built
+    monkeypatch.setenv(build.CACHE, str(folder))
+    monkeypatch.setattr(Path, "mkdir", cannot)
+    monkeypatch.setattr(build, "_locked", cannot)
+    assert build.cpu_library() == paths[0]
+
+
+@pytest.fixture
+def quick_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nothing is compiled: the library is a file. Returns what was built."""
+    made: list[str] = []
+
+    def write(library: build.Library, folder: Path) -> None:
+        made.append(library.file)
+        (folder / library.file).write_text("")
+
+    monkeypatch.setenv(build.CACHE, str(tmp_path))
+    monkeypatch.setattr(build, "_build", write)
+    return made
+
+
+def test_a_builder_that_was_killed_is_not_waited_for(tmp_path: Path, quick_build: list[str]) -> None:
+    folder = tmp_path / build._fingerprint(build._cpu())
+    (folder / "tmp-of-a-builder").mkdir(parents=True)
+    (folder / "tmp-of-a-builder" / "libbucketmoo_cpu.so").write_text("half of a libr")
+    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('has it')"
+    command = [sys.executable, "-c", f"{hold}; sys.stdout.flush(); time.sleep(600)", str(folder / "cpu.lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == b"has it\n"
+        builder.kill()
+    assert build.cpu_library() == str(folder / "libbucketmoo_cpu.so")
+    assert quick_build == ["libbucketmoo_cpu.so"], "built, as the other one's half is not taken for a library"
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_builder_that_lives_is_waited_for_but_not_for_ever(
+    hangs: bool, tmp_path: Path, quick_build: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / build._fingerprint(build._cpu())
+    folder.mkdir()
+    monkeypatch.setattr(build, "PATIENCE", 1.0 if hangs else 60.0)
+    with (folder / "cpu.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        def finish() -> None:
+            (folder / "libbucketmoo_cpu.so").write_text("")
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        if not hangs:
+            threading.Timer(0.5, finish).start()
+        began = time.monotonic()
+        build.cpu_library()
+        assert time.monotonic() - began >= (1.0 if hangs else 0.4)
+    assert quick_build == (["libbucketmoo_cpu.so"] if hangs else []), "what the other one has made is taken"
+
+
+def test_without_locks_each_builds(tmp_path: Path, quick_build: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no fcntl, and some network file systems no locks."""
+    monkeypatch.setattr(build, "fcntl", None)
+    build.cpu_library()
+    assert len(quick_build) == 1
+
+    def no_locks(file: int, how: int) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(build.fcntl, "flock", no_locks)
+    with build._locked(tmp_path / "other.lock"):
+        pass
 
 
 def test_other_sources_or_flags_are_another_library(tmp_path: Path) -> None:

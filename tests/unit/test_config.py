@@ -141,6 +141,7 @@ def test_auto_is_a_value_of(setting: str) -> None:
     ("languages", "expected"),
     [
         ([], "bucket_moo.languages = []: expected at least one language"),
+        ([f"l{index}" for index in range(513)], "513 names; expected at most 512"),
         ("de", "expected a list of names"),
         ({"de": 1}, "expected a list of names"),
         (3, "expected a list of names"),
@@ -153,6 +154,10 @@ def test_auto_is_a_value_of(setting: str) -> None:
 )
 def test_bad_languages(languages: object, expected: str) -> None:
     assert expected in error_of({"languages": languages})
+
+
+def test_as_many_languages_as_are_allowed() -> None:
+    assert len(BucketMOOConfig(languages=tuple(f"l{index}" for index in range(512))).languages) == 512
 
 
 def test_missing_languages() -> None:

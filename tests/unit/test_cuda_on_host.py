@@ -85,10 +85,10 @@ class Kernels:
             )
         return result
 
-    def solve(self, gram: Tensor, mask: Tensor, max_weight: float = 1.0) -> tuple[Tensor, Tensor]:
+    def min_norm(self, gram: Tensor, mask: Tensor, max_weight: float = 1.0) -> tuple[Tensor, Tensor]:
         weights, finite = _poisoned(*mask.shape), torch.empty(len(mask), dtype=torch.bool)
         self._call(
-            "run_solve", _address(gram), _address(mask), ctypes.c_int64(len(mask)), mask.shape[1],
+            "run_min_norm", _address(gram), _address(mask), ctypes.c_int64(len(mask)), mask.shape[1],
             ctypes.c_double(max_weight), _address(weights), _address(finite),
         )  # fmt: skip
         return weights, finite
@@ -307,7 +307,7 @@ def test_resolve_is_gram_solve_and_combine(
     out, apart = (torch.full_like(rows[0], float("nan")) for _ in range(2))
     gram, weights, finite = kernels.resolve(rows, mask, 0.9, spans, blocks, out)
     assert _largest_error(gram, reference.gram(rows, spans, blocks, 4)) <= GRAM_BOUND[dtype]
-    expected, flags = kernels.solve(gram, mask, 0.9)
+    expected, flags = kernels.min_norm(gram, mask, 0.9)
     assert torch.equal(weights, expected)
     assert torch.equal(finite, flags)
     kernels.combine(rows, weights, spans, blocks, apart, True)
@@ -358,10 +358,10 @@ def _grams(generator: torch.Generator, kind: str, count: int) -> Tensor:
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 16, 33, 64])
 @pytest.mark.parametrize("kind", ["random", "common direction", "badly scaled", "rank deficient", "duplicates"])
 @pytest.mark.parametrize("cap", [1.0, 0.4])
-def test_solve_is_optimal(kernels: Kernels, generator: torch.Generator, kind: str, count: int, cap: float) -> None:
+def test_min_norm_is_optimal(kernels: Kernels, generator: torch.Generator, kind: str, count: int, cap: float) -> None:
     gram = _grams(generator, kind, count)
     mask = torch.ones(6, count, dtype=torch.bool)
-    weights, finite = kernels.solve(gram, mask, cap)
+    weights, finite = kernels.min_norm(gram, mask, cap)
     cap = max(cap, 1.0 / count)
     assert finite.all()
     torch.testing.assert_close(weights.sum(1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -377,7 +377,7 @@ def test_solve_is_optimal(kernels: Kernels, generator: torch.Generator, kind: st
     assert (gap / trace).abs().max() <= 1e-10
 
 
-def test_solve_masks_zero_rows_and_what_is_not_finite(kernels: Kernels, generator: torch.Generator) -> None:
+def test_min_norm_masks_zero_rows_and_what_is_not_finite(kernels: Kernels, generator: torch.Generator) -> None:
     gram = _grams(generator, "random", 6)
     mask = torch.ones(6, 6, dtype=torch.bool)
     mask[0, 2] = mask[0, 5] = False
@@ -387,9 +387,9 @@ def test_solve_masks_zero_rows_and_what_is_not_finite(kernels: Kernels, generato
     gram[3, 1] = gram[3, :, 1] = gram[3, 4] = gram[3, :, 4] = 0.0
     mask[4] = torch.arange(6) == 3
     gram[5] = 0.0
-    weights, finite = kernels.solve(gram, mask)
+    weights, finite = kernels.min_norm(gram, mask)
     assert finite.tolist() == [True, False, True, True, True, True]
-    alone, _ = kernels.solve(gram[:1][:, [0, 1, 3, 4]][:, :, [0, 1, 3, 4]].contiguous(), mask[:1, [0, 1, 3, 4]])
+    alone, _ = kernels.min_norm(gram[:1][:, [0, 1, 3, 4]][:, :, [0, 1, 3, 4]].contiguous(), mask[:1, [0, 1, 3, 4]])
     assert torch.equal(weights[0, [0, 1, 3, 4]], alone[0])
     assert weights[0, [2, 5]].tolist() == [0.0, 0.0]
     assert weights[1].tolist() == [1 / 6] * 6
@@ -397,7 +397,7 @@ def test_solve_masks_zero_rows_and_what_is_not_finite(kernels: Kernels, generato
     assert weights[3].tolist() == [0.0, 0.5, 0.0, 0.0, 0.5, 0.0]
     assert weights[4].tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0]
     assert weights[5].tolist() == [1 / 6] * 6
-    capped, _ = kernels.solve(gram[3:4].contiguous(), mask[3:4].contiguous(), 0.3)
+    capped, _ = kernels.min_norm(gram[3:4].contiguous(), mask[3:4].contiguous(), 0.3)
     assert capped[0, [1, 4]].tolist() == [0.3, 0.3]
     assert float(capped.sum()) == pytest.approx(1.0, abs=1e-12)
     assert float(capped.max()) <= 0.3

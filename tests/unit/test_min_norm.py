@@ -29,11 +29,11 @@ SAME = 1e-6  # of a combined row: the root of what the ridge may move its square
 seeds = st.integers(0, 2**32 - 1)
 caps = st.sampled_from(CAPS)
 
-Solve = Callable[..., tuple[Tensor, Tensor]]
+Solver = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Compiled:
-    """The C++ alone, through ctypes, called as a backend's `solve` is."""
+    """The C++ alone, through ctypes, called as a backend's `min_norm` is."""
 
     def __init__(self, library: Path) -> None:
         self._solve = ctypes.CDLL(str(library)).bucketmoo_min_norm
@@ -75,8 +75,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 
 
 @pytest.fixture(scope="session", params=["reference", "compiled"])
-def solver(request: pytest.FixtureRequest) -> Solve:
-    return min_norm.solve if request.param == "reference" else request.getfixturevalue("compiled")
+def solver(request: pytest.FixtureRequest) -> Solver:
+    return min_norm.min_norm if request.param == "reference" else request.getfixturevalue("compiled")
 
 
 def everything(gram: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def check_feasible(weights: Tensor, max_weight: float) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(rows=rows(least=1, most=12), max_weight=caps)
-def test_the_answer_is_optimal(solver: Solve, rows: Tensor, max_weight: float) -> None:
+def test_the_answer_is_optimal(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows)
     weights, finite = solver(gram, everything(gram), max_weight)
     assert bool(finite.all())
@@ -146,7 +146,7 @@ def test_the_compiled_solver_equals_the_reference(
     gram = gram_of(rows)
     mask = torch.rand(rows.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.8
     ours, _ = compiled(gram, mask, max_weight)
-    expected, _ = min_norm.solve(gram, mask, max_weight)
+    expected, _ = min_norm.min_norm(gram, mask, max_weight)
     assert bool(ours.isfinite().all())
     assert torch.equal(ours.sum(-1) > 0.5, mask.any(-1))
     assert combined_error(rows, ours, expected) <= SAME
@@ -155,7 +155,7 @@ def test_the_compiled_solver_equals_the_reference(
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(kinds=("random", "common direction"), least=1, most=12), max_weight=caps)
-def test_no_larger_square_than_quadprog_s(solver: Solve, rows: Tensor, max_weight: float) -> None:
+def test_no_larger_square_than_quadprog_s(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows)
     count = gram.shape[-1]
     cap = max(max_weight, (1.0 + 1e-12) / count)  # quadprog needs some room inside
@@ -172,7 +172,7 @@ def test_no_larger_square_than_quadprog_s(solver: Solve, rows: Tensor, max_weigh
 
 @settings(deadline=None, max_examples=25)
 @given(rows=rows(least=2, most=8))
-def test_no_larger_square_than_torchjd_s(solver: Solve, rows: Tensor) -> None:
+def test_no_larger_square_than_torchjd_s(solver: Solver, rows: Tensor) -> None:
     gram = gram_of(rows)
     weights, _ = solver(gram, everything(gram), 1.0)
     peer = torch.stack([MGDAWeighting()(block) for block in gram])
@@ -181,7 +181,7 @@ def test_no_larger_square_than_torchjd_s(solver: Solve, rows: Tensor) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(kinds=UNIQUE, least=1, most=12))
-def test_every_language_descends(solver: Solve, rows: Tensor) -> None:
+def test_every_language_descends(solver: Solver, rows: Tensor) -> None:
     gram = gram_of(rows)
     weights, _ = solver(gram, everything(gram), 1.0)
     combined = (weights.unsqueeze(-1) * rows).sum(-2)
@@ -193,7 +193,7 @@ def test_every_language_descends(solver: Solve, rows: Tensor) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(least=1, most=12), max_weight=caps, seed=seeds)
-def test_the_order_of_the_rows_does_not_matter(solver: Solve, rows: Tensor, max_weight: float, seed: int) -> None:
+def test_the_order_of_the_rows_does_not_matter(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
     order = torch.randperm(gram.shape[-1], generator=torch.Generator().manual_seed(seed))
     straight, _ = solver(gram, everything(gram), max_weight)
@@ -203,7 +203,7 @@ def test_the_order_of_the_rows_does_not_matter(solver: Solve, rows: Tensor, max_
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(kinds=UNIQUE, least=1, most=12), max_weight=caps, seed=seeds)
-def test_the_scale_of_a_block_does_not_matter(solver: Solve, rows: Tensor, max_weight: float, seed: int) -> None:
+def test_the_scale_of_a_block_does_not_matter(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
     generator = torch.Generator().manual_seed(seed)
     powers = torch.randint(-900, 900, (len(gram), 1, 1), generator=generator)
@@ -217,7 +217,7 @@ def test_the_scale_of_a_block_does_not_matter(solver: Solve, rows: Tensor, max_w
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(least=1, most=12), max_weight=caps, seed=seeds)
-def test_a_mask_equals_leaving_rows_out(solver: Solve, rows: Tensor, max_weight: float, seed: int) -> None:
+def test_a_mask_equals_leaving_rows_out(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows.shape[:2], generator=generator) < 0.6
@@ -240,7 +240,7 @@ def test_a_mask_equals_leaving_rows_out(solver: Solve, rows: Tensor, max_weight:
 
 @settings(deadline=None, max_examples=40)
 @given(rows=rows(kinds=UNIQUE, least=1, most=6), max_weight=caps, seed=seeds)
-def test_equal_rows_share_evenly(solver: Solve, rows: Tensor, max_weight: float, seed: int) -> None:
+def test_equal_rows_share_evenly(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     copies = torch.randint(rows.shape[1], (rows.shape[1] + 4,), generator=generator)
     # Taken from one Gram, so that the products of equal rows are equal to the bit.
@@ -255,7 +255,7 @@ def test_equal_rows_share_evenly(solver: Solve, rows: Tensor, max_weight: float,
 
 @settings(deadline=None, max_examples=30)
 @given(rows=rows(least=2, most=12), max_weight=caps)
-def test_a_gram_summed_in_float32_is_solved_to_its_digits(solver: Solve, rows: Tensor, max_weight: float) -> None:
+def test_a_gram_summed_in_float32_is_solved_to_its_digits(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows.float()).double()
     gram = 0.5 * (gram + gram.mT)
     weights, _ = solver(gram, everything(gram), max_weight)
@@ -266,7 +266,7 @@ def test_a_gram_summed_in_float32_is_solved_to_its_digits(solver: Solve, rows: T
 
 @pytest.mark.parametrize("max_weight", CAPS)
 @pytest.mark.parametrize("zeros", [1, 3])
-def test_zero_rows_take_what_the_cap_lets_them(solver: Solve, zeros: int, max_weight: float) -> None:
+def test_zero_rows_take_what_the_cap_lets_them(solver: Solver, zeros: int, max_weight: float) -> None:
     rows = make_rows("random", 5, 7, torch.Generator().manual_seed(torch.seed() % 2**32))
     rows[:, 2 : 2 + zeros] = 0.0
     gram = gram_of(rows)
@@ -280,7 +280,7 @@ def test_zero_rows_take_what_the_cap_lets_them(solver: Solve, zeros: int, max_we
         assert float(weights.count_nonzero(dim=-1).max()) == zeros
 
 
-def test_all_rows_zero_one_row_and_none(solver: Solve) -> None:
+def test_all_rows_zero_one_row_and_none(solver: Solver) -> None:
     gram = gram_of(make_rows("random", 4, 4, torch.Generator().manual_seed(torch.seed() % 2**32)))
     gram[0] = 0.0
     mask = torch.ones(4, 4, dtype=torch.bool)
@@ -297,7 +297,7 @@ def test_all_rows_zero_one_row_and_none(solver: Solve) -> None:
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 0), (3, 1)])
 def test_a_gram_that_is_not_finite_gives_uniform_weights(
-    solver: Solve, poison: float, place: tuple[int, int]
+    solver: Solver, poison: float, place: tuple[int, int]
 ) -> None:
     gram = gram_of(make_rows("random", 3, 5, torch.Generator().manual_seed(torch.seed() % 2**32)))
     mask = torch.tensor([True, True, False, True, True]).repeat(3, 1)
@@ -311,7 +311,7 @@ def test_a_gram_that_is_not_finite_gives_uniform_weights(
 
 @settings(deadline=None, max_examples=40)
 @given(seed=seeds, max_weight=caps)
-def test_two_rows_have_a_closed_form(solver: Solve, seed: int, max_weight: float) -> None:
+def test_two_rows_have_a_closed_form(solver: Solver, seed: int, max_weight: float) -> None:
     rows = make_rows("random", 20, 2, torch.Generator().manual_seed(seed))
     weights, _ = solver(gram_of(rows), torch.ones(20, 2, dtype=torch.bool), max_weight)
     first, second = rows.unbind(1)

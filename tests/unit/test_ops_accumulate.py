@@ -14,7 +14,7 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.ops.backends import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-NUM_BLOCKS = 3
+NUM_CELLS = 3
 
 several = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -45,7 +45,7 @@ def threads() -> Iterator[None]:
 @several
 @given(
     seed=st.integers(0, 2**32),
-    count=st.integers(1, 12),
+    count=st.one_of(st.integers(1, 12), st.sampled_from([64, 65, 130])),
     amount=st.integers(0, 20),
     size=st.one_of(st.integers(0, 70), st.integers(2000, 2500)),
     dtype=st.sampled_from(DTYPES),
@@ -55,9 +55,9 @@ def test_rows_gram_and_incoming(
 ) -> None:
     """Several gradients to a row, rows without any, and fresh rows full of NaN."""
     generator = torch.Generator().manual_seed(seed)
-    languages = torch.randint(0, count, (amount,), generator=generator).tolist()
+    targets = torch.randint(0, count, (amount,), generator=generator).tolist()
     scales = torch.randn(amount, generator=generator, dtype=torch.float64).tolist()
-    fresh = [row in languages and bool(torch.rand((), generator=generator) < 0.5) for row in range(count)]
+    fresh = [row in targets and bool(torch.rand((), generator=generator) < 0.5) for row in range(count)]
     rows = _random(generator, count, size, torch.float32)
     for row, is_fresh in zip(rows, fresh, strict=True):
         if is_fresh:
@@ -65,14 +65,14 @@ def test_rows_gram_and_incoming(
     incoming = _random(generator, amount, size, dtype)
     if dtype == torch.float64:  # numbers of float32: what rounding does to others has its own test
         incoming = [gradient.float().double() for gradient in incoming]
-    spans, blocks = _segments(generator, size)
-    expected = _expected(rows, incoming, languages, scales, fresh)
+    spans, cells = _segments(generator, size)
+    expected = _expected(rows, incoming, targets, scales, fresh)
     before = [gradient.clone() for gradient in incoming]
-    gram = ops.accumulate_gram(rows, incoming, languages, scales, fresh, spans, blocks, NUM_BLOCKS, backend=backend)
+    gram = ops.accumulate_gram(rows, incoming, targets, scales, fresh, spans, cells, NUM_CELLS, backend=backend)
     for row, wanted in zip(rows, expected, strict=True):
         # To the bit. The expected value is rounded to float64 first: an element in 2^29 may go the other way.
         assert torch.equal(row, wanted)
-    assert torch.equal(gram, ops.gram(rows, spans, blocks, NUM_BLOCKS, backend=backend))
+    assert torch.equal(gram, ops.gram(rows, spans, cells, NUM_CELLS, backend=backend))
     for gradient, kept in zip(incoming, before, strict=True):
         assert torch.equal(gradient, kept), "the caller's gradient is changed"
 
@@ -120,14 +120,14 @@ def test_equal_bits_for_any_number_of_threads(backend: str) -> None:
 
 
 def _expected(
-    rows: list[Tensor], incoming: list[Tensor], languages: list[int], scales: list[float], fresh: list[bool]
+    rows: list[Tensor], incoming: list[Tensor], targets: list[int], scales: list[float], fresh: list[bool]
 ) -> list[Tensor]:
     """The product of two float32 is exact in float64: there is one rounding, to float32."""
     results, void = [row.clone() for row in rows], list(fresh)
-    for gradient, language, scale in zip(incoming, languages, scales, strict=True):
+    for gradient, target, scale in zip(incoming, targets, scales, strict=True):
         product = torch.tensor(scale, dtype=torch.float32).double() * gradient.double()
-        results[language] = (product if void[language] else product + results[language].double()).float()
-        void[language] = False
+        results[target] = (product if void[target] else product + results[target].double()).float()
+        void[target] = False
     return results
 
 
@@ -141,4 +141,4 @@ def _segments(generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
     """Up to three segments, empty ones too, and what lies outside of them."""
     cuts = torch.randint(0, size + 1, (6,), generator=generator).sort().values.reshape(3, 2)
     spans = torch.stack([cuts[:, 0], cuts[:, 1] - cuts[:, 0]], dim=1)
-    return spans, torch.randint(0, NUM_BLOCKS, (3,), generator=generator)
+    return spans, torch.randint(0, NUM_CELLS, (3,), generator=generator)

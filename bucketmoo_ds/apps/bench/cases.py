@@ -9,7 +9,7 @@ import torch
 
 from bucketmoo_ds.errors import ConfigError
 
-OPS = ("gram", "combine", "accumulate_gram", "solve", "resolve")
+OPS = ("gram", "combine", "accumulate_gram", "min_norm", "resolve")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 WHOLE = 0  # as a length of segments: one segment, the whole shard
 MOST_BLOCKS = 16  # of a shard that is cut into segments; a block then has segments all over it
@@ -28,9 +28,9 @@ ELEMENTS = {
 SHORT_PRODUCTS = 1_280_000_000
 SEGMENTS = (WHOLE, 4096)
 CUT_OPS = ("gram", "combine")  # of a short run on segments: the others are made of these
-BLOCKS = {"short": (1,), "full": (1, 64)}  # of solve
-# B of one more solve at K = 16. 512: a model of a few billion parameters, cut into layers' matrices; it takes TorchJD
-# four seconds on a CPU.
+BLOCKS = {"short": (1,), "full": (1, 64)}  # of min_norm
+# B of one more min_norm at K = 16. 512: a model of a few billion parameters, cut into layers' matrices; it takes
+# TorchJD four seconds on a CPU.
 MANY_BLOCKS = {("short", "cpu"): 64, ("full", "cpu"): 512, ("short", "cuda"): 512, ("full", "cuda"): 512}
 MANY_BLOCKS_LANGUAGES = 16
 
@@ -42,9 +42,9 @@ class Case:
     Attributes:
         op: one of `OPS`.
         dtype: of the rows, a key of `DTYPES`; of the incoming gradients where rows are accumulated, which are float32;
-            fp64 for solve.
+            fp64 for min_norm.
         languages: K.
-        elements: S; 0 for solve.
+        elements: S; 0 for min_norm.
         segment: elements of each segment, or `WHOLE`.
         num_blocks: B.
     """
@@ -59,7 +59,7 @@ class Case:
     @property
     def segments(self) -> int:
         """How many segments the shard has."""
-        if self.op == "solve":
+        if self.op == "min_norm":
             return 0
         return 1 if self.segment == WHOLE else self.elements // self.segment
 
@@ -74,7 +74,7 @@ class Case:
 
     def floor_bytes(self, cache: int) -> int | None:
         """Returns what must go to and from memory: each operand once, the rows of `resolve` twice unless they stay in
-        cache; `None` for `solve`, which moves next to nothing."""
+        cache; `None` for `min_norm`, which moves next to nothing."""
         result = self.elements * DTYPES[self.dtype].itemsize
         match self.op:
             case "gram":
@@ -97,8 +97,8 @@ class Case:
         return 2 * self.row_bytes + 2 * self.elements * DTYPES[self.dtype].itemsize + 2 * grams
 
     def __str__(self) -> str:
-        if self.op == "solve":
-            return f"solve K={self.languages} B={self.num_blocks}"
+        if self.op == "min_norm":
+            return f"min_norm K={self.languages} B={self.num_blocks}"
         cut = "" if self.segment == WHOLE else f", {self.segments} segments of {self.segment}"
         return f"{self.op} {self.dtype} K={self.languages} S={self.elements}{cut}"
 
@@ -137,11 +137,11 @@ def plan(
         return bool(languages) or op != "accumulate_gram" or count == middle
 
     cases = []
-    if "solve" in ops:
+    if "min_norm" in ops:
         many = MANY_BLOCKS[size, device.type]
         shapes = [(blocks, count) for blocks in BLOCKS[size] for count in counts]
         shapes += [(many, count) for count in languages or (MANY_BLOCKS_LANGUAGES,)]
-        cases += [Case("solve", "fp64", count, 0, WHOLE, blocks) for blocks, count in dict.fromkeys(shapes)]
+        cases += [Case("min_norm", "fp64", count, 0, WHOLE, blocks) for blocks, count in dict.fromkeys(shapes)]
     limited = not full and not elements and device.type == "cpu"
     # The largest K last: where time runs out, no dtype is missing altogether.
     for longest, count, dtype, segment in itertools.product(
@@ -152,6 +152,6 @@ def plan(
             raise ConfigError(f"--segment {segment}: longer than a shard of {shard}; --numel gives longer ones")
         pieces = shard // segment if segment else 1
         shard, blocks = pieces * segment or shard, min(MOST_BLOCKS, pieces)
-        wanted = [op for op in ops if op != "solve" and pieces and is_shown(op, count, segment)]
+        wanted = [op for op in ops if op != "min_norm" and pieces and is_shown(op, count, segment)]
         cases += [Case(op, dtype, count, shard, segment, blocks) for op in wanted]
     return cases

@@ -21,12 +21,12 @@ class Inputs:
 
     Attributes:
         case: what is measured.
-        rows: K tensors `[S]`; float32 where gradients are accumulated; none for solve.
+        rows: K tensors `[S]`; float32 where gradients are accumulated; none for min_norm.
         incoming: K gradients `[S]` of the case's dtype, one for each row, where they are accumulated.
-        spans, blocks: the segments, as in `bucketmoo_ds.ops.gram`, on the CPU.
+        spans, cells: the segments, as in `bucketmoo_ds.ops.gram`, on the CPU.
         weights: `[B, K]` float64.
         mask: `[B, K]` bool, all true.
-        gram: `[B, K, K]` float64, for solve; else `[0]`.
+        gram: `[B, K, K]` float64, for min_norm; else `[0]`.
         out: `[S]` in the rows' dtype.
     """
 
@@ -34,7 +34,7 @@ class Inputs:
     rows: list[Tensor]
     incoming: list[Tensor]
     spans: Tensor
-    blocks: Tensor
+    cells: Tensor
     weights: Tensor
     mask: Tensor
     gram: Tensor
@@ -42,7 +42,7 @@ class Inputs:
 
     def call(self, backend: str) -> Call:
         """Returns the call of the case's op on a backend."""
-        segments = (self.spans, self.blocks)
+        segments = (self.spans, self.cells)
         count, blocks = self.case.languages, self.case.num_blocks
         match self.case.op:
             case "gram":
@@ -52,18 +52,18 @@ class Inputs:
             case "accumulate_gram":
                 given = (self.incoming, range(count), [SCALE] * count, [False] * count)
                 return lambda: ops.accumulate_gram(self.rows, *given, *segments, blocks, backend=backend)
-            case "solve":
-                return lambda: ops.solve(self.gram, self.mask, backend=backend)
+            case "min_norm":
+                return lambda: ops.min_norm(self.gram, self.mask, backend=backend)
             case _:
                 return lambda: ops.resolve(self.rows, self.mask, *segments, self.out, backend=backend)
 
     def separate_call(self, backend: str) -> Call:
-        """Returns `gram`, `solve` and `combine` one after the other: what `resolve` is there to beat."""
+        """Returns `gram`, `min_norm` and `combine` one after the other: what `resolve` is there to beat."""
 
         def separate() -> None:
-            grams = ops.gram(self.rows, self.spans, self.blocks, self.case.num_blocks, backend=backend)
-            weights, _ = ops.solve(grams, self.mask, backend=backend)
-            ops.combine(self.rows, weights, self.spans, self.blocks, self.out, backend=backend)
+            grams = ops.gram(self.rows, self.spans, self.cells, self.case.num_blocks, backend=backend)
+            weights, _ = ops.min_norm(grams, self.mask, backend=backend)
+            ops.combine(self.rows, weights, self.spans, self.cells, self.out, backend=backend)
 
         return separate
 
@@ -84,7 +84,7 @@ class Store:
         incoming: list[Tensor] = []
         rows: list[Tensor] = []
         gram = torch.empty(0, **wide)  # type: ignore[call-overload]
-        if case.op == "solve":
+        if case.op == "min_norm":
             gram = self._grams(*shape)
         elif case.op == "accumulate_gram":
             rows = self._rows("rows", torch.float32, case)
@@ -100,7 +100,7 @@ class Store:
             rows=rows,
             incoming=incoming,
             spans=torch.stack([starts, lengths], dim=1),
-            blocks=torch.arange(case.segments) % case.num_blocks,
+            cells=torch.arange(case.segments) % case.num_blocks,
             weights=weights / weights.sum(1, keepdim=True),
             mask=torch.ones(shape, dtype=torch.bool, device=self._device),
             gram=gram,

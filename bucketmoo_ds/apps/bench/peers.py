@@ -37,7 +37,7 @@ def peers(inputs: Inputs, *, compiled: bool) -> dict[str, Call]:
         torch.compiler.reset()
         found["compile"] = functools.partial(torch.compile(function, dynamic=False), inputs)
     if importlib.util.find_spec("torchjd") is not None:
-        if case.op == "solve":
+        if case.op == "min_norm":
             found["torchjd"] = lambda: torchjd_weights(inputs.gram)
         elif case.op == "resolve" and case.segment == WHOLE:
             found["torchjd"] = _torchjd_call(inputs)
@@ -79,7 +79,7 @@ def _function(case: Case) -> Callable[[Inputs], object]:
             return lambda inputs: _combine(torch.stack(inputs.rows), inputs.weights, inputs)
         case "accumulate_gram":
             return _accumulate_gram
-        case "solve":
+        case "min_norm":
             return lambda inputs: frank_wolfe(inputs.gram)
         case _:
             return _resolve
@@ -93,7 +93,7 @@ def _gram(stacked: Tensor, inputs: Inputs) -> Tensor:
     pieces = stacked.view(case.languages, case.segments, case.segment).transpose(0, 1)
     grams = torch.bmm(pieces, pieces.mT)
     total = grams.new_zeros(case.num_blocks, case.languages, case.languages)
-    return total.index_add_(0, inputs.blocks.to(total.device), grams)
+    return total.index_add_(0, inputs.cells.to(total.device), grams)
 
 
 def _combine(stacked: Tensor, weights: Tensor, inputs: Inputs) -> Tensor:
@@ -102,7 +102,7 @@ def _combine(stacked: Tensor, weights: Tensor, inputs: Inputs) -> Tensor:
     if case.segment == WHOLE:
         return (narrow @ stacked)[0]
     pieces = stacked.view(case.languages, case.segments, case.segment).transpose(0, 1)
-    return torch.bmm(narrow[inputs.blocks.to(narrow.device)][:, None], pieces).flatten()
+    return torch.bmm(narrow[inputs.cells.to(narrow.device)][:, None], pieces).flatten()
 
 
 def _accumulate_gram(inputs: Inputs) -> Tensor:

@@ -29,7 +29,7 @@ def plot(result: Mapping[str, Any]) -> bytes | None:
         result: what `bucketmoo bench kernels --json` prints.
 
     Returns:
-        A PNG; `None` where only `solve` was measured, which moves no rows, or only shards of many segments.
+        A PNG; `None` where only `min_norm` was measured, which moves no rows, or only shards of many segments.
     """
     whole = [line for line in result["lines"] if line["segments"] == 1]
     if not whole:

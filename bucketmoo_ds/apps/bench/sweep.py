@@ -27,7 +27,7 @@ class Line:
 
     Attributes:
         op, backend, dtype: names; the dtype is that of the rows, of the incoming gradients of `accumulate_gram`, whose
-            rows are fp32, and of the Gram of `solve`.
+            rows are fp32, and of the Gram of `min_norm`.
         K, S, segments, B: languages, elements of the shard, segments of it, blocks.
         cache: `flushed` where the call found its rows in memory, `warm` where they may have been in cache.
         repeats: how often it was timed.
@@ -37,8 +37,8 @@ class Line:
         copy_gb_per_s: what a large copy reached in between.
         share_of_copy: the first by the second, median over the turns.
         times_floor: 1 / share_of_copy: how many times longer than a copy of that many bytes.
-        torch_ms, compile_ms, torchjd_ms, separate_ms: median times of the peers; separate is gram, solve and combine of
-            the same backend one after the other, where resolve may hold the rows in cache.
+        torch_ms, compile_ms, torchjd_ms, separate_ms: median times of the peers; separate is gram, min_norm and combine
+            of the same backend one after the other, where resolve may hold the rows in cache.
         vs_torch, vs_compile, vs_torchjd, vs_separate: their time by ours, median over the turns: 2 is twice as fast.
     """
 

@@ -10,7 +10,7 @@ import rich.table
 from bucketmoo_ds.apps.bench import provenance
 from bucketmoo_ds.apps.bench.cases import OPS
 
-PEERS = {"torch": "torch", "compile": "torch.compile", "torchjd": "TorchJD", "separate": "gram, solve, combine"}
+PEERS = {"torch": "torch", "compile": "torch.compile", "torchjd": "TorchJD", "separate": "gram, min_norm, combine"}
 
 READ = (
     "Milliseconds are medians with 20th to 80th percentile. GB/s counts what the op must move; x floor is its time by "

@@ -90,7 +90,10 @@ def _backends() -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     source = f" ({ops.ENVIRONMENT})" if os.environ.get(ops.ENVIRONMENT) else ""
     try:
-        findings = [Finding(f"backend of the ops on {device}", f"{ops.choose_backend('auto', device)}{source}", True)]
+        chosen = ops.choose_backend("auto", device)
+        slow = chosen == "reference" and not source
+        way_out = "slow: it is there to be read; below is why no other runs" if slow else ""
+        findings = [Finding(f"backend of the ops on {device}", f"{chosen}{source}", not slow, way_out)]
     except ConfigError as error:
         findings = [Finding(f"backend of the ops on {device}", os.environ[ops.ENVIRONMENT], False, str(error))]
     for name in ops.BACKENDS:

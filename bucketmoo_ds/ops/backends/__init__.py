@@ -1,11 +1,11 @@
 """Implementations of the ops, one module each, with the same functions:
 
     unavailable(device) -> str              why it cannot run on this device here; "" if it can
-    gram(rows, spans, blocks, num_blocks) -> [B, K, K]
-    accumulate_gram(rows, incoming, languages, scales, fresh, spans, blocks, num_blocks) -> [B, K, K]
-    solve(gram, mask, max_weight) -> [B, K], [B]
-    combine(rows, weights, spans, blocks, out) -> None
-    resolve(rows, mask, max_weight, spans, blocks, out) -> [B, K, K], [B, K], [B]
+    gram(rows, spans, cells, num_cells) -> [C, K, K]
+    accumulate_gram(rows, incoming, targets, scales, fresh, spans, cells, num_cells) -> [C, K, K]
+    min_norm(gram, mask, max_weight) -> [B, K], [B]
+    combine(rows, weights, spans, cells, out) -> None
+    resolve(rows, mask, max_weight, spans, cells, out) -> [C, K, K], [C, K], [C]
 
 Their input is checked (`checks`), and weights lie on the rows' device. `bucketmoo_ds.ops` says what they compute.
 """

@@ -7,60 +7,60 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_ROWS = 64
+MAX_ROWS = 64  # that a backend takes; more go to it in groups (bucketmoo_ds.ops.groups)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_rows(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> None:
+def check_rows(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> None:
     """Raises a ValueError unless rows and segments fit together (see `bucketmoo_ds.ops.gram`)."""
-    _check(1 <= len(rows) <= MAX_ROWS, f"{len(rows)} rows: expected 1 to {MAX_ROWS}")
+    _check(len(rows) >= 1, "no rows: expected at least one")
     first = rows[0]
     _check(first.dtype in DTYPES, f"rows of {first.dtype}: expected one of {', '.join(map(str, DTYPES))}")
     for index, row in enumerate(rows):
         _check_like(f"row {index}", row, first)
-    for name, table, shape in (("spans", spans, (len(blocks), 2)), ("blocks", blocks, (len(blocks),))):
+    for name, table, shape in (("spans", spans, (len(cells), 2)), ("cells", cells, (len(cells),))):
         fits = table.dtype == torch.int64 and table.device.type == "cpu" and tuple(table.shape) == shape
         _check(
             fits and table.is_contiguous(),
             f"{name}: {table.dtype} {list(table.shape)} on {table.device}: "
             f"expected contiguous torch.int64 {list(shape)} on the CPU",
         )
-    if len(blocks) == 0:
+    if len(cells) == 0:
         return
     starts, lengths = spans.unbind(1)
     ends = starts + lengths
     ascending = bool((starts[1:] >= ends[:-1]).all()) and int(starts[0]) >= 0 and int(lengths.min()) >= 0
     _check(ascending, "spans: expected ascending segments of length 0 or more, none overlapping")
     _check(int(ends[-1]) <= first.numel(), f"spans: end at {int(ends[-1])}, beyond the rows' {first.numel()} elements")
-    low, high = (int(bound) for bound in blocks.aminmax())
-    _check(low >= 0 and high < num_blocks, f"blocks: {low} to {high}: expected 0 to {num_blocks - 1}")
+    low, high = (int(bound) for bound in cells.aminmax())
+    _check(low >= 0 and high < num_cells, f"cells: {low} to {high}: expected 0 to {num_cells - 1}")
 
 
 def check_incoming(
     rows: Sequence[Tensor],
     incoming: Sequence[Tensor],
-    languages: Sequence[int],
+    targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
 ) -> None:
     """Raises a ValueError unless the gradients fit the rows (see `bucketmoo_ds.ops.accumulate_gram`)."""
     _check(rows[0].dtype == torch.float32, f"rows of {rows[0].dtype}: expected torch.float32 to accumulate into")
     _check(
-        len(incoming) == len(languages) == len(scales),
-        f"{len(incoming)} incoming gradients, {len(languages)} languages, {len(scales)} scales: expected as many",
+        len(incoming) == len(targets) == len(scales),
+        f"{len(incoming)} incoming gradients, {len(targets)} targets, {len(scales)} scales: expected as many",
     )
     _check(len(fresh) == len(rows), f"fresh: {len(fresh)} values: expected one for each of the {len(rows)} rows")
     for index, gradient in enumerate(incoming):
         _check_like(f"incoming gradient {index}", gradient, rows[0], dtype=incoming[0].dtype)
-    _check(all(0 <= language < len(rows) for language in languages), f"languages: expected 0 to {len(rows) - 1}")
-    void = [row for row in range(len(rows)) if fresh[row] and row not in languages]
+    _check(all(0 <= target < len(rows) for target in targets), f"targets: expected 0 to {len(rows) - 1}")
+    void = [row for row in range(len(rows)) if fresh[row] and row not in targets]
     _check(not void, f"fresh: row {void[0] if void else ''} is void and has no incoming gradient")
 
 
 def check_combine(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
-    """Raises a ValueError unless weights (or a mask) `[B, K]` and `out` fit the rows."""
+    """Raises a ValueError unless weights (or a mask) `[C, K]` and `out` fit the rows."""
     fits = weights.dim() == 2 and weights.shape[1] == len(rows)
-    _check(fits, f"weights or mask: {list(weights.shape)}: expected [B, {len(rows)}]")
+    _check(fits, f"weights or mask: {list(weights.shape)}: expected [C, {len(rows)}]")
     if weights.dtype != torch.bool:
         _check(weights.dtype == torch.float64, f"weights: {weights.dtype}: expected torch.float64")
     _check(out.dtype in DTYPES, f"out: {out.dtype}: expected one of {', '.join(map(str, DTYPES))}")
@@ -72,11 +72,11 @@ def check_combine(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
         _check(apart or same, f"out overlaps row {index} without being it")
 
 
-def check_solve(gram: Tensor | None, mask: Tensor, max_weight: float) -> None:
-    """Raises a ValueError unless Gram, mask and cap fit together (see `bucketmoo_ds.ops.solve`)."""
+def check_min_norm(gram: Tensor | None, mask: Tensor, max_weight: float) -> None:
+    """Raises a ValueError unless Gram, mask and cap fit together (see `bucketmoo_ds.ops.min_norm`)."""
     _check(
-        mask.dtype == torch.bool and mask.dim() == 2 and 1 <= mask.shape[1] <= MAX_ROWS,
-        f"mask: {mask.dtype} {list(mask.shape)}: expected torch.bool [B, K] with K from 1 to {MAX_ROWS}",
+        mask.dtype == torch.bool and mask.dim() == 2 and mask.shape[1] >= 1,
+        f"mask: {mask.dtype} {list(mask.shape)}: expected torch.bool [B, K] with K at least 1",
     )
     _check(0.0 < max_weight <= 1.0, f"max_weight = {max_weight}: expected more than 0 and at most 1")
     if gram is not None:

@@ -27,7 +27,7 @@ def choose_backend(setting: str = "auto", device: torch.device | str = "cpu") ->
     """Returns the name of the backend that will run on a device.
 
     The environment variable `BUCKETMOO_BACKEND` wins over the setting. An explicit choice is honoured or raises; the
-    automatic one is logged once a device.
+    automatic one is logged once a device, with a warning where one that comes first cannot run here.
 
     Raises:
         ConfigError: the name is not known, or that backend cannot run on this device here, with the reason.
@@ -90,7 +90,10 @@ def _automatic(device_type: str) -> str:
         reason = _load(name).unavailable(torch.device(device_type))
         if not reason:
             why = f" ({'; '.join(skipped)})" if skipped else ""
-            logger.info("backend of the ops on %s: %s%s", device_type, name, why)
+            idle = name == "reference" and device_type != "cpu"
+            slow = ". IT IS MANY TIMES SLOWER than those, and the device waits for it" if idle else ""
+            log = logger.warning if skipped else logger.info
+            log("backend of the ops on %s: %s%s%s", device_type, name, why, slow)
             return name
         skipped.append(f"{name}: {reason}")
     raise AssertionError("the reference backend runs everywhere")

@@ -10,8 +10,11 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import libraries
+
 __all__ = [
-    "accumulate_gram", "combine", "gram", "instruction_sets", "resolve", "solve", "unavailable",
+    "accumulate_gram", "combine", "gram", "instruction_sets", "min_norm", "resolve", "unavailable",
     "using_instruction_set",
 ]  # fmt: skip
 
@@ -38,62 +41,56 @@ def using_instruction_set(name: str) -> Iterator[None]:
         _instruction_set.reset(token)
 
 
-def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     """See `bucketmoo_ds.ops.gram`."""
-    result: Tensor = _ops().gram(list(rows), spans, blocks, num_blocks, _instruction_set.get())
+    result: Tensor = _ops().gram(list(rows), spans, cells, num_cells, _instruction_set.get())
     return result
 
 
 def accumulate_gram(
     rows: Sequence[Tensor],
     incoming: Sequence[Tensor],
-    languages: Sequence[int],
+    targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
     spans: Tensor,
-    blocks: Tensor,
-    num_blocks: int,
+    cells: Tensor,
+    num_cells: int,
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`. Gradients in float64 are rounded to float32 first."""
     gradients = [each.float() if each.dtype is torch.float64 else each for each in incoming]
     void = [int(is_void) for is_void in fresh]
     result: Tensor = _ops().accumulate_gram(
-        list(rows), gradients, list(languages), list(scales), void, spans, blocks, num_blocks, _instruction_set.get()
+        list(rows), gradients, list(targets), list(scales), void, spans, cells, num_cells, _instruction_set.get()
     )
     return result
 
 
-def solve(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
-    """See `bucketmoo_ds.ops.solve`."""
-    weights, finite = _ops().solve(gram.contiguous(), mask.contiguous(), max_weight)
+def min_norm(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.min_norm`."""
+    weights, finite = _ops().min_norm(gram.contiguous(), mask.contiguous(), max_weight)
     return weights, finite
 
 
-def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor) -> None:
     """See `bucketmoo_ds.ops.combine`."""
-    _ops().combine(list(rows), weights.contiguous(), spans, blocks, out, _instruction_set.get())
+    _ops().combine(list(rows), weights.contiguous(), spans, cells, out, _instruction_set.get())
 
 
 def resolve(
-    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, blocks: Tensor, out: Tensor
+    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, cells: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bucketmoo_ds.ops.resolve`."""
-    grams = gram(rows, spans, blocks, mask.shape[0])
-    weights, finite = solve(grams, mask, max_weight)
-    combine(rows, weights, spans, blocks, out)
+    grams = gram(rows, spans, cells, mask.shape[0])
+    weights, finite = min_norm(grams, mask, max_weight)
+    combine(rows, weights, spans, cells, out)
     return grams, weights, finite
 
 
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    from bucketmoo_ds.ops import build
-
-    try:
-        torch.ops.load_library(build.cpu_library())
-    except (build.BuildError, OSError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
+    return libraries.load(build.cpu_library)
 
 
 def _ops() -> torch._ops._OpNamespace:

@@ -1,7 +1,7 @@
 """The ops on NVIDIA GPUs, from the library that `csrc/cuda` is built into: row addresses travel as kernel parameters,
 weights stay on the device, and nothing waits for it.
 
-Every op takes its segments as tiles, sorted by block (`bucketmoo_ds.ops.backends.tiles`): they are dealt to the GPU's
+Every op takes its segments as tiles, sorted by cell (`bucketmoo_ds.ops.backends.tiles`): they are dealt to the GPU's
 blocks of threads in whole ranges, which makes sums the same from run to run, and evens out segments of very different
 length.
 """
@@ -14,9 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops import build
+from bucketmoo_ds.ops.backends import libraries
 from bucketmoo_ds.ops.backends.tiles import tiles_on_device
 
-__all__ = ["accumulate_gram", "combine", "gram", "resolve", "solve", "unavailable"]
+__all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
 
 _GRADIENTS_A_LAUNCH = 64  # kMaxIncoming in csrc/cuda/launch.h
 
@@ -30,36 +32,36 @@ def unavailable(device: torch.device) -> str:
     return _load()
 
 
-def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     """See `bucketmoo_ds.ops.gram`."""
-    result: Tensor = _ops().gram(list(rows), *_tiles(rows, spans, blocks, num_blocks))
+    result: Tensor = _ops().gram(list(rows), *_tiles(rows, spans, cells, num_cells))
     return result
 
 
 def accumulate_gram(
     rows: Sequence[Tensor],
     incoming: Sequence[Tensor],
-    languages: Sequence[int],
+    targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
     spans: Tensor,
-    blocks: Tensor,
-    num_blocks: int,
+    cells: Tensor,
+    num_cells: int,
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`."""
-    tiles = _tiles(rows, spans, blocks, num_blocks)
-    order = sorted(range(len(incoming)), key=lambda index: languages[index])
+    tiles = _tiles(rows, spans, cells, num_cells)
+    order = sorted(range(len(incoming)), key=lambda index: targets[index])
     void = [row for row, is_void in enumerate(fresh) if is_void]
     starts = range(0, max(len(order), 1), _GRADIENTS_A_LAUNCH)
     launches = [order[start : start + _GRADIENTS_A_LAUNCH] for start in starts]
     for number, launch in enumerate(launches, start=1):
-        given = [languages[index] for index in launch]
+        given = [targets[index] for index in launch]
         last = number == len(launches)
         # A row that is still void in the last launch is one whose gradients come in it.
         result: Tensor = _ops().accumulate_gram(
             list(rows),
             [incoming[index] for index in launch],
-            [sum(language < row for language in given) for row in range(len(rows) + 1)],
+            [sum(target < row for target in given) for row in range(len(rows) + 1)],
             [scales[index] for index in launch],
             [row for row in void if row in given],
             *tiles,
@@ -69,15 +71,15 @@ def accumulate_gram(
     return result
 
 
-def solve(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
-    """See `bucketmoo_ds.ops.solve`."""
-    weights, finite = _ops().solve(gram.contiguous(), mask.contiguous(), max_weight)
+def min_norm(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.min_norm`."""
+    weights, finite = _ops().min_norm(gram.contiguous(), mask.contiguous(), max_weight)
     return weights, finite
 
 
-def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor) -> None:
     """See `bucketmoo_ds.ops.combine`."""
-    _ops().combine(list(rows), weights.contiguous(), *_tiles(rows, spans, blocks, weights.shape[0]), out, False)
+    _ops().combine(list(rows), weights.contiguous(), *_tiles(rows, spans, cells, weights.shape[0]), out, False)
 
 
 def resolve(
@@ -85,38 +87,32 @@ def resolve(
     mask: Tensor,
     max_weight: float,
     spans: Tensor,
-    blocks: Tensor,
+    cells: Tensor,
     out: Tensor,
     *,
     fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bucketmoo_ds.ops.resolve`. Without `fused` never in one launch, to measure what that gains."""
-    tiles = _tiles(rows, spans, blocks, mask.shape[0])
+    tiles = _tiles(rows, spans, cells, mask.shape[0])
     grams, weights, finite = _ops().resolve(list(rows), mask.contiguous(), max_weight, *tiles, out, fused)
     return grams, weights, finite
 
 
-def _tiles(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, int]:
+def _tiles(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor, int]:
     device, elements = rows[0].device, rows[0].numel()
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     # Half a megabyte of all rows keeps a block of threads busy; a shard gives every multiprocessor several tiles.
     longest = (1 << 19) // (len(rows) * rows[0].element_size())
     tile = max(1024, min(longest, elements // (8 * multiprocessors))) // 1024 * 1024
     return tiles_on_device(
-        spans.numpy().tobytes(), blocks.numpy().tobytes(), num_blocks, elements, max(tile, 1024), device
+        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, max(tile, 1024), device
     )
 
 
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    from bucketmoo_ds.ops import build
-
-    try:
-        torch.ops.load_library(build.cuda_library())
-    except (build.BuildError, OSError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
+    return libraries.load(build.cuda_library)
 
 
 def _ops() -> torch._ops._OpNamespace:

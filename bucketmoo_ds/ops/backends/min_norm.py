@@ -1,4 +1,4 @@
-"""The min-norm weights of every block, to be read: the definition of `solve` that every faster backend ports.
+"""The min-norm weights of every block, to be read: the definition of `min_norm` that every faster backend ports.
 
 The shortest vector of a hull, `min w @ gram @ w` over weights of sum 1 with `0 <= w <= cap`, is a small convex program.
 It is solved exactly, by a primal active-set method (Wolfe, Finding the nearest point in a polytope, Mathematical
@@ -35,8 +35,8 @@ ROUNDING = 1e-15  # of a weight at a bound
 REFINEMENTS = 2  # each takes three digits off the error that a ridge of 1e-13 lets rounding make among equal rows
 
 
-def solve(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
-    """See `bucketmoo_ds.ops.solve`."""
+def min_norm(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.min_norm`."""
     gram = torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), gram, 0.0)
     finite = gram.isfinite().flatten(1).all(-1)
     # As zero rows, rows that are not finite share their weight evenly.

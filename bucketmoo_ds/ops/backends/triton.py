@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, run_table, segments_of, tile_table
 
-__all__ = ["accumulate_gram", "combine", "gram", "resolve", "solve", "unavailable"]
+__all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
 
 # Programs that share the tiles of a shard: each multiprocessor holds about four, and they change shifts once.
 RUNS_A_MULTIPROCESSOR = 8
@@ -55,10 +55,10 @@ def unavailable(device: torch.device) -> str:
     return ""
 
 
-def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int) -> Tensor:
+def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     """See `bucketmoo_ds.ops.gram`."""
     launch = _launches()
-    plan = _plan(rows, rows, spans, blocks, num_blocks)
+    plan = _plan(rows, rows, spans, cells, num_cells)
     partials = _partials(rows, plan)
     addresses = _table(_addresses(rows), rows[0].device)
     with _on(rows[0].device):
@@ -66,30 +66,30 @@ def gram(rows: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int)
             launch.gram(rows[0].dtype, len(rows), work.aligned)(
                 (work.inside,), addresses, work.tiles, work.runs, partials[work.slot :], len(rows)
             )
-        return _add_partials(partials, plan, num_blocks)
+        return _add_partials(partials, plan, num_cells)
 
 
 def accumulate_gram(
     rows: Sequence[Tensor],
     incoming: Sequence[Tensor],
-    languages: Sequence[int],
+    targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
     spans: Tensor,
-    blocks: Tensor,
-    num_blocks: int,
+    cells: Tensor,
+    num_cells: int,
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`."""
     launch = _launches()
     if not incoming:
-        return gram(rows, spans, blocks, num_blocks)
+        return gram(rows, spans, cells, num_cells)
     if incoming[0].dtype not in launch.INCOMING:
         incoming = [gradient.float() for gradient in incoming]
-    plan = _plan(rows, rows, spans, blocks, num_blocks)
+    plan = _plan(rows, rows, spans, cells, num_cells)
     partials = _partials(rows, plan)
     device = rows[0].device
-    order = sorted(range(len(incoming)), key=lambda index: languages[index])
-    first = [sum(language < row for language in languages) for row in range(len(rows) + 1)]
+    order = sorted(range(len(incoming)), key=lambda index: targets[index])
+    first = [sum(target < row for target in targets) for row in range(len(rows) + 1)]
     owners = [(first[row], first[row + 1], int(fresh[row])) for row in range(len(rows))]
     scale_bits = torch.tensor(scales, dtype=torch.float32).view(torch.int32).tolist()
     updates = [(incoming[index].data_ptr(), scale_bits[index]) for index in order]
@@ -104,27 +104,27 @@ def accumulate_gram(
             launch.accumulate(incoming[0].dtype, len(rows), work.aligned, alike)(
                 (len(work.runs),), *tables, work.tiles, work.runs, partials[work.slot :], len(rows)
             )
-        return _add_partials(partials, plan, num_blocks)
+        return _add_partials(partials, plan, num_cells)
 
 
-def solve(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
-    """See `bucketmoo_ds.ops.solve`."""
+def min_norm(gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
+    """See `bucketmoo_ds.ops.min_norm`."""
     launch = _launches()
     blocks, count = mask.shape
     weights = torch.empty(mask.shape, dtype=torch.float64, device=mask.device)
     finite = torch.empty(blocks, dtype=torch.bool, device=mask.device)
     with _on(mask.device):
-        launch.solve(count)(
+        launch.min_norm(count)(
             (blocks,), gram.contiguous(), mask.contiguous().view(torch.int8), weights, finite.view(torch.int8),
             int.from_bytes(struct.pack("<d", max_weight), "little"), count,
         )  # fmt: skip
     return weights, finite
 
 
-def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tensor, out: Tensor) -> None:
+def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor) -> None:
     """See `bucketmoo_ds.ops.combine`."""
     launch = _launches()
-    plan = _plan(rows, [*rows, out], spans, blocks, weights.shape[0])
+    plan = _plan(rows, [*rows, out], spans, cells, weights.shape[0])
     addresses = _table(_addresses([*rows, out]), out.device)
     weights = weights.contiguous()
     with _on(out.device):
@@ -136,12 +136,12 @@ def combine(rows: Sequence[Tensor], weights: Tensor, spans: Tensor, blocks: Tens
 
 
 def resolve(
-    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, blocks: Tensor, out: Tensor
+    rows: Sequence[Tensor], mask: Tensor, max_weight: float, spans: Tensor, cells: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `bucketmoo_ds.ops.resolve`. Three steps; `combine` begins with the tiles that `gram` has read last."""
-    grams = gram(rows, spans, blocks, mask.shape[0])
-    weights, finite = solve(grams, mask, max_weight)
-    combine(rows, weights, spans, blocks, out)
+    grams = gram(rows, spans, cells, mask.shape[0])
+    weights, finite = min_norm(grams, mask, max_weight)
+    combine(rows, weights, spans, cells, out)
     return grams, weights, finite
 
 
@@ -162,12 +162,12 @@ class _Work(NamedTuple):
 
 class _Plan(NamedTuple):
     works: tuple[_Work, ...]
-    first: Tensor  # [works, B + 1]: where each block's partials begin
+    first: Tensor  # [works, C + 1]: where each cell's partials begin
     slots: int  # of partial Grams
 
 
 def _plan(
-    rows: Sequence[Tensor], all_of: Sequence[Tensor], spans: Tensor, blocks: Tensor, num_blocks: int
+    rows: Sequence[Tensor], all_of: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int
 ) -> _Plan:
     """Returns what the programs have to do, in tiles that are aligned in `all_of` these tensors where they can be."""
     device, elements = rows[0].device, rows[0].numel()
@@ -179,31 +179,31 @@ def _plan(
     tile = max(256, min(longest, elements // runs)) // MULTIPLE * MULTIPLE
     shift = _shift(all_of)
     return _plan_on_device(
-        spans.numpy().tobytes(), blocks.numpy().tobytes(), num_blocks, elements, tile, runs, shift, device
+        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, tile, runs, shift, device
     )
 
 
 # Segments stay the same from step to step; their tables are copied to the device once.
 @functools.lru_cache(maxsize=256)
 def _plan_on_device(
-    spans: bytes, blocks: bytes, num_blocks: int, elements: int, tile: int, parts: int, shift: int | None,
+    spans: bytes, cells: bytes, num_cells: int, elements: int, tile: int, parts: int, shift: int | None,
     device: torch.device,
 ) -> _Plan:  # fmt: skip
-    segments = segments_of(spans, blocks)
+    segments = segments_of(spans, cells)
     if shift is None:
-        tables = [(False, tile_table(*segments, num_blocks, elements, tile)[0])]
+        tables = [(False, tile_table(*segments, num_cells, elements, tile)[0])]
     else:
-        aligned, ragged = aligned_tile_tables(*segments, num_blocks, elements, tile, MULTIPLE, shift)
+        aligned, ragged = aligned_tile_tables(*segments, num_cells, elements, tile, MULTIPLE, shift)
         tables = [(True, aligned[0]), (False, ragged[0])]
     works, firsts, slots = [], [], 0
     for is_aligned, table in tables:
         if len(table) == 0 and len(tables) > 1:
             continue
-        runs, first = run_table(table, num_blocks, parts)
+        runs, first = run_table(table, num_cells, parts)
         works.append(_Work(is_aligned, table.to(device), runs.to(device), int(first[-1]), slots))
         firsts.append(first + slots)
         slots += int(first[-1])
-    first = torch.stack(firsts) if firsts else torch.zeros(0, num_blocks + 1, dtype=torch.int64)
+    first = torch.stack(firsts) if firsts else torch.zeros(0, num_cells + 1, dtype=torch.int64)
     return _Plan(tuple(works), first.to(device), slots)
 
 
@@ -212,11 +212,11 @@ def _partials(rows: Sequence[Tensor], plan: _Plan) -> Tensor:
     return torch.empty(plan.slots + 1, len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
 
 
-def _add_partials(partials: Tensor, plan: _Plan, num_blocks: int) -> Tensor:
+def _add_partials(partials: Tensor, plan: _Plan, num_cells: int) -> Tensor:
     launch = _launches()
     count = partials.shape[1]
-    result = torch.empty(num_blocks, count, count, dtype=torch.float64, device=partials.device)
-    launch.add_partials(count)((num_blocks, count), partials, plan.first, result, count, num_blocks, len(plan.works))
+    result = torch.empty(num_cells, count, count, dtype=torch.float64, device=partials.device)
+    launch.add_partials(count)((num_cells, count), partials, plan.first, result, count, num_cells, len(plan.works))
     return result
 
 

@@ -224,13 +224,47 @@ def test_a_zero_row_freezes_the_block(rule: str) -> None:
 @settings(deadline=None, max_examples=30)
 @given(rows(kinds=("random", "common direction", "badly scaled"), least=2), st.sampled_from(RULES))
 def test_normalize_unit_equals_the_rule_on_unit_rows(rows: Tensor, rule: str) -> None:
-    unit = rows / rows.norm(dim=-1, keepdim=True)
-    shown = weights(gram_of(rows), rule, normalize="unit") * rows.norm(dim=-1)
-    direct = weights(gram_of(unit), rule)
-    # The mapping back is relative to the block's largest row: only the direction is the rule's own.
-    shown = shown / shown.sum(-1, keepdim=True).clamp(min=1e-300)
-    direct = direct / direct.sum(-1, keepdim=True).clamp(min=1e-300)
-    assert combined_error(unit, shown, direct) <= SAME
+    norms = rows.norm(dim=-1)
+    unit = rows / norms.unsqueeze(-1)
+    # Rows of the median norm, the lower one of two; here every block has a single K.
+    shown = weights(gram_of(rows), rule, normalize="unit") * norms / norms.median(-1, keepdim=True).values
+    assert combined_error(unit, shown, weights(gram_of(unit), rule)) <= SAME
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=("random", "common direction")), st.sampled_from(RULES), st.floats(1e-3, 1e3))
+def test_rows_of_equal_norm_get_the_same_weights_with_normalize(rows: Tensor, rule: str, length: float) -> None:
+    """So the averaging convention is kept: learning rates mean the same."""
+    equal = length * rows / rows.norm(dim=-1, keepdim=True)
+    plain, unit = weights(gram_of(equal), rule), weights(gram_of(equal), rule, normalize="unit")
+    assert combined_error(equal, plain, unit) <= SAME
+    if rule == "mean":
+        torch.testing.assert_close(unit, plain, rtol=1e-12, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=("random", "common direction")), st.sampled_from(RULES), st.floats(1.0, 1e6), st.integers(0, 5))
+def test_one_language_s_spike_scales_no_other(rows: Tensor, rule: str, spike: float, which: int) -> None:
+    """Its row grows, and its weight falls by as much; the others' weights grow by no more than to the next of their
+    norms, and not at all where the language was above the middle already."""
+    which %= rows.shape[1]
+    grown = rows.clone()
+    grown[:, which] *= spike
+    before, after = (weights(gram_of(some), rule, normalize="unit") for some in (rows, grown))
+    norms = rows.norm(dim=-1)
+    others = torch.cat([norms[:, :which], norms[:, which + 1 :]], dim=-1)
+    factor = grown.norm(dim=-1).median(-1, keepdim=True).values / norms.median(-1, keepdim=True).values
+    assert bool((factor <= others.amax(-1, keepdim=True) / norms.median(-1, keepdim=True).values * (1 + 1e-12)).all())
+    expected = before * factor
+    expected[:, which] /= spike
+    assert combined_error(grown, after, expected) <= SAME
+
+
+def test_a_zero_row_does_not_count_for_the_norm() -> None:
+    rows = torch.zeros(1, 4, 3, dtype=torch.float64)
+    rows[0, 0, 0], rows[0, 1, 1], rows[0, 2, 2] = 8.0, 2.0, 4.0
+    found = weights(gram_of(rows), "mean", normalize="unit")
+    torch.testing.assert_close(found, torch.tensor([[0.125, 0.5, 0.25, 0.25]], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -246,6 +280,26 @@ def test_rescale_gives_the_norm_of_the_mean_row_and_keeps_the_direction(rows: Te
     torch.testing.assert_close(result.norm(dim=-1)[lasting], wanted[lasting], rtol=1e-7, atol=0)
     factor = (wanted / combined.norm(dim=-1))[lasting].unsqueeze(-1)
     torch.testing.assert_close(scaled[lasting], plain[lasting] * factor, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_more_languages_than_a_kernel_takes(rule: str) -> None:
+    """Two groups of equal rows: their weights are those of the two rows, shared out evenly, for rules without orders;
+    and all rules are finite on rows of any kind. Problems are cut into several batches."""
+    seed = torch.seed() % 2**32
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.randn(1, 2, 5, generator=generator, dtype=torch.float64)
+    copies = 45
+    gram = gram_of(pair.repeat_interleave(copies, dim=1))
+    w = weights(gram, rule)
+    assert w.shape == (1, 2 * copies)
+    assert bool(w.isfinite().all())
+    if rule in UNORDERED:
+        grouped = w.unflatten(1, (2, copies)).sum(-1)
+        assert combined_error(pair, grouped, weights(gram_of(pair), rule)) < SAME, seed
+    for kind in KINDS:
+        assert bool(weights(gram_of(make_rows(kind, 1, 66, generator)), rule).isfinite().all()), (kind, seed)
 
 
 def test_solve_draws_alike_whatever_the_data() -> None:

@@ -76,6 +76,11 @@ def test_a_wrong_name_or_option_is_named(name: str, options: dict[str, object], 
         (torch.tensor([[1.0, 0.0], [0.0, -1.0]]), {}, "gram: a negative diagonal entry"),
         (torch.eye(2), {"mask": torch.ones(2)}, r"mask: torch.float32 of shape \[2\]: expected torch.bool"),
         (torch.eye(2), {"mask": torch.ones(3, dtype=torch.bool)}, r"\[3\]: expected torch.bool of shape \[2\]"),
+        ([[1.0], [0.0, 1.0]], {}, "gram: .*expected a tensor, or nested lists of equal length"),
+        ("gram", {}, "gram: .*expected a tensor, or nested lists"),
+        (None, {}, "gram: .*expected a tensor, or nested lists"),
+        ([1.0, 2.0], {}, r"gram: shape \[2\]: expected \[B, K, K\]"),
+        (torch.eye(2), {"mask": [[True], [True, False]]}, "mask: .*expected a tensor, or nested lists of equal length"),
         (torch.eye(2), {"normalize": "units"}, 'normalize = "units": unknown.*did you mean "unit"'),
         (torch.eye(2), {"rescale": "max"}, 'rescale = "max": unknown, expected one of "none", "mean"'),
     ],
@@ -83,6 +88,23 @@ def test_a_wrong_name_or_option_is_named(name: str, options: dict[str, object], 
 def test_bad_input_is_refused(gram: Tensor, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weights(gram, "mgda", **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, 3, ["mgda"]])
+def test_what_is_no_name_is_refused_with_the_names(name: object) -> None:
+    message = rf"aggregator = {re.escape(repr(name))}: expected a name, one of .*\"mgda\""
+    with pytest.raises(ConfigError, match=message):
+        weights(torch.eye(2), name)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        create(name)  # type: ignore[arg-type]
+
+
+def test_nested_lists_are_a_gram() -> None:
+    rows = torch.randn(3, 4, 6, dtype=torch.float64)
+    gram, mask = rows @ rows.mT, torch.tensor([[True, True, False, True]] * 3)
+    given = weights(gram.tolist(), "mgda", mask.tolist())  # type: ignore[arg-type]
+    assert torch.equal(given, weights(gram, "mgda", mask))
+    assert torch.equal(weights(gram[0].tolist(), "mean"), torch.full((4,), 0.25, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -24,7 +24,7 @@ def test_floor_counts_each_operand_once() -> None:
             "gram": count * elements * e,
             "combine": (count + 1) * elements * e,
             "accumulate_gram": count * elements * (4 + e + 4),
-            "solve": None,
+            "min_norm": None,
             "resolve": 2 * count * elements * e + elements * e,
         }, (count, elements)
 
@@ -49,11 +49,11 @@ def test_short_plan_is_much_smaller_and_has_every_op_dtype_and_segment() -> None
     assert {case.op for case in short} == set(OPS)
     assert {case.dtype for case in short} == {"fp32", "bf16", "fp64"}
     assert {case.segment for case in short} == {WHOLE, 4096}
-    assert Case("solve", "fp64", 16, 0, WHOLE, 64) in short
-    assert Case("solve", "fp64", 16, 0, WHOLE, 512) in full
+    assert Case("min_norm", "fp64", 16, 0, WHOLE, 64) in short
+    assert Case("min_norm", "fp64", 16, 0, WHOLE, 512) in full
     assert {case.languages for case in short if case.op == "accumulate_gram" or case.segment} == {8}
     given = plan(full=False, device=CPU, languages=(2, 3), segments=(WHOLE, 4096))
-    assert len([case for case in given if case.op != "solve"]) == 4 * 2 * 2 * 2, "what is asked for is not cut down"
+    assert len([case for case in given if case.op != "min_norm"]) == 4 * 2 * 2 * 2, "what is asked for is not cut down"
     assert {case.languages for case in full} == {2, 4, 8, 16, 32, 64}
     assert len(set(full)) == len(full)
 
@@ -66,8 +66,8 @@ def test_shards_of_many_languages_are_shorter_in_a_short_run_unless_they_are_giv
     assert given.elements == 10**7
 
 
-def test_solve_depends_neither_on_the_dtype_nor_on_the_segments() -> None:
-    planned = plan(full=True, device=CPU, ops=("solve",))
+def test_min_norm_depends_neither_on_the_dtype_nor_on_the_segments() -> None:
+    planned = plan(full=True, device=CPU, ops=("min_norm",))
     assert {(case.dtype, case.elements, case.segments) for case in planned} == {("fp64", 0, 0)}
 
 

@@ -74,9 +74,9 @@ def test_separate_calls_are_resolve_to_the_bit(store: Store) -> None:
 
 
 def test_frank_wolfe_approaches_the_optimum(store: Store) -> None:
-    inputs = store.inputs(Case("solve", "fp64", 6, 0, WHOLE, 40))
+    inputs = store.inputs(Case("min_norm", "fp64", 6, 0, WHOLE, 40))
     assert torch.equal(inputs.gram, inputs.gram.mT)
-    optimal, _ = ops.solve(inputs.gram, inputs.mask, backend="reference")
+    optimal, _ = ops.min_norm(inputs.gram, inputs.mask, backend="reference")
     for weights in (peers.frank_wolfe(inputs.gram), peers.torchjd_weights(inputs.gram)):
         assert torch.allclose(weights.sum(1), torch.ones(40, dtype=torch.float64))
         assert bool((weights >= 0).all())
@@ -92,7 +92,7 @@ def test_rows_are_shared_between_cases_and_never_alike(store: Store) -> None:
     few = store.inputs(case_of("gram", "fp32", count=2))
     many = store.inputs(case_of("combine", "fp32", count=6))
     assert [row.data_ptr() for row in few.rows] == [row.data_ptr() for row in many.rows[:2]]
-    gram = ops.gram(many.rows, many.spans, many.blocks, 1, backend="reference")[0]
+    gram = ops.gram(many.rows, many.spans, many.cells, 1, backend="reference")[0]
     cosines = gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt())
     # Independent normal values: 3001 of them have a cosine of 1/sqrt(3001) = 0.018, six of those are 0.11.
     assert float((cosines - torch.eye(6)).abs().max()) < 0.11

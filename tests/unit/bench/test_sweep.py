@@ -48,9 +48,9 @@ def test_every_case_has_a_line_whose_columns_agree(result: dict[str, Any]) -> No
         assert line["repeats"] == 3
         assert line["torch_ms"] > 0 and line["vs_torch"] > 0
         assert line["vs_compile"] is None, "there is no GPU in this"
-        has_torchjd = (line["op"], line["segments"]) in {("solve", 0), ("resolve", 1)}
+        has_torchjd = (line["op"], line["segments"]) in {("min_norm", 0), ("resolve", 1)}
         assert (line["vs_torchjd"] is not None) == has_torchjd
-        moves = line["op"] != "solve"
+        moves = line["op"] != "min_norm"
         assert (line["floor_bytes"] is None, line["gb_per_s"] is None) == (not moves, not moves)
         if moves:
             # Every column is rounded to four digits.
@@ -105,7 +105,7 @@ def test_markdown_has_a_table_for_each_op(result: dict[str, Any]) -> None:
         rows = [line for line in section.split("\n") if line.startswith("|")]
         assert len(rows) == 2 + sum(line["op"] == section.split("\n")[0] for line in result["lines"])
         assert len({row.count("|") for row in rows}) == 1
-    assert "TorchJD" in sections[OPS.index("solve")]
+    assert "TorchJD" in sections[OPS.index("min_norm")]
     assert "TorchJD" not in sections[OPS.index("gram")]
 
 
@@ -125,7 +125,7 @@ def test_files_hold_every_line_and_where_it_was_measured(result: dict[str, Any],
     assert written[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_is_plotted_of_solve_alone(result: dict[str, Any], tmp_path: Path) -> None:
-    alone = result | {"lines": [line for line in result["lines"] if line["op"] == "solve"]}
+def test_nothing_is_plotted_of_min_norm_alone(result: dict[str, Any], tmp_path: Path) -> None:
+    alone = result | {"lines": [line for line in result["lines"] if line["op"] == "min_norm"]}
     assert plot(alone) is None
     assert [path.name for path in files.write(alone, tmp_path)] == ["kernels-cpu.json", "kernels-cpu.csv"]

@@ -55,9 +55,9 @@ const char* run_accumulate(
   });
 }
 
-const char* run_solve(
+const char* run_min_norm(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite) {
-  return guarded([&] { solve(gram, mask, blocks, rows, max_weight, weights, finite, nullptr); });
+  return guarded([&] { min_norm(gram, mask, blocks, rows, max_weight, weights, finite, nullptr); });
 }
 
 const char* run_combine(

@@ -10,7 +10,7 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.ops.backends import reference
 from bucketmoo_ds.ops.backends import triton as backend
 
-BLOCKS = 4  # of which the last one has no segments
+CELLS = 4  # of which the last one has no segments
 # Of sqrt(G_ii G_jj): what kernels/gram.py states for its chains; float64 sums of 5e3 products, 5e3 * 2^-53.
 GRAM_BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6, torch.float64: 1e-12}
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
@@ -31,14 +31,14 @@ def generator() -> torch.Generator:
 
 @pytest.mark.parametrize(("count", "dtype", "alike"), CASES)
 def test_gram(generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike)
-    found = backend.gram(rows, spans, blocks, BLOCKS)
-    expected = reference.gram(rows, spans, blocks, BLOCKS)
+    rows, spans, cells = _shard(generator, count, dtype, alike)
+    found = backend.gram(rows, spans, cells, CELLS)
+    expected = reference.gram(rows, spans, cells, CELLS)
     norms = expected.diagonal(dim1=1, dim2=2).sqrt()
     scale = (norms[:, :, None] * norms[:, None, :]).clamp(min=1e-300)
     assert float(((found - expected).abs() / scale).max()) <= GRAM_BOUND[dtype]
     assert torch.equal(found, found.mT)
-    assert torch.equal(found[-1], torch.zeros(count, count, dtype=torch.float64)), "a block without segments"
+    assert torch.equal(found[-1], torch.zeros(count, count, dtype=torch.float64)), "a cell without segments"
 
 
 @pytest.mark.parametrize(("count", "dtype", "alike"), [
@@ -48,10 +48,10 @@ def test_gram(generator: torch.Generator, count: int, dtype: torch.dtype, alike:
 def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike)
+    rows, spans, cells = _shard(generator, count, dtype, alike)
     order = torch.randperm(count, generator=generator)
-    found = backend.gram([rows[index] for index in order], spans, blocks, BLOCKS)
-    assert torch.equal(found, backend.gram(rows, spans, blocks, BLOCKS)[:, order][:, :, order])
+    found = backend.gram([rows[index] for index in order], spans, cells, CELLS)
+    assert torch.equal(found, backend.gram(rows, spans, cells, CELLS)[:, order][:, :, order])
 
 
 @pytest.mark.parametrize(("count", "dtype", "poison"), [
@@ -60,29 +60,29 @@ def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
 def test_what_is_not_finite_stays_in_its_row_and_column(
     generator: torch.Generator, count: int, dtype: torch.dtype, poison: float
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike=True)
+    rows, spans, cells = _shard(generator, count, dtype, alike=True)
     bad = int(torch.randint(count, (), generator=generator))
-    clean = backend.gram(rows, spans, blocks, BLOCKS)
+    clean = backend.gram(rows, spans, cells, CELLS)
     longest = int(spans[:, 1].argmax())
     start, length = spans[longest].tolist()
     rows[bad][start + length // 2] = poison
-    found = backend.gram(rows, spans, blocks, BLOCKS)
-    block = int(blocks[longest])
-    assert not found[block, bad].isfinite().any()
-    assert not found[block, :, bad].isfinite().any()
-    found[block, bad] = found[block, :, bad] = clean[block, bad] = clean[block, :, bad] = 0.0
+    found = backend.gram(rows, spans, cells, CELLS)
+    cell = int(cells[longest])
+    assert not found[cell, bad].isfinite().any()
+    assert not found[cell, :, bad].isfinite().any()
+    found[cell, bad] = found[cell, :, bad] = clean[cell, bad] = clean[cell, :, bad] = 0.0
     assert torch.equal(found, clean)
 
 
 def test_what_lies_between_segments_is_not_read(generator: torch.Generator) -> None:
-    rows, spans, blocks = _shard(generator, 3, torch.float32, alike=True)
-    before = backend.gram(rows, spans, blocks, BLOCKS)
+    rows, spans, cells = _shard(generator, 3, torch.float32, alike=True)
+    before = backend.gram(rows, spans, cells, CELLS)
     outside = torch.ones(len(rows[0]), dtype=torch.bool)
     for start, length in spans.tolist():
         outside[start : start + length] = False
     for row in rows:
         row[outside] = float("nan")
-    assert torch.equal(backend.gram(rows, spans, blocks, BLOCKS), before)
+    assert torch.equal(backend.gram(rows, spans, cells, CELLS), before)
 
 
 def test_near_parallel_rows_keep_their_difference(generator: torch.Generator) -> None:
@@ -102,7 +102,7 @@ def test_near_parallel_rows_keep_their_difference(generator: torch.Generator) ->
 def test_accumulate_gram(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool, incoming_alike: bool
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, torch.float32, alike)
+    rows, spans, cells = _shard(generator, count, torch.float32, alike)
     given = [*range(3, count), 1, 0, 1]  # row 1 gets two, row 2 none
     shift = (rows[0].data_ptr() // 4) % 4
     incoming = [_row(generator, len(rows[0]), dtype, shift if incoming_alike else index % 3)
@@ -112,16 +112,16 @@ def test_accumulate_gram(
     expected = [row.clone() for row in rows]
     rows[1].fill_(float("nan"))
     reference.accumulate_gram(
-        expected, [gradient.clone() for gradient in incoming], given, scales, fresh, spans, blocks, BLOCKS
+        expected, [gradient.clone() for gradient in incoming], given, scales, fresh, spans, cells, CELLS
     )
-    gram = backend.accumulate_gram(rows, incoming, given, scales, fresh, spans, blocks, BLOCKS)
+    gram = backend.accumulate_gram(rows, incoming, given, scales, fresh, spans, cells, CELLS)
     for row, wanted in zip(rows, expected, strict=True):
         if dtype == torch.float64:
             # The reference rounds once, the kernel also rounds the gradient to float32: of sums of two such products.
             torch.testing.assert_close(row, wanted, rtol=2e-7, atol=1e-6)
         else:
             assert torch.equal(row, wanted)
-    assert torch.equal(gram, backend.gram(rows, spans, blocks, BLOCKS))
+    assert torch.equal(gram, backend.gram(rows, spans, cells, CELLS))
 
 
 @pytest.mark.parametrize(("count", "dtype", "out_dtype", "alike"), [
@@ -133,17 +133,17 @@ def test_accumulate_gram(
 def test_combine(
     generator: torch.Generator, count: int, dtype: torch.dtype, out_dtype: torch.dtype, alike: bool
 ) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike)
-    weights = torch.rand(BLOCKS, count, generator=generator, dtype=torch.float64)
+    rows, spans, cells = _shard(generator, count, dtype, alike)
+    weights = torch.rand(CELLS, count, generator=generator, dtype=torch.float64)
     if count > 1:
         weights[:, 1] = 0.0
         rows[1].fill_(float("nan"))
     out = torch.full_like(rows[0], float("nan"), dtype=out_dtype)
-    backend.combine(rows, weights, spans, blocks, out)
+    backend.combine(rows, weights, spans, cells, out)
     exact = torch.empty_like(out, dtype=torch.float64)
-    reference.combine(rows, weights, spans, blocks, exact)
+    reference.combine(rows, weights, spans, cells, exact)
     magnitudes = torch.empty_like(exact)
-    reference.combine([row.double().abs() for row in rows], weights, spans, blocks, magnitudes)
+    reference.combine([row.double().abs() for row in rows], weights, spans, cells, magnitudes)
     # K + 2 roundings of the arithmetic (the weight's own, each sum), and one, or two from float64, to out's dtype.
     arithmetic = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     bound = (count + 2) * arithmetic * magnitudes + 2 * ROUNDING[out_dtype] * exact.abs()
@@ -157,46 +157,46 @@ def test_combine(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out_may_be_a_row(generator: torch.Generator, dtype: torch.dtype) -> None:
-    rows, spans, blocks = _shard(generator, 5, dtype, alike=True)
-    weights = torch.rand(BLOCKS, 5, generator=generator, dtype=torch.float64)
+    rows, spans, cells = _shard(generator, 5, dtype, alike=True)
+    weights = torch.rand(CELLS, 5, generator=generator, dtype=torch.float64)
     apart = torch.full_like(rows[2], float("nan"))
-    backend.combine(rows, weights, spans, blocks, apart)
-    backend.combine(rows, weights, spans, blocks, rows[2])
+    backend.combine(rows, weights, spans, cells, apart)
+    backend.combine(rows, weights, spans, cells, rows[2])
     assert torch.equal(rows[2], apart)
 
 
 @pytest.mark.parametrize(("count", "dtype"), [(2, torch.bfloat16), (17, torch.float32)])
 def test_resolve_is_gram_solve_and_combine(generator: torch.Generator, count: int, dtype: torch.dtype) -> None:
-    rows, spans, blocks = _shard(generator, count, dtype, alike=True)
-    mask = torch.rand(BLOCKS, count, generator=generator) < 0.8
+    rows, spans, cells = _shard(generator, count, dtype, alike=True)
+    mask = torch.rand(CELLS, count, generator=generator) < 0.8
     out, apart = (torch.full_like(rows[0], float("nan")) for _ in range(2))
-    gram, weights, finite = ops.resolve(rows, mask, spans, blocks, out, max_weight=0.7, backend="triton")
-    assert torch.equal(gram, backend.gram(rows, spans, blocks, BLOCKS))
-    expected, flags = reference.solve(gram, mask, 0.7)
+    gram, weights, finite = ops.resolve(rows, mask, spans, cells, out, max_weight=0.7, backend="triton")
+    assert torch.equal(gram, backend.gram(rows, spans, cells, CELLS))
+    expected, flags = reference.min_norm(gram, mask, 0.7)
     assert torch.equal(finite, flags)
     # Blocks of few elements have dependent rows: not the weights, but what they make must agree, to the root of what
     # the solvers' ridge of 1e-13 may move its square by.
     moved = ((weights - expected) * (gram @ (weights - expected).unsqueeze(-1)).squeeze(-1)).sum(-1)
     assert (moved <= 1e-12 * gram.diagonal(dim1=1, dim2=2).sum(-1)).all()
-    backend.combine(rows, weights, spans, blocks, apart)
+    backend.combine(rows, weights, spans, cells, apart)
     assert torch.equal(out, apart)
 
 
 @pytest.mark.parametrize("elements", [0, 7])
 def test_no_elements_and_no_segments(elements: int) -> None:
     rows = [torch.ones(elements), torch.ones(elements)]
-    spans, blocks = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    assert torch.equal(backend.gram(rows, spans, blocks, 3), torch.zeros(3, 2, 2, dtype=torch.float64))
-    assert backend.gram(rows, spans, blocks, 0).shape == (0, 2, 2)
+    spans, cells = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    assert torch.equal(backend.gram(rows, spans, cells, 3), torch.zeros(3, 2, 2, dtype=torch.float64))
+    assert backend.gram(rows, spans, cells, 0).shape == (0, 2, 2)
     out = torch.full((elements,), float("nan"))
-    backend.combine(rows, torch.ones(3, 2, dtype=torch.float64), spans, blocks, out)
+    backend.combine(rows, torch.ones(3, 2, dtype=torch.float64), spans, cells, out)
     assert torch.equal(out, torch.zeros(elements))
 
 
 def _shard(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Rows of random alignment, alike or not; segments of random length, some empty, some of one element, of blocks 0
+    """Rows of random alignment, alike or not; segments of random length, some empty, some of one element, of cells 0
     to 2 in any order, and gaps."""
     lengths = [0, 1, 17, 300, 1700 if count < 9 else 600, 64, 1]
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -209,7 +209,7 @@ def _shard(
     shifts = torch.randint(16, (count,), generator=generator)
     shifts[1:2] = shifts[0] + 1  # so that they surely differ
     rows = [_row(generator, elements, dtype, int(shifts[0 if alike else index])) for index in range(count)]
-    return rows, torch.tensor(spans), torch.randint(BLOCKS - 1, (len(lengths),), generator=generator)
+    return rows, torch.tensor(spans), torch.randint(CELLS - 1, (len(lengths),), generator=generator)
 
 
 def _row(generator: torch.Generator, elements: int, dtype: torch.dtype, shift: int) -> Tensor:

@@ -78,14 +78,14 @@ def test_what_runs_is_what_was_compiled_ahead_of_time(launched: list[tuple[Any, 
     """Triton makes a kernel of its own for numbers that are 1, and for numbers and addresses that are multiples of 16:
     not for ours, and types are those of the table."""
     rows = [torch.randn(1000) for _ in range(16)]
-    spans, blocks = torch.tensor([[0, 1000]]), torch.tensor([0])
-    backend.accumulate_gram(rows, rows[:1], [0], [1.0], [False] * 16, spans, blocks, 1)
-    backend.gram([row.bfloat16() for row in rows[:1]], spans, blocks, 1)
-    backend.solve(torch.ones(1, 16, 16, dtype=torch.float64), torch.ones(1, 16, dtype=torch.bool), 0.5)
-    backend.combine(rows, torch.ones(1, 16, dtype=torch.float64), spans, blocks, rows[0])
+    spans, cells = torch.tensor([[0, 1000]]), torch.tensor([0])
+    backend.accumulate_gram(rows, rows[:1], [0], [1.0], [False] * 16, spans, cells, 1)
+    backend.gram([row.bfloat16() for row in rows[:1]], spans, cells, 1)
+    backend.min_norm(torch.ones(1, 16, 16, dtype=torch.float64), torch.ones(1, 16, dtype=torch.bool), 0.5)
+    backend.combine(rows, torch.ones(1, 16, dtype=torch.float64), spans, cells, rows[0])
     by_name = {call[0].name: call for call in launched}
     kinds = {name.split()[0] for name in by_name}
-    assert kinds == {"accumulate", "gram", "add", "solve", "combine"}
+    assert kinds == {"accumulate", "gram", "add", "min_norm", "combine"}
     for name, (made, _, arguments) in by_name.items():
         at_run_time = made.kernel.warmup(*arguments, grid=(1,), **made.constants, **made.options)
         assert at_run_time.asm["cubin"] == aot.compile_ahead(made, 90).asm["cubin"], name
@@ -105,7 +105,7 @@ def test_every_launch_is_in_the_table(dtype: torch.dtype) -> None:
     assert len(known) == len(list(launch.every_launch())), "names are unique"
     for count in range(1, 65):
         used = [launch.gram(dtype, count, aligned) for aligned in (True, False)]
-        used += [launch.solve(count), launch.add_partials(count)]
+        used += [launch.min_norm(count), launch.add_partials(count)]
         if dtype in launch.INCOMING:
             used += [launch.accumulate(dtype, count, *alike) for alike in ((True, True), (True, False), (False, False))]
         used += [launch.combine(dtype, out, aligned) for out in launch.ELEMENTS for aligned in (True, False)]
@@ -152,9 +152,9 @@ def test_positions_have_64_bits() -> None:
         "rows = [torch.empty(size, dtype=torch.bfloat16) for _ in range(2)]\n"
         "for row in rows:\n"
         "    row[-3000:] = torch.randn(3000)\n"
-        "spans, blocks = torch.tensor([[size - 2500, 1], [size - 2400, 2300]]), torch.tensor([1, 0])\n"
-        "expected = reference.gram(rows, spans, blocks, 2)\n"
-        "found = triton.gram(rows, spans, blocks, 2)\n"
+        "spans, cells = torch.tensor([[size - 2500, 1], [size - 2400, 2300]]), torch.tensor([1, 0])\n"
+        "expected = reference.gram(rows, spans, cells, 2)\n"
+        "found = triton.gram(rows, spans, cells, 2)\n"
         # Sums of 15 exact products in float32, as kernels/gram.py states: 1e-6 of sums of 2300 squares.
         "assert float((found - expected).abs().max()) <= 3e-3, (found, expected)\n"
         "assert float(expected[:, 0, 0].min()) > 0\n"

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 
 FOLDER = Path(__file__).parent
-FILES = ("interpreted_ops.py", "interpreted_solve.py")
+FILES = ("interpreted_ops.py", "interpreted_min_norm.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
-// solve: one warp a Gram, all Grams in one launch.
-#include "solve.cuh"
+// min_norm: one warp a Gram, all Grams in one launch.
+#include "min_norm.cuh"
 
 namespace bucketmoo {
 namespace {
 
-__global__ void __launch_bounds__(kWarp) solve_kernel(
+__global__ void __launch_bounds__(kWarp) min_norm_kernel(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite) {
   MinNorm solver(shared_memory(), rows);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -15,12 +15,12 @@ __global__ void __launch_bounds__(kWarp) solve_kernel(
 
 }  // namespace
 
-void solve(
+void min_norm(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite,
     void* stream) {
   if (blocks == 0) return;
-  launch("solve", solve_kernel, {blocks < (1 << 20) ? blocks : 1 << 20, kWarp, solve_bytes(rows)}, stream, gram, mask,
-         blocks, rows, max_weight, weights, finite);
+  launch("min_norm", min_norm_kernel, {blocks < (1 << 20) ? blocks : 1 << 20, kWarp, min_norm_bytes(rows)}, stream,
+         gram, mask, blocks, rows, max_weight, weights, finite);
 }
 
 }  // namespace bucketmoo

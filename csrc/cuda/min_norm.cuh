@@ -17,7 +17,7 @@ constexpr double kZeroNorm = 1e-15;   // of the largest norm: such a row is zero
 constexpr double kOptimal = 1e-12;    // of the gradient's magnitude: no multiplier is violated by more
 
 // Bytes of shared memory that one warp needs.
-__host__ __device__ constexpr int solve_bytes(int rows) {
+__host__ __device__ constexpr int min_norm_bytes(int rows) {
   return (2 * rows * (rows + 1) + 8 * rows) * 8 + 3 * rows * 4 + (4 - 3 * rows % 4) % 4 * 4;
 }
 

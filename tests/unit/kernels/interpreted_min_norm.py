@@ -1,4 +1,4 @@
-"""`solve` by Triton's interpreter, against the readable solver; `test_interpreted.py` runs this file."""
+"""`min_norm` by Triton's interpreter, against the readable solver; `test_interpreted.py` runs this file."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_the_answer_is_optimal_and_that_of_the_reference(
     rows = make_rows(kind, 2 if count < 17 else 1, count, generator)
     gram = gram_of(rows)
     mask = torch.ones(gram.shape[:2], dtype=torch.bool)
-    weights, finite = backend.solve(gram, mask, cap)
+    weights, finite = backend.min_norm(gram, mask, cap)
     assert finite.all()
     _check_feasible(weights, cap)
     assert float(_gap(gram, weights, cap).max()) <= GAP
-    expected, _ = min_norm.solve(gram, mask, cap)
+    expected, _ = min_norm.min_norm(gram, mask, cap)
     assert combined_error(rows, weights, expected) <= SAME
 
 
@@ -46,8 +46,8 @@ def test_sixty_four_rows(generator: torch.Generator) -> None:
     gram = (rows.float() @ rows.float().mT).double()
     gram = (gram + gram.mT) / 2
     mask = torch.ones(1, 64, dtype=torch.bool)
-    weights, _ = backend.solve(gram, mask, 1.0)
-    expected, _ = min_norm.solve(gram, mask, 1.0)
+    weights, _ = backend.min_norm(gram, mask, 1.0)
+    expected, _ = min_norm.min_norm(gram, mask, 1.0)
     _check_feasible(weights, 1.0)
     # Of the trace: sums of float32 move each entry of the Gram by some 1e-7 of it, and the solver may use that.
     squares = [(w * times(gram, w)).sum() for w in (weights, expected)]
@@ -60,9 +60,9 @@ def test_a_mask_leaves_rows_out_whatever_they_hold(generator: torch.Generator, c
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[:, [1, 4]] = False
     kept = [0, 2, 3, 5]
-    alone, _ = backend.solve(gram[:, kept][:, :, kept].contiguous(), mask[:, kept].contiguous(), cap)
+    alone, _ = backend.min_norm(gram[:, kept][:, :, kept].contiguous(), mask[:, kept].contiguous(), cap)
     gram[:, 1] = gram[:, :, 1] = float("nan")
-    weights, finite = backend.solve(gram, mask, cap)
+    weights, finite = backend.min_norm(gram, mask, cap)
     assert finite.all()
     assert (weights[:, [1, 4]] == 0.0).all()
     # Sums of 6 terms and of 4 may be rounded in another order.
@@ -78,7 +78,7 @@ def test_special_blocks(generator: torch.Generator) -> None:
     mask[3] = torch.arange(6) == 3
     gram[4] = 0.0
     gram[5] *= 1e-300
-    weights, finite = backend.solve(gram, mask, 1.0)
+    weights, finite = backend.min_norm(gram, mask, 1.0)
     assert finite.tolist() == [False, True, True, True, True, True]
     assert weights[0].tolist() == [1 / 6] * 6, "not finite: uniform"
     assert weights[1].tolist() == [0.0] * 6, "nobody there"
@@ -86,8 +86,8 @@ def test_special_blocks(generator: torch.Generator) -> None:
     assert weights[3].tolist() == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0], "one row"
     assert weights[4].tolist() == [1 / 6] * 6, "nothing but zero rows"
     # Scaled Grams have the same weights, but for the rounding of the scaling.
-    torch.testing.assert_close(weights[5:], backend.solve(gram[5:] * 1e300, mask[5:], 1.0)[0], rtol=0, atol=1e-12)
-    capped, _ = backend.solve(gram[2:3].contiguous(), mask[2:3].contiguous(), 0.3)
+    torch.testing.assert_close(weights[5:], backend.min_norm(gram[5:] * 1e300, mask[5:], 1.0)[0], rtol=0, atol=1e-12)
+    capped, _ = backend.min_norm(gram[2:3].contiguous(), mask[2:3].contiguous(), 0.3)
     assert capped[0, [1, 4]].tolist() == [0.3, 0.3]
     _check_feasible(capped, 0.3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,16 +35,17 @@ def solve(
     """Returns the weights of the languages in every block, all blocks at once.
 
     Multiplying all weights of a block by a positive number keeps its direction: a combined row that harms no language
-    still harms none after `rescale`. After `normalize="unit"` a method's guarantees hold for the unit rows: signs of
-    inner products, and so descent, carry over to the rows themselves; MGDA's `<g_i, d> >= ||d||^2` does not.
+    still harms none after `rescale`. With `normalize="unit"` a method's guarantees hold for the rows of equal norm:
+    signs of inner products, and so descent, carry over to the rows themselves; MGDA's `<g_i, d> >= ||d||^2` does not.
 
     Args:
         gram: `[B, K, K]` float64, symmetric, summed over all ranks.
         mask: `[B, K]` bool, the languages that count in a block. The others get exactly 0, and their entries of the
             Gram, NaN included, influence nothing.
         aggregator: the rule; see `create`.
-        normalize: `unit` scales the rows to norm 1 before the rule is applied (zero rows stay zero) and maps the
-            weights back to the rows as they are.
+        normalize: `unit` scales all rows to one norm, the median of theirs (of two middle ones the lower; zero rows
+            stay zero and do not count), combines these by the rule, and returns the weights that give the same
+            combined row of the rows as they are. Rows of equal norm get the weights of `none`.
         rescale: `mean` scales the combined row to the norm of the block's mean row, unless it has cancelled to
             rounding.
         generator: the only source of randomness, in the same state on every rank.
@@ -71,9 +73,9 @@ def solve(
 
 
 def weights(
-    gram: Tensor,
+    gram: Tensor | Sequence[Any],
     aggregator: str = "mgda",
-    mask: Tensor | None = None,
+    mask: Tensor | Sequence[Any] | None = None,
     *,
     normalize: str = "none",
     rescale: str = "none",
@@ -88,9 +90,9 @@ def weights(
     tensor([0.2000, 0.8000], dtype=torch.float64)
 
     Args:
-        gram: `[B, K, K]`, or `[K, K]` for one block; float16, bfloat16, float32 or float64.
+        gram: `[B, K, K]`, or `[K, K]` for one block; float16, bfloat16, float32 or float64, or nested lists.
         aggregator: a name that `names()` lists.
-        mask: `[B, K]` (or `[K]`) bool, the languages that count; all by default.
+        mask: `[B, K]` (or `[K]`) bool, or nested lists: the languages that count; all by default.
         normalize: see `solve`.
         rescale: see `solve`.
         seed: seeds the random orders of `pcgrad`.
@@ -105,8 +107,10 @@ def weights(
             negative, where it is finite.
     """
     rule = create(aggregator, **options)
+    gram = _tensor("gram", gram, torch.float64)
     if mask is None:
         mask = torch.ones(gram.shape[:-1], dtype=torch.bool, device=gram.device)
+    mask = _tensor("mask", mask, torch.bool)
     _check(gram, mask)
     blocks, masks = gram.to(torch.float64).reshape(-1, *gram.shape[-2:]), mask.reshape(-1, mask.shape[-1])
     generator = torch.Generator().manual_seed(seed)
@@ -115,14 +119,28 @@ def weights(
 
 
 def _apply(gram: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator) -> Tensor:
-    """Returns the rule's weights, in terms of the rows as they are also where it was shown unit rows."""
+    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm."""
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
     if normalize == "none":
         return aggregator.weights(gram, mask, generator)
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
-    divisor = torch.where(norms > ZERO_ROW, norms, 1.0)
-    return aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator) / divisor
+    nonzero = norms > ZERO_ROW
+    divisor = torch.where(nonzero, norms, 1.0)
+    shown = aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator)
+    ascending = torch.where(nonzero, norms, torch.inf).sort(-1).values
+    middle = (nonzero.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
+    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0)
+
+
+def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """Returns what was handed in from outside as a tensor; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}: expected a tensor, or nested lists of equal length") from error
 
 
 def _to_norm_of_mean(weights: Tensor, gram: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit(do_not_specialize=ARGUMENTS)
-def solve_kernel(gram, mask, weights, finite, cap_bits, count, ROWS: tl.constexpr):
+def min_norm_kernel(gram, mask, weights, finite, cap_bits, count, ROWS: tl.constexpr):
     """Solves a block. gram: `[B, count, count]` float64. mask: `[B, count]` int8. weights: `[B, count]` float64.
     finite: `[B]` int8. cap_bits: those of the largest weight, a float64, which Triton would pass as a float32. `ROWS`
     is count, padded."""
