@@ -51,3 +51,9 @@ def __getattr__(name: str) -> Any:
 def _install(deepspeed: ModuleType) -> None:
     """DeepSpeed takes seconds to import: it is wrapped when somebody imports it, before or after this package."""
     importlib.import_module("bucketmoo_ds.adapters.deepspeed")
+
+
+@wrapt.when_imported("accelerate.data_loader")
+def _reach_through(data_loader: ModuleType) -> None:
+    """Accelerate's loaders hand the epoch on to our sampler."""
+    importlib.import_module("bucketmoo_ds.integrations.accelerate").install(data_loader)

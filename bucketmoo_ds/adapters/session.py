@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
@@ -115,6 +116,7 @@ class Session:
             model.register_forward_hook(self._after_forward),
             register_optimizer_step_pre_hook(_weak(self._before_optimizer_step)),
         ]
+        switched_on.note(self)
         show_by_default()
         if moo.exchange.rank == 0:
             logger.info(moo.describe())

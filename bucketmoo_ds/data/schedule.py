@@ -342,9 +342,9 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def _whole(name: str, value: object, least: int, otherwise: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more")
+        raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more{otherwise}")
     return int(value)
 
 
@@ -374,11 +374,7 @@ def check_repeat(name: str, value: object, languages: Sequence[str]) -> Repeat:
 
 
 def _rounds(name: str, value: object) -> Rounds:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, str):
-        raise ConfigError(f'{name} = "{value}": expected a whole number, 1 or more, or "auto"')
-    return _whole(name, value, 1)
+    return "auto" if isinstance(value, str) and value == "auto" else _whole(name, value, 1, ', or "auto"')
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> str:

@@ -1,0 +1,1 @@
+"""Where people train: what other libraries have to know of ours."""
