@@ -66,7 +66,8 @@ def _check(loader: Any, around: list[Any], sampler: Any) -> None:
     dealer = next((each for each in around if hasattr(each, "num_processes")), None)
     ranks = dealer.num_processes if dealer is not None else 1
     split = getattr(dealer, "split_batches", False)
-    if dealer is None and hasattr(loader, "slice_fn") and not loader.submesh_tp:  # the first rank reads for all
+    dispatches = dealer is None and hasattr(loader, "slice_fn") and not loader.submesh_tp
+    if dispatches:  # the first rank reads for all
         ranks, split = loader.state.num_processes, loader.split_batches
     if ranks == 1:
         return
@@ -85,4 +86,9 @@ def _check(loader: Any, around: list[Any], sampler: Any) -> None:
         raise ConfigError(
             f"world_size = {sampler.schedule.world_size}: Accelerate deals the batches out to {ranks} ranks; make the "
             f"LanguageBatchSampler with world_size={ranks}"
+        )
+    if dispatches and not split and any(getattr(each, "skip_batches", 0) for each in around):
+        raise ConfigError(
+            "dispatch_batches = True: to resume inside an epoch, Accelerate would skip as many batches of all ranks "
+            "together as each has trained on; resume with dispatch_batches=False, which feeds the same rows"
         )

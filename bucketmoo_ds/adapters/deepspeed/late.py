@@ -7,9 +7,10 @@ when they would train.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
@@ -21,12 +22,21 @@ def stop_late_engines() -> None:
 
     The import itself raises nothing: an engine that trains no more harms nobody.
     """
-    # An object's own `__class__` may be a property with effects; its type is not.
-    for found in [each for each in gc.get_objects() if issubclass(type(each), DeepSpeedEngine)]:
+    if not deepspeed.comm.is_initialized():  # which an engine needs; going through all objects takes a moment
+        return
+    kinds = set(_kinds(DeepSpeedEngine))
+    # An object's own `__class__` may be a property with effects, which isinstance would ask; its type is not.
+    for found in [each for each in gc.get_objects() if type(each) in kinds]:
         raw = getattr(getattr(found, "_config", None), "_param_dict", None)
         problem = _problem(raw) if isinstance(raw, Mapping) else None
         if problem is not None:
             _stop(found, problem)
+
+
+def _kinds(kind: type) -> Iterator[type]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _kinds(each)
 
 
 def _problem(raw: Mapping[str, Any]) -> str | None:
