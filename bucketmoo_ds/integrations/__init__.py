@@ -1,1 +1,1 @@
-"""Where people train: what other libraries have to know of ours."""
+"""Where people train: what the trainers that know nothing of this package tell it."""
