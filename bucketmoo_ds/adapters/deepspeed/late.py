@@ -33,7 +33,7 @@ def stop_late_engines() -> None:
             _stop(found, problem)
 
 
-def _kinds(kind: type) -> Iterator[type]:
+def _kinds(kind: Any) -> Iterator[type]:
     yield kind
     for each in kind.__subclasses__():
         yield from _kinds(each)
