@@ -57,3 +57,9 @@ def _install(deepspeed: ModuleType) -> None:
 def _listen(trainer: ModuleType) -> None:
     """Trainer knows how it divides its losses; see the module."""
     importlib.import_module("bucketmoo_ds.integrations.trainer_loss").install(trainer)
+
+
+@wrapt.when_imported("accelerate.data_loader")
+def _reach_through(data_loader: ModuleType) -> None:
+    """Accelerate's loaders hand the epoch on to our sampler."""
+    importlib.import_module("bucketmoo_ds.integrations.accelerate").install(data_loader)

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from bucketmoo_ds.adapters.hooks import Hook, Stays, after_backward, graph_task, watch, weak
 from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import LanguageTracker, Passage
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
@@ -120,6 +121,7 @@ class Session(Stays):
             register_optimizer_step_pre_hook(weak(self._before_optimizer_step)),
         ]
         adapter.arrive = self._arrive
+        switched_on.note(self)
         show_by_default()
         if moo.exchange.rank == 0:
             logger.info(moo.describe())

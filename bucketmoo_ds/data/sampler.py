@@ -18,6 +18,9 @@ before they are trained on, so the one who counts optimizer steps knows the posi
     state = sampler.state_dict(epoch=epoch, window=window)                 # or kept in a checkpoint of one's own
 
 A position lies between windows: a half-trained window leaves no gradients behind, so it is trained again.
+
+**What is said.** When the first batch is drawn, rank 0 logs how many windows of an epoch hold one language only, and
+warns where they are many: such a window has no conflict to resolve.
 """
 
 from __future__ import annotations
@@ -32,10 +35,16 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, Sampler
 
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.languages import LanguageTable
-from bucketmoo_ds.data.schedule import LanguageSchedule
+from bucketmoo_ds.data.schedule import LanguageSchedule, Repeat
 from bucketmoo_ds.errors import ConfigError, did_you_mean
+from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.plan.choices import ranks_per_node as ranks_of_a_node
+
+# The share of an epoch's windows that may hold one language only before it is a warning: the end of an epoch of a dozen
+# windows is none.
+QUIET = 0.1
 
 
 class LanguageBatchSampler(Sampler[list[int]]):
@@ -53,13 +62,14 @@ class LanguageBatchSampler(Sampler[list[int]]):
         micro_steps: M, the micro-batches of a rank between two optimizer steps (gradient accumulation steps).
         world_size: W, the number of ranks; that of `torch.distributed` where it is initialised, else 1.
         rank: yields this rank's micro-batches only; `None` yields the global order, see the module.
-        temperature, affinity, epoch_end: see `LanguageSchedule`.
+        temperature, affinity, epoch_end, repeat: see `LanguageSchedule`.
         seed: of everything random, alike on all ranks; 0 if nothing says otherwise.
         ranks_per_node: L, ranks that train on one language in a micro-step, see `LanguageSchedule`. Where the config
             says `exchange: two_stage`, its nodes if nothing says otherwise; else 1.
 
     Attributes:
         schedule: the `LanguageSchedule`: `schedule.table(epoch, window)` has the language index of each slot.
+        rank: that of the micro-batches, `None` for the global order.
         batch_size, drop_last: what Accelerate reads of a batch sampler.
 
     Raises:
@@ -84,6 +94,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
         seed: int | None = None,
         affinity: str = "micro_step",
         epoch_end: str = "longest",
+        repeat: Repeat = 1,
         ranks_per_node: int | None = None,
     ) -> None:
         if languages is None:
@@ -110,6 +121,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
             seed=seed if seed is not None else config.seed if config is not None else 0,
             affinity=affinity,
             epoch_end=epoch_end,
+            repeat=repeat,
             ranks_per_node=ranks_per_node,
         )
         if rank is not None and not 0 <= rank < world_size:
@@ -118,10 +130,15 @@ class LanguageBatchSampler(Sampler[list[int]]):
         self.batch_size = micro_batch_size
         self._start = (0, 0)
         self._drawn = (0, 0)
-        self._shuffled: tuple[int, list[NDArray[np.int64]]] | None = None
+        self._shuffled: dict[int, tuple[tuple[int, int], NDArray[np.int64]]] = {}
+        self._averages = config is not None and not config.enabled
+        self._said = False
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = self._start
+        if not self._said:
+            self._said = True
+            self._say()
         for window in range(start, self.windows_per_epoch):
             *batches, last = self._window_batches(epoch, window)
             yield from batches
@@ -137,6 +154,11 @@ class LanguageBatchSampler(Sampler[list[int]]):
     def languages(self) -> tuple[str, ...]:
         """The K names, in the order of their indices."""
         return self.schedule.languages
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration begins in."""
+        return self._start[0]
 
     @property
     def windows_per_epoch(self) -> int:
@@ -233,21 +255,60 @@ class LanguageBatchSampler(Sampler[list[int]]):
 
     def _window_batches(self, epoch: int, window: int) -> Iterator[list[int]]:
         """Yields the rows of this sampler's micro-batches of a window; a language's batches go to its slots in turn."""
-        order = self._order(epoch)
-        taken = self.schedule.taken(window)
+        taken = self.schedule.taken(window).tolist()
         for languages in self.schedule.table(epoch, window).tolist():
             for rank, language in enumerate(languages):
                 if self.rank in (None, rank):
-                    first = taken[language] * self.batch_size
-                    yield order[language][first : first + self.batch_size].tolist()
+                    yield self._batch(epoch, language, taken[language])
                 taken[language] += 1
 
-    def _order(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Returns the rows of each language in the order of an epoch. Only the latest epoch's is kept."""
-        if self._shuffled is None or self._shuffled[0] != epoch:
-            order = [rows[self.schedule.sample_order(epoch, index)] for index, rows in enumerate(self._rows)]
-            self._shuffled = (epoch, order)
-        return self._shuffled[1]
+    def _batch(self, epoch: int, language: int, taken: int) -> list[int]:
+        """Returns the rows of a language's micro-batch number `taken` of an epoch."""
+        round, place = self.schedule.place_in_round(language, taken)
+        if self._shuffled.get(language, (None,))[0] != (epoch, round):
+            order = self._rows[language][self.schedule.sample_order(epoch, language, round)]
+            self._shuffled[language] = ((epoch, round), order)
+        _, order = self._shuffled[language]
+        rows: list[int] = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+        return rows
+
+    def _say(self) -> None:
+        """Tells, once, what an epoch is, and expects that somebody resolves its conflicts."""
+        if len(self.languages) == 1 or self._averages:
+            return
+        switched_on.expect()
+        rank = dist.get_rank() if self.rank is None and dist.is_available() and dist.is_initialized() else self.rank
+        if rank:
+            return
+        schedule = self.schedule
+        alone, windows = schedule.windows_of_one_language, schedule.windows_per_epoch
+        text = f"sampler: {alone} of {windows} windows of an epoch ({alone / windows:.1%}) hold one language only"
+        again = [f"{name} {rounds:.1f} times" for name, rounds in schedule.rounds.items() if rounds > 1]
+        if again:
+            text += f"; come round again: {', '.join(again)}"
+        show_by_default()
+        if alone <= QUIET * windows:
+            logger.info(text)
+        else:
+            logger.warning(f"{text}; they have no conflict to resolve: {self._remedy()}")
+
+    def _remedy(self) -> str:
+        """Names the settings that put more languages into a window."""
+        schedule = self.schedule
+        if schedule.places == 1:
+            now = ", ".join(
+                f"{name} = {getattr(schedule, name)}"
+                for name in ("micro_steps", "world_size", "ranks_per_node", "affinity")
+            )
+            return f'a window has one place ({now}); raise micro_steps, with affinity = "micro_step"'
+        settings = []
+        if schedule.repeat != "auto":
+            settings.append('repeat = "auto", so that small languages come round again while the others last')
+        if schedule.epoch_end == "longest":
+            settings.append('epoch_end = "shortest", to end an epoch with the first language that runs out')
+        if schedule.temperature > 1:
+            settings.append("a lower temperature")
+        return "set " + ", or ".join(settings)
 
 
 def _labels(dataset: Any, column: str, given: Any, languages: Sequence[str]) -> NDArray[np.int32]:

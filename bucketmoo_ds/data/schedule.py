@@ -14,12 +14,14 @@ needs), a place is a whole node: there are L times fewer places, and a unit is L
 3. *Rounding.* In each window a language gets its share rounded down or up. Who is rounded up goes by credit: what its
    share promised and it did not get yet, plus a draw from [0, 1) that lets all pairs of languages meet. So nobody
    starves: while all have data, a language is within `MAX_LAG` units of t shares after t windows.
-4. *Epoch.* No sample is used twice in an epoch. A language that has run out is absent from the remaining windows and
-   the others take its places. `epoch_end="longest"` goes on for as long as full windows can be built, which is the
-   same number of windows at every temperature; `epoch_end="shortest"` ends with the window in which the first
-   language runs out, so that every window chooses among all languages.
-5. *Tail.* What fills no unit, or no full window, is left out of the epoch (`tail`). Samples are shuffled anew in each
-   epoch, so the tail is the same number but other samples.
+4. *Epoch.* A language that has run out is absent from the remaining windows and the others take its places.
+   `epoch_end="longest"` goes on for as long as full windows can be built; `epoch_end="shortest"` ends with the window
+   in which the first language runs out, so that every window chooses among all languages.
+5. *Rounds.* In a round of a language no sample is used twice. There is one round in an epoch, so that its number of
+   windows is the same at every temperature, unless `repeat` allows more: a language that would run out then comes round
+   again, up to `repeat` times, for as long as another is in its first round.
+6. *Tail.* What fills no unit, or no full window, is left out of the epoch (`tail`). Samples are shuffled anew in each
+   epoch, so the tail is the same number but other samples. A second round begins with what the first left out.
 
 How many units of each language a window takes does not depend on the epoch, so all epochs have equally many windows;
 in which slots they lie, and which samples they are, does. Every rank computes the same schedule without communication.
@@ -30,13 +32,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+
+Rounds: TypeAlias = int | Literal["auto"]
+Repeat: TypeAlias = Rounds | Mapping[str, Rounds]
 
 AFFINITIES = ("micro_step", "window")
 EPOCH_ENDS = ("longest", "shortest")
@@ -64,7 +69,13 @@ class LanguageSchedule:
         affinity: `micro_step`: each slot on its own. `window`: a rank keeps one language for the window, which
             `once_a_window` needs, and with which ZeRO-1 exchanges once.
         epoch_end: `longest` or `shortest`, rule 4.
+        repeat: rounds of a language in an epoch, at most, rule 5: a number, or one for each name (1 for the others).
+            `"auto"` is as many as it takes to last as long as the others.
         ranks_per_node: L, ranks that train on one language in a micro-step: 0 to L-1, L to 2L-1, and so on.
+
+    Attributes:
+        languages, sizes, world_size, micro_steps, micro_batch_size, temperature, seed, affinity, epoch_end, repeat,
+        ranks_per_node: the arguments, checked.
 
     Raises:
         ConfigError: a value out of range, a language without one unit, or too few samples for one window.
@@ -82,6 +93,7 @@ class LanguageSchedule:
         seed: int = 0,
         affinity: str = "micro_step",
         epoch_end: str = "longest",
+        repeat: Repeat = 1,
         ranks_per_node: int = 1,
     ) -> None:
         self.languages = tuple(languages)
@@ -93,6 +105,7 @@ class LanguageSchedule:
         self.seed = _whole("seed", seed, 0)
         self.affinity = _choice("affinity", affinity, AFFINITIES)
         self.epoch_end = _choice("epoch_end", epoch_end, EPOCH_ENDS)
+        self.repeat = check_repeat("repeat", repeat, self.languages)
         self.ranks_per_node = _whole("ranks_per_node", ranks_per_node, 1)
         if not self.languages or len(set(self.languages)) < len(self.languages):
             raise ConfigError(f"languages = {list(self.languages)}: expected one name or more, each once")
@@ -104,6 +117,7 @@ class LanguageSchedule:
                 "expected nodes of equally many ranks, or 1 to give each rank a language of its own"
             )
         self._unit = self.ranks_per_node * (self.micro_steps if affinity == "window" else 1)
+        self._units = self._units_of_a_round()
         self._taken = self._spread()
 
     @property
@@ -112,10 +126,27 @@ class LanguageSchedule:
         return len(self._taken) - 1
 
     @property
+    def places(self) -> int:
+        """S, the places for languages in a window."""
+        return self.world_size * self.micro_steps // self._unit
+
+    @property
+    def windows_of_one_language(self) -> int:
+        """The number of windows of an epoch that hold a single language, with no conflict to resolve."""
+        return int((np.count_nonzero(np.diff(self._taken, axis=0), axis=1) == 1).sum())
+
+    @property
+    def rounds(self) -> dict[str, float]:
+        """How often each language comes round in an epoch (rule 5), in parts of its full units: 1 or less, or `repeat`
+        at most."""
+        taken = zip(self.languages, self._taken[-1] / self._units, strict=True)
+        return {name: float(rounds) for name, rounds in taken}
+
+    @property
     def tail(self) -> dict[str, int]:
-        """The samples of each language that an epoch leaves out (rule 5); other samples in each epoch."""
-        used = self._taken[-1] * self._unit * self.micro_batch_size
-        return {name: size - int(n) for name, size, n in zip(self.languages, self.sizes, used, strict=True)}
+        """The samples of each language that an epoch leaves out (rule 6); other samples in each epoch."""
+        used = self._taken[-1].astype(np.int64) * self._unit * self.micro_batch_size
+        return {name: max(size - int(n), 0) for name, size, n in zip(self.languages, self.sizes, used, strict=True)}
 
     def table(self, epoch: int, window: int) -> NDArray[np.int64]:
         """Returns the language index of every slot of a window, `[M, W]`.
@@ -136,9 +167,24 @@ class LanguageSchedule:
         """Returns how many micro-batches of each language an epoch takes before this window, `[K]`."""
         return self._taken[window].astype(np.int64) * self._unit
 
-    def sample_order(self, epoch: int, language: int) -> NDArray[np.int64]:
-        """Returns the order in which an epoch takes a language's samples, a permutation of `0..n_l - 1`."""
-        return _generator(self.seed, _SAMPLES, epoch, language).permutation(self.sizes[language])
+    def place_in_round(self, language: int, taken: int) -> tuple[int, int]:
+        """Returns the round that a language's micro-batch belongs to, and which of that round it is; both from 0.
+
+        Args:
+            taken: how many micro-batches the epoch took of the language before this one.
+        """
+        return divmod(taken, int(self._units[language]) * self._unit)
+
+    def sample_order(self, epoch: int, language: int, round: int = 0) -> NDArray[np.int64]:
+        """Returns the order in which a round takes a language's samples, a permutation of `0..n_l - 1`. What a round
+        does not fill its full units with comes first in the next one, if that is an odd one."""
+        stream = (_SAMPLES, epoch, language, *((round,) if round else ()))
+        order = _generator(self.seed, *stream).permutation(self.sizes[language])
+        if round % 2 == 0:
+            return order
+        used = int(self._units[language]) * self._unit * self.micro_batch_size
+        left_out = np.isin(order, self.sample_order(epoch, language, round - 1)[used:])
+        return np.concatenate([order[left_out], order[~left_out]])
 
     def settings(self) -> dict[str, Any]:
         """Returns all parameters as plain JSON values."""
@@ -153,6 +199,7 @@ class LanguageSchedule:
             "seed": self.seed,
             "affinity": self.affinity,
             "epoch_end": self.epoch_end,
+            "repeat": self.repeat,
             "ranks_per_node": self.ranks_per_node,
         }
 
@@ -170,8 +217,11 @@ class LanguageSchedule:
 
     def _spread(self) -> NDArray[np.integer]:
         """Returns how many units of each language the epoch takes before each window, `[windows + 1, K]`."""
-        remaining = self._units()
-        slots = self.world_size * self.micro_steps // self._unit
+        slots = self.places
+        # Rounded, so that no last bit of a machine's `pow` decides who is rounded up.
+        weights = (np.array(self.sizes) / max(self.sizes)) ** (1 / self.temperature)
+        weights = np.maximum(np.round(weights, 12), 1e-12)
+        remaining = _with_rounds(self._units, self._limits() * self._units, weights, slots)
         windows = int(remaining.sum()) // slots
         if windows == 0:
             raise ConfigError(
@@ -179,9 +229,6 @@ class LanguageSchedule:
                 f"{self._unit_samples}, and a window takes {slots} (world_size = {self.world_size}, micro_steps = "
                 f"{self.micro_steps}); use more samples, or a smaller micro_batch_size or micro_steps"
             )
-        # Rounded, so that no last bit of a machine's `pow` decides who is rounded up.
-        weights = (np.array(self.sizes) / max(self.sizes)) ** (1 / self.temperature)
-        weights = np.maximum(np.round(weights, 12), 1e-12)
         rng = _generator(self.seed, _ROUNDING)
         taken = np.zeros((windows + 1, len(remaining)), dtype=np.int32 if remaining.sum() < 2**31 else np.int64)
         active = np.zeros(len(remaining), dtype=bool)
@@ -208,7 +255,12 @@ class LanguageSchedule:
             taken[window + 1] = taken[window] + counts
         return taken
 
-    def _units(self) -> NDArray[np.int64]:
+    def _limits(self) -> NDArray[np.float64]:
+        """Returns how often each language may come round in an epoch."""
+        given = self.repeat if isinstance(self.repeat, dict) else dict.fromkeys(self.languages, self.repeat)
+        return np.array([math.inf if given.get(name, 1) == "auto" else given.get(name, 1) for name in self.languages])
+
+    def _units_of_a_round(self) -> NDArray[np.int64]:
         """Returns how many full units each language has, at least 1."""
         samples = self.micro_batch_size * self._unit
         for name, size in zip(self.languages, self.sizes, strict=True):
@@ -227,6 +279,23 @@ class LanguageSchedule:
         factors |= {"ranks_per_node": self.ranks_per_node} if self.ranks_per_node > 1 else {}
         samples = f"{' x '.join(factors)} = {' x '.join(map(str, factors.values()))} samples"
         return samples + ' (affinity = "window")' * (of_window > 1)
+
+
+def _with_rounds(
+    units: NDArray[np.int64], limits: NDArray[np.float64], weights: NDArray[np.float64], slots: int
+) -> NDArray[np.int64]:
+    """Returns how many units an epoch has of each language (rule 5), `[K]`: those of its first round, and of others up
+    to its limit where it would run out before the last first round ends, if all got exactly their shares."""
+    taken = np.zeros(len(units))
+    active = np.ones(len(units), dtype=bool)
+    while (first := taken < units * (1 - 1e-9)).any() and (limits > units).any():
+        share = _shares(weights[active], slots)
+        last_first = np.max(((units - taken)[active] / share)[first[active]])
+        until_limit = (limits - taken)[active] / share
+        windows = min(last_first, until_limit.min())
+        taken[active] += windows * share
+        active[active] = until_limit > windows * (1 + 1e-12)
+    return np.clip(np.ceil(taken - 1e-6), units, limits).astype(np.int64)
 
 
 def _shares(weights: NDArray[np.float64], slots: int) -> NDArray[np.float64]:
@@ -273,9 +342,9 @@ def _generator(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def _whole(name: str, value: object, least: int, otherwise: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more")
+        raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more{otherwise}")
     return int(value)
 
 
@@ -286,6 +355,26 @@ def _temperature(value: object) -> float:
             "math.inf treats them alike)"
         )
     return float(value)
+
+
+def check_repeat(name: str, value: object, languages: Sequence[str]) -> Repeat:
+    """Returns `repeat` as it was given, with names of `languages` only.
+
+    Raises:
+        ConfigError: under this name.
+    """
+    if isinstance(value, Mapping):
+        for language in value:
+            if language not in languages:
+                raise ConfigError(
+                    f'{name}: "{language}" is no language of {list(languages)}{did_you_mean(str(language), languages)}'
+                )
+        return {language: _rounds(f"{name}.{language}", rounds) for language, rounds in value.items()}
+    return _rounds(name, value)
+
+
+def _rounds(name: str, value: object) -> Rounds:
+    return "auto" if isinstance(value, str) and value == "auto" else _whole(name, value, 1, ', or "auto"')
 
 
 def _choice(name: str, value: str, known: Sequence[str]) -> str:

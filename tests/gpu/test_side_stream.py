@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 pytestmark = [

@@ -14,9 +14,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.batch import Entries, LanguageTracker, stating
+from bucketmoo_ds.data.batch import Entries, LanguageTracker, Slot, stating
 from bucketmoo_ds.errors import LanguageError
-from bucketmoo_ds.data.batch import Slot
 
 LANGUAGES = ["de", "fr", "pt_BR"]
 

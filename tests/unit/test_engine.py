@@ -21,8 +21,8 @@ from unit.simulated_ranks import SimulatedExchange, run_ranks
 from bucketmoo_ds import aggregate, reference
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import CHOICES, BucketMOOConfig
-from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
 from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.pipeline.resolution import Resolution
 from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks

@@ -13,11 +13,12 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader, skip_first_batches
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
+from bucketmoo_ds.errors import ConfigError
 
 LANGUAGES = ("de", "fr", "ru", "pl", "ja")
 
@@ -45,6 +46,7 @@ def cases(draw):
         "seed": draw(st.integers(0, 2**32)),
         "affinity": draw(st.sampled_from(["micro_step", "window"])),
         "epoch_end": draw(st.sampled_from(["longest", "shortest"])),
+        "repeat": draw(st.sampled_from([1, 1, 2, "auto", {LANGUAGES[k - 1]: 3}])),
     }
 
 
@@ -57,15 +59,22 @@ def small(**changes):
 
 @settings(deadline=None)
 @given(cases(), st.integers(0, 3))
-def test_an_epoch_takes_no_sample_twice_and_the_tail_is_the_rest(case, epoch):
+def test_a_round_takes_no_sample_twice_and_the_tail_is_the_rest(case, epoch):
     sampler = LanguageBatchSampler(**case)
     sampler.set_epoch(epoch)
     batches = list(sampler)
-    rows = list(itertools.chain(*batches))
+    rows = np.array(list(itertools.chain(*batches)))
     labels = case["sample_languages"]
     assert len(batches) == len(sampler)
     assert all(len(batch) == case["micro_batch_size"] for batch in batches)
-    assert len(set(rows)) == len(rows)
+    unit = case["micro_batch_size"] * case["ranks_per_node"]
+    unit *= case["micro_steps"] if case["affinity"] == "window" else 1
+    for language in range(len(case["languages"])):
+        drawn = rows[labels[rows] == language]
+        of_a_round = np.count_nonzero(labels == language) // unit * unit
+        for first in range(0, len(drawn), of_a_round):
+            of_round = drawn[first : first + of_a_round]
+            assert len(set(of_round)) == len(of_round)
     left = np.delete(labels, rows)
     assert sampler.tail == {name: int((left == index).sum()) for index, name in enumerate(case["languages"])}
 
@@ -208,6 +217,121 @@ def test_accelerate_prepares_and_skips_it(rank):
     assert [batch["id"].tolist() for batch in prepared] == expected
 
 
+def prepare(sampler, rank, ranks, **settings):
+    """Accelerate's loader of a rank, of a dataset whose rows are their own numbers."""
+    loader = DataLoader(range(len(sampler._labels)), batch_sampler=sampler)
+    return prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False, **settings)
+
+
+def epochs_of(ranks, rank, epochs=3):
+    """The rows of three epochs as a rank of a loop of one's own gets them."""
+    sampler = small(world_size=ranks, rank=rank)
+    return [list(sampler) for _ in range(epochs)]
+
+
+def rows_of(loader):
+    return [batch.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_accelerate_resumes_inside_a_later_epoch(ranks, rank):
+    """As its documentation has it, and as Trainer does: skip in the first epoch after resuming, and go on with all."""
+    first, second, third = epochs_of(ranks, rank)
+    loader = prepare(small(world_size=ranks), rank, ranks)
+    skipped = skip_first_batches(loader, 2)
+    skipped.set_epoch(1)
+    assert rows_of(skipped) == second[2:]
+    assert rows_of(loader) == third, "without set_epoch"
+    loader = prepare(small(world_size=ranks), rank, ranks)
+    loader.set_epoch(2)
+    assert rows_of(skip_first_batches(skip_first_batches(loader, 1), 3)) == third[4:]
+    loader.set_epoch(0)
+    assert rows_of(loader) == first
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
+def test_accelerate_begins_where_seek_put_it(ranks, rank):
+    _, second, third = epochs_of(ranks, rank)
+    sampler = small(world_size=ranks)
+    loader = prepare(sampler, rank, ranks)
+    sampler.seek(1, 1)
+    assert rows_of(loader) == second[2:]
+    assert rows_of(loader) == third
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_accelerate_that_splits_batches_needs_a_sampler_of_one_rank(rank):
+    sampler = small(world_size=1, micro_batch_size=4)
+    whole = list(small(world_size=1, micro_batch_size=4))
+    assert rows_of(prepare(sampler, rank, 2, split_batches=True)) == [batch[2 * rank :][:2] for batch in whole]
+    with pytest.raises(ConfigError, match=r"split_batches = True: .* micro_batch_size that is 2 times as large"):
+        rows_of(prepare(small(), rank, 2, split_batches=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"world_size": 1}, 2, "world_size = 1: Accelerate deals the batches out to 2 ranks"),
+        ({"world_size": 2}, 4, "world_size=4"),
+        ({"rank": 1}, 2, "rank = 1: .* leave rank out"),
+    ],
+)
+def test_accelerate_deals_out_what_the_schedule_says_or_stops(changes, ranks, message):
+    with pytest.raises(ConfigError, match=message):
+        iter(prepare(small(**changes), 0, ranks))
+    with pytest.raises(ConfigError, match=message):
+        iter(skip_first_batches(prepare(small(**changes), 0, ranks), 1))
+
+
+def test_accelerate_is_left_alone_without_our_sampler():
+    class Own(BatchSampler):
+        def set_epoch(self, epoch):
+            raise AssertionError("accelerate does not call it through a shard")
+
+    own = Own(range(8), 2, drop_last=True)
+    loader = prepare_data_loader(DataLoader(range(8), batch_sampler=own), num_processes=2, put_on_device=False)
+    assert rows_of(skip_first_batches(loader, 1)) == [[4, 5]]
+    plain = prepare_data_loader(DataLoader(range(8)), num_processes=2, put_on_device=False)
+    assert rows_of(plain) == [[0], [2], [4], [6]]
+
+
+def unbalanced(**changes):
+    """A large language and one that fills ten micro-batches of two, in windows of four."""
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1], [600, 20]))
+    return small(**({"sample_languages": labels, "languages": LANGUAGES[:2]} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "parts"),
+    [
+        ({}, "WARNING", ["67 of 77 windows of an epoch (87.0%)", 'repeat = "auto"', 'epoch_end = "shortest"']),
+        ({"temperature": 3.0}, "WARNING", ["a lower temperature"]),
+        ({"repeat": "auto"}, "INFO", ["0 of 100 windows of an epoch (0.0%)", "come round again: fr 10.0 times"]),
+        ({"repeat": 2}, "WARNING", ["60 of 80 windows", "fr 2.0 times"]),
+        ({"epoch_end": "shortest"}, "INFO", ["0 of 10 windows"]),
+        (
+            {"micro_steps": 1, "world_size": 1},
+            "WARNING",
+            ["(100.0%)", "one place (micro_steps = 1", "raise micro_steps"],
+        ),
+        ({"affinity": "window", "world_size": 1}, "WARNING", ["(100.0%)", 'affinity = "micro_step"']),
+        ({"rank": 0}, "WARNING", ["87.0%"]),
+        ({"rank": 1}, None, []),
+        ({"sample_languages": [0] * 60, "languages": ["de"]}, None, []),
+        ({"config": BucketMOOConfig(languages=LANGUAGES[:2], enabled=False)}, None, []),
+    ],
+)
+def test_says_how_many_windows_hold_one_language(caplog, changes, level, parts):
+    caplog.set_level("INFO", "bucketmoo_ds")
+    sampler = unbalanced(**changes)
+    assert not caplog.records, "before a batch is drawn"
+    for _ in range(2):
+        next(iter(sampler))
+    assert [record.levelname for record in caplog.records] == ([level] if level else [])
+    for part in parts:
+        assert part in caplog.text
+
+
 def hugging_face(languages, **features):
     features = {"id": datasets.Value("int64"), "language": features.get("language", datasets.Value("string"))}
     rows = {"id": list(range(len(languages))), "language": languages}
@@ -319,7 +443,14 @@ def test_nodes_come_from_a_config_that_asks_for_two_stages(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"seed": 8}, {"world_size": 1}, {"temperature": 2.0}, {"languages": ("fr", "de", "ru")}, {"ranks_per_node": 2}],
+    [
+        {"seed": 8},
+        {"world_size": 1},
+        {"temperature": 2.0},
+        {"languages": ("fr", "de", "ru")},
+        {"repeat": "auto"},
+        {"ranks_per_node": 2},
+    ],
 )
 def test_a_state_of_other_settings_is_refused_by_name(changes):
     name = next(iter(changes))

@@ -18,8 +18,16 @@ NAMES = tuple("abcdefghij")
 temperatures = st.one_of(st.just(1.0), st.just(math.inf), st.floats(1, 10))
 
 
+numbers_of_rounds = st.one_of(st.just("auto"), st.integers(1, 5))
+
+
+def repeats(names):
+    """One number of rounds for all languages, or some of their own."""
+    return st.one_of(numbers_of_rounds, st.dictionaries(st.sampled_from(names), numbers_of_rounds))
+
+
 @st.composite
-def schedules(draw, max_units=60):
+def schedules(draw, max_units=60, repeat=None):
     """Random sizes, 1 to 8 nodes of 1 to 4 ranks, all options; each language has at least one unit, a window is
     filled."""
     nodes, per_node = draw(st.integers(1, 8)), draw(st.one_of(st.just(1), st.integers(2, 4)))
@@ -40,6 +48,7 @@ def schedules(draw, max_units=60):
         seed=draw(st.integers(0, 2**63 - 1)),
         affinity=affinity,
         epoch_end=draw(st.sampled_from(["longest", "shortest"])),
+        repeat=draw(repeats(NAMES[: len(sizes)])) if repeat is None else repeat,
         ranks_per_node=per_node,
     )
 
@@ -63,7 +72,7 @@ def make(sizes, **options):
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(schedules(repeat=1))
 def test_every_window_covers_as_many_languages_as_it_can(schedule):
     counts, units, slots = in_units(schedule)
     remaining = units.copy()
@@ -128,13 +137,87 @@ def test_nodes_share_no_language_where_places_suffice():
 def test_used_and_tail_are_all_samples(schedule):
     used = np.bincount(np.concatenate(tables(schedule)).ravel(), minlength=len(schedule.sizes))
     used *= schedule.micro_batch_size
-    assert [int(n) + schedule.tail[name] for n, name in zip(used, schedule.languages, strict=True)] == list(
-        schedule.sizes
-    )
+    for n, name, size in zip(used, schedule.languages, schedule.sizes, strict=True):
+        assert schedule.tail[name] == max(size - n, 0)
 
 
 @settings(deadline=None)
 @given(schedules())
+def test_no_language_comes_round_more_often_than_it_may(schedule):
+    limit = schedule.repeat if isinstance(schedule.repeat, dict) else dict.fromkeys(schedule.languages, schedule.repeat)
+    for name, rounds in schedule.rounds.items():
+        assert rounds <= (math.inf if limit.get(name, 1) == "auto" else limit.get(name, 1))
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_somebody_comes_round_once_only(schedule):
+    """Rounds are added for as long as another language is in its first one; rounding adds less than a unit."""
+    _, units, _ = in_units(schedule)
+    assert any(schedule.rounds[name] < 1 + 1 / n for name, n in zip(schedule.languages, units, strict=True))
+
+
+@settings(deadline=None)
+@given(schedules(repeat="auto"))
+def test_auto_lets_languages_last_to_the_end(schedule):
+    counts, _, slots = in_units(schedule)
+    with_data = np.count_nonzero(counts.sum(axis=0))
+    if slots < len(schedule.languages) or with_data < 2:
+        return  # in rotation a language need not be in the last windows
+    # Each has a share of 1 or more in all windows that the largest lasts, and is within the lag of it; besides, numbers
+    # of units are rounded up, by less than one for each language.
+    short = MAX_LAG + 1 + len(schedule.languages) / slots
+    last = [np.flatnonzero(counts[:, language]).max() for language in range(len(schedule.languages))]
+    assert min(last) >= len(counts) - 1 - short
+    assert schedule.windows_of_one_language <= short
+
+
+@settings(deadline=None)
+@given(schedules())
+def test_windows_of_one_language_are_counted(schedule):
+    alone = sum(len(np.unique(table)) == 1 for table in tables(schedule))
+    assert schedule.windows_of_one_language == alone
+
+
+@settings(deadline=None)
+@given(schedules(), st.integers(0, 3), st.integers(0, 4))
+def test_each_round_is_a_permutation_and_begins_with_what_the_one_before_left_out(schedule, epoch, turn):
+    for language, size in enumerate(schedule.sizes):
+        before, after = (schedule.sample_order(epoch, language, 2 * turn + odd) for odd in (0, 1))
+        assert sorted(before) == sorted(after) == list(range(size))
+        _, place = schedule.place_in_round(language, -1)
+        left_out = before[(place + 1) * schedule.micro_batch_size :]
+        assert set(after[: len(left_out)]) == set(left_out)
+
+
+def test_rounds_are_shuffled_differently():
+    schedule = make([400, 300], repeat=3)
+    orders = [schedule.sample_order(epoch, 1, turn) for epoch in range(2) for turn in range(4)]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(orders, 2))
+
+
+def test_a_small_language_comes_round_while_the_large_one_lasts():
+    """Of 4 places the small one has 1: the large one lasts 10000 / 3 windows, in which the small one takes 3334."""
+    sizes = [10_000, 40]
+    assert make(sizes).windows_of_one_language > 0.9 * make(sizes).windows_per_epoch
+    schedule = make(sizes, repeat="auto")
+    assert (schedule.windows_of_one_language, schedule.rounds["a"]) == (0, pytest.approx(1, abs=1e-3))
+    assert schedule.rounds["b"] == pytest.approx(10_000 / 3 / 40, rel=1e-3)
+    assert make(sizes, repeat={"b": 5}).rounds["b"] == 5
+    assert make(sizes, repeat={"a": 5}).rounds == make(sizes).rounds == {"a": 1, "b": 1}
+
+
+@settings(deadline=None)
+@given(schedules(repeat=1), st.integers(0, 3))
+def test_one_round_by_number_and_by_name_are_the_same(schedule, epoch):
+    same = schedule.settings() | {"temperature": schedule.temperature, "repeat": dict.fromkeys(schedule.languages, 1)}
+    again = LanguageSchedule(**same)
+    assert again.tail == schedule.tail
+    assert np.array_equal(tables(again, epoch), tables(schedule, epoch))
+
+
+@settings(deadline=None)
+@given(schedules(repeat=1))
 def test_longest_epoch_leaves_less_than_a_window_of_units_and_shortest_ends_at_the_first_to_run_out(schedule):
     counts, units, slots = in_units(schedule)
     left = units - counts.sum(axis=0)
@@ -243,6 +326,9 @@ def test_epochs_and_seeds_differ():
         {"seed": 1},
         {"affinity": "window"},
         {"epoch_end": "shortest"},
+        {"repeat": "auto"},
+        {"repeat": 2},
+        {"repeat": {"b": 2}},
         {"ranks_per_node": 2},
     ],
 )
@@ -264,6 +350,11 @@ def test_fingerprint_covers_every_setting(change):
         ({"temperature": "1"}, "temperature = '1'"),
         ({"affinity": "windows"}, 'affinity = "windows": unknown, .* did you mean "window"'),
         ({"epoch_end": "short"}, 'epoch_end = "short": unknown, .* did you mean "shortest"'),
+        ({"repeat": 0}, 'repeat = 0: expected a whole number, 1 or more, or "auto"'),
+        ({"repeat": "yes"}, "repeat = 'yes': expected"),
+        ({"repeat": True}, "repeat = True: expected"),
+        ({"repeat": {"b": 1.5}}, "repeat.b = 1.5: expected"),
+        ({"repeat": {"c": 2}}, r"""repeat: "c" is no language of \['a', 'b'\]"""),
         ({"micro_batch_size": 31}, 'language "b" has 30 samples, fewer than .* micro_batch_size = 31'),
         ({"micro_batch_size": 16, "affinity": "window"}, 'language "b" has 30 samples, .* 16 x 2'),
         ({"ranks_per_node": 0}, "ranks_per_node = 0"),

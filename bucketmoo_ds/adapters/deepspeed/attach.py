@@ -19,12 +19,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bucketmoo_ds.adapters.deepspeed import checks
+from bucketmoo_ds.adapters.deepspeed import checks, late
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
 from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer, ShardReduction
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, PartitionReduction
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
+from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
@@ -55,6 +56,7 @@ def install() -> None:
     if not isinstance(vars(DeepSpeedEngine)["__init__"], wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(DeepSpeedEngine, "__init__", _initialize_engine)
         wrapt.wrap_function_wrapper(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+        late.stop_late_engines()
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -104,6 +106,7 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
         plan = plan_blocks(_parameters(engine), int(optimizer.reduce_bucket_size), config.granularity)
         optimizer.__class__ = stage.optimizer
         engine.reduction = optimizer.reduction = stage.reduction(engine, optimizer, plan, exchange)
+    switched_on.note(engine)
     show_by_default()
     if exchange.rank == 0:
         logger.info(engine.moo.describe())
@@ -131,6 +134,8 @@ def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, .
     config = read_section(raw) if isinstance(raw, Mapping) else None
     if config is None:
         wrapped(*args, **kwargs)
+        if isinstance(raw, Mapping) and SECTION in raw:
+            switched_on.note(engine)  # told to average
         return
     checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
     checks.refuse_settings(parsed, SECTION)

@@ -139,6 +139,7 @@ class _Loop:
             world_size=self.world_size,
             rank=self.rank,
             temperature=settings.temperature,
+            repeat=settings.repeat,
             seed=settings.seed,
             affinity="window" if self.engine.zero_optimization_stage() == 1 else "micro_step",
         )

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from bucketmoo_ds.config import SECTION, BucketMOOConfig, check_section_name
+from bucketmoo_ds.data.schedule import check_repeat
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
@@ -66,6 +67,8 @@ class TrainingSettings:
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         temperature: of sampling languages of unequal size: a language is drawn as its size to the power 1/temperature.
+        repeat: rounds of a language in an epoch, at most: a number, one for each name, or "auto" to last as long as the
+            others. See `data.schedule`, rule 5.
         evaluate_every: steps between two evaluations; 0 evaluates only at the end.
         checkpoint_every: steps between two checkpoints; 0 saves only at the end.
         checkpoint_at_end: whether the end is saved.
@@ -81,6 +84,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     temperature: float = 1.0
+    repeat: Any = 1
     evaluate_every: int = 0
     checkpoint_every: int = 0
     checkpoint_at_end: bool = True
@@ -156,6 +160,7 @@ class RunSettings:
             raise ConfigError(
                 f'deepspeed.{SECTION}: missing; it names the languages ("enabled": false averages their gradients)'
             )
+        check_repeat("training.repeat", self.training.repeat, self.moo.languages)
 
     @property
     def moo(self) -> BucketMOOConfig:
@@ -209,8 +214,8 @@ def _build(kind: Any, raw: Mapping[str, Any], prefix: str) -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
+    if hint is Any or (value is None and type(None) in options):
+        return value
     wanted = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, Mapping):
