@@ -8,6 +8,7 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +52,34 @@ STAGES: dict[type, Stage] = {
 
 
 def install() -> None:
-    """Wraps DeepSpeed's engine, once."""
-    if not isinstance(vars(DeepSpeedEngine)["__init__"], wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(DeepSpeedEngine, "__init__", _initialize_engine)
-        wrapt.wrap_function_wrapper(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+    """Wraps DeepSpeed's engine, once, whoever else has wrapped it; and Accelerate's reading of `"auto"`."""
+    _wrap(DeepSpeedEngine, "__init__", _initialize_engine)
+    _wrap(DeepSpeedEngine, "_do_args_sanity_check", _refuse_early)
+    _wrap(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+    wrapt.when_imported("accelerate.utils.dataclasses")(_keep_auto)
+
+
+def _wrap(owner: type, name: str, wrapper: Any) -> None:
+    """Wraps a method, unless a wrapper with our mark is in the chain already, below others' or above them."""
+    found = vars(owner)[name]
+    while found is not None:
+        if getattr(found, "_self_wrapped_by", None) == (wrapper.__module__, wrapper.__name__):
+            return
+        found = getattr(found, "__wrapped__", None)
+    wrapped = wrapt.FunctionWrapper(vars(owner)[name], wrapper)
+    wrapped._self_wrapped_by = (wrapper.__module__, wrapper.__name__)
+    setattr(owner, name, wrapped)
+
+
+def _keep_auto(accelerate: ModuleType) -> None:
+    """Accelerate wants a value of its own for every `"auto"` in a DeepSpeed JSON; those of our section stay."""
+    _wrap(accelerate.DeepSpeedPlugin, "fill_match", _fill_match)
+
+
+def _fill_match(wrapped: Any, plugin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    key = args[0] if args else kwargs["ds_key_long"]
+    if not key.startswith(f"{SECTION}."):
+        wrapped(*args, **kwargs)
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -126,16 +151,30 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
 
 
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    parsed = kwargs.get("config_class")
-    raw = getattr(parsed, "_param_dict", None)
-    config = read_section(raw) if isinstance(raw, Mapping) else None
-    if config is None:
-        wrapped(*args, **kwargs)
-        return
-    checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-    checks.refuse_settings(parsed, SECTION)
     wrapped(*args, **kwargs)
-    attach(engine, config)
+    config = _asked_for(engine)
+    if config is not None and not isinstance(engine, BucketMOOEngine):
+        attach(engine, config)
+
+
+def _refuse_early(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """DeepSpeed calls this as soon as the engine has its configuration, and before it builds anything."""
+    _asked_for(engine)
+    return wrapped(*args, **kwargs)
+
+
+def _asked_for(engine: DeepSpeedEngine) -> BucketMOOConfig | None:
+    """The settings of an engine that is to resolve conflicts. They are read from the engine, not from the arguments,
+    which callers, subclasses and foreign wrappers pass on in many ways.
+
+    Raises:
+        ConfigError: see `read_section`; or what DeepSpeed is set to, or its version, cannot be combined with it.
+    """
+    config = read_section(engine._config._param_dict)
+    if config is not None:
+        checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        checks.refuse_settings(engine._config, SECTION)
+    return config
 
 
 def _choose_optimizer(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
