@@ -25,6 +25,7 @@ from datasets import Dataset
 from bucketmoo_ds.adapters.deepspeed import initialize
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.apps.corpus.evaluate import EvaluationSet, bits_per_byte, nll_sums
+from bucketmoo_ds.apps.corpus.packing import pad
 from bucketmoo_ds.apps.monitor.statistics import conflict_statistics
 from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 from bucketmoo_ds.apps.training.progress import Progress
@@ -60,7 +61,8 @@ def train(
     """Trains `model` in place.
 
     Args:
-        model: called as `model(input_ids=..., labels=...)`, returns an object with `.loss`, the mean over targets.
+        model: called as `model(input_ids=..., labels=...)`, and with `attention_mask=...` where rows of a micro-batch
+            differ in length; returns an object with `.loss`, the mean over targets.
         dataset: columns `input_ids`, `labels`, `language`.
         evaluation: held-out text, measured at the end and every `settings.evaluate_every` steps.
         settings: see `TrainingSettings`.
@@ -158,7 +160,7 @@ class _Loop:
         for _ in range(self.micro_steps):
             rows = self._next_batch()
             language = self._language_column[rows[0]]
-            batch = {name: value.to(self.engine.device) for name, value in self.data[rows].items()}
+            batch = {name: value.to(self.engine.device) for name, value in pad(self.data[rows]).items()}
             entries = {self.config.language_key: language} if self.moo is not None else {}
             loss = self.engine(**batch, **entries).loss
             self.engine.backward(loss)

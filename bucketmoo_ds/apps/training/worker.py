@@ -15,6 +15,7 @@ from bucketmoo_ds.apps.corpus import evaluate
 from bucketmoo_ds.apps.corpus.load import DataSpec, load_texts, load_training_data
 from bucketmoo_ds.apps.training.environment import run_rank
 from bucketmoo_ds.apps.training.settings import RunSettings, read_settings
+from bucketmoo_ds.logs import logger
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,11 +38,12 @@ def run(settings: RunSettings, resume: bool) -> None:
     languages = settings.moo.languages
     tokenizer = load_tokenizer(settings.model)
     length = settings.training.sequence_length
-    dataset = load_training_data(DataSpec.from_mapping(settings.data), languages, tokenizer, length)
+    say = logger.warning if dist.get_rank() == 0 else logger.debug  # all ranks read the same files
+    dataset = load_training_data(DataSpec.from_mapping(settings.data), languages, tokenizer, length, say=say)
     sets = []
     if settings.evaluation is not None:
         held_out = settings.evaluation
-        texts = load_texts(DataSpec.from_mapping(held_out.data), held_out.languages or languages)
+        texts = load_texts(DataSpec.from_mapping(held_out.data), held_out.languages or languages, say)
         cap = held_out.max_bytes
         sets = [evaluate.prepare(language, texts[language], tokenizer, length, cap) for language in texts]
     output = Path(settings.output)
