@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import checks
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.extension_locks import warn_of_old_locks
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
 from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer, ShardReduction
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, PartitionReduction
@@ -52,11 +53,15 @@ STAGES: dict[type, Stage] = {
 
 
 def install() -> None:
-    """Wraps DeepSpeed's engine, once, whoever else has wrapped it; and Accelerate's reading of `"auto"`."""
+    """Wraps DeepSpeed's engine, once, whoever else has wrapped it; and Accelerate's reading of `"auto"`.
+
+    This happens when DeepSpeed is imported, so before it builds anything.
+    """
     _wrap(DeepSpeedEngine, "__init__", _initialize_engine)
     _wrap(DeepSpeedEngine, "_do_args_sanity_check", _refuse_early)
     _wrap(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
     wrapt.when_imported("accelerate.utils.dataclasses")(_keep_auto)
+    warn_of_old_locks()
 
 
 def _wrap(owner: type, name: str, wrapper: Any) -> None:
@@ -66,7 +71,7 @@ def _wrap(owner: type, name: str, wrapper: Any) -> None:
         if getattr(found, "_self_wrapped_by", None) == (wrapper.__module__, wrapper.__name__):
             return
         found = getattr(found, "__wrapped__", None)
-    wrapped = wrapt.FunctionWrapper(vars(owner)[name], wrapper)
+    wrapped: Any = wrapt.FunctionWrapper(vars(owner)[name], wrapper)
     wrapped._self_wrapped_by = (wrapper.__module__, wrapper.__name__)
     setattr(owner, name, wrapped)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from bucketmoo_ds.apps.corpus import evaluate
 from bucketmoo_ds.apps.corpus.load import DataSpec, load_texts, load_training_data
+from bucketmoo_ds.apps.training import folder
 from bucketmoo_ds.apps.training.environment import run_rank
 from bucketmoo_ds.apps.training.settings import RunSettings, read_settings
 from bucketmoo_ds.logs import logger
@@ -35,6 +36,8 @@ def run(settings: RunSettings, resume: bool) -> None:
     from bucketmoo_ds.apps.training.loop import train
     from bucketmoo_ds.apps.training.models import load_model, load_tokenizer
 
+    output = Path(settings.output)
+    lock = folder.hold(output)
     languages = settings.moo.languages
     tokenizer = load_tokenizer(settings.model)
     length = settings.training.sequence_length
@@ -46,10 +49,8 @@ def run(settings: RunSettings, resume: bool) -> None:
         texts = load_texts(DataSpec.from_mapping(held_out.data), held_out.languages or languages, say)
         cap = held_out.max_bytes
         sets = [evaluate.prepare(language, texts[language], tokenizer, length, cap) for language in texts]
-    output = Path(settings.output)
     model: Any = load_model(settings.model, settings.training.seed)
     if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(_plain(settings), indent=1), encoding="utf-8")
     train(
         model,
@@ -68,6 +69,7 @@ def run(settings: RunSettings, resume: bool) -> None:
             tokenizer.save_pretrained(temporary)
             shutil.rmtree(output / "model", ignore_errors=True)
             temporary.rename(output / "model")
+    lock.release()
 
 
 def _plain(settings: RunSettings) -> dict[str, Any]:
