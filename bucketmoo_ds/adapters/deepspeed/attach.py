@@ -7,6 +7,7 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -65,14 +66,22 @@ def install() -> None:
 
 
 def _wrap(owner: type, name: str, wrapper: Any) -> None:
-    """Wraps a method, unless a wrapper with our mark is in the chain already, below others' or above them."""
-    found = vars(owner)[name]
+    """Wraps a method, unless a wrapper with our mark is in the chain already, below others' or above them.
+
+    Others may call it as a function or as a bound method, and pass on arguments as they like.
+    """
+    plain, mark = vars(owner)[name], wrapper.__name__
+    found = plain
     while found is not None:
-        if getattr(found, "_self_wrapped_by", None) == (wrapper.__module__, wrapper.__name__):
+        if getattr(found, "_bucket_moo_wrapper", None) == mark:
             return
         found = getattr(found, "__wrapped__", None)
-    wrapped: Any = wrapt.FunctionWrapper(vars(owner)[name], wrapper)
-    wrapped._self_wrapped_by = (wrapper.__module__, wrapper.__name__)
+
+    @functools.wraps(plain)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(plain.__get__(self, type(self)), self, args, kwargs)
+
+    wrapped._bucket_moo_wrapper = mark  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
 
 
