@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
+T = TypeVar("T")
+
 SECTION = "bucket_moo"
 MAX_LANGUAGES = 512  # a Gram has their square of numbers; from 65 present in a window on, everything is slower
-OTHER_SPELLINGS = ("bucketmoo", "bucketmoods", "bucketlevelmoo", "moobucket")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": ("bucket", "parameter", "layer", "model"),
@@ -22,7 +25,31 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "row_storage": ("float32", "bfloat16", "host"),
 }
 
+# Settings for which "auto" is a value; it is an error for all others.
+AUTOMATIC = ("mode", "exchange", "backend", "shift_labels")
 
+
+def _names_checked(cls: type[T]) -> type[T]:
+    """Lets a config dataclass refuse unknown and missing names with `ConfigError`, not Python's `TypeError`."""
+    plain: Any = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: T, *positional: Any, **settings: Any) -> None:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(
+                    f"{SECTION}.{name}: unknown setting{did_you_mean(name, known)} (known: {', '.join(known)})"
+                )
+        if "languages" not in settings and not positional:
+            raise ConfigError(f'{SECTION}.languages: missing; expected the list of languages, such as ["de", "fr"]')
+        plain(self, *positional, **settings)
+
+    cls.__init__ = init  # type: ignore[assignment]
+    return cls
+
+
+@_names_checked
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BucketMOOConfig:
     """What a run with bucket-level multi-objective optimization (MOO) needs to know.
@@ -58,7 +85,7 @@ class BucketMOOConfig:
         seed: seeds everything random in a method (PCGrad's orders), alike on all ranks.
 
     Raises:
-        ConfigError: a value of the wrong type or out of range; the message names the setting.
+        ConfigError: an unknown setting, a value of the wrong type or out of range; the message names the setting.
     """
 
     languages: tuple[str, ...]
@@ -79,6 +106,11 @@ class BucketMOOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name not in AUTOMATIC and getattr(self, field.name) == "auto":
+                raise ConfigError(
+                    f'{SECTION}.{field.name} = "auto": has no automatic value; write the value, or leave it out'
+                )
         object.__setattr__(self, "languages", _languages(self.languages))
         if isinstance(self.aggregator_options, Mapping):
             object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
@@ -119,17 +151,7 @@ class BucketMOOConfig:
             return None
         if not isinstance(section, Mapping):
             raise ConfigError(f'{SECTION} = {section!r}: expected an object, such as {{"languages": ["de", "fr"]}}')
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key, value in section.items():
-            if key not in known:
-                raise ConfigError(
-                    f"{SECTION}.{key}: unknown setting{did_you_mean(str(key), known)} (known: {', '.join(known)})"
-                )
-            if value == "auto" and key not in ("mode", "exchange", "backend", "shift_labels"):
-                raise ConfigError(f'{SECTION}.{key} = "auto": has no automatic value; write the value, or leave it out')
-        if "languages" not in section:
-            raise ConfigError(f'{SECTION}.languages: missing; expected the list of languages, such as ["de", "fr"]')
-        config = cls(**section)
+        config = cls(**{str(name): value for name, value in section.items()})
         return config if config.enabled else None
 
     def to_json(self) -> dict[str, Any]:
@@ -145,9 +167,27 @@ def check_section_name(config: Mapping[str, Any]) -> None:
     DeepSpeed accepts any unknown top-level key without a word, so that a misspelt section would train by averaging.
     """
     for key in config:
-        folded = "".join(ch for ch in str(key).lower() if ch.isalnum())
-        if key != SECTION and (folded in OTHER_SPELLINGS or _one_typo(folded, "bucketmoo")):
+        if key != SECTION and _is_near(str(key)):
             raise ConfigError(f'"{key}": not a DeepSpeed setting; did you mean "{SECTION}"?')
+
+
+# What people put before and behind the name. "moo" is a word of nobody else's; "moe" is DeepSpeed's, one letter away.
+_BUCKET = r"bucket(ed|s|ing)?(level|wise)?"
+_NAME = rf"({_BUCKET})?moo|moobuckets?|{_BUCKET}multiobjective(optimi[sz]ation)?"
+_BEFORE = r"(ds|deepspeed)?"
+_BEHIND = r"(ds|deepspeed|config|configuration|cfg|settings?|section|options?|params?|args?)*"
+
+
+def _is_near(name: str) -> bool:
+    """Whether a name can only be meant for our section: spelt or decorated otherwise, or with one typing mistake."""
+    lower = name.lower()
+    folded = re.sub("[^a-z0-9]", "", lower)
+    return (
+        re.fullmatch(f"{_BEFORE}({_NAME}){_BEHIND}", folded) is not None
+        or "moo" in re.split("[^a-z0-9]+", lower)
+        or _one_typo(re.sub(f"{_BEHIND}$", "", folded), "bucketmoo")
+        or _one_typo(folded, "bucketmoo")
+    )
 
 
 def _languages(value: object) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import launch
 import pytest
 
+from bucketmoo_ds.config import BucketMOOConfig
+
 WORLD_SIZE = 2
 WINDOWS = 3
 # float32 on both sides, whose gradients differ by a few roundings of 6e-8 (a loss is divided before it is summed or
@@ -18,7 +20,10 @@ LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)]  # (stage, micro-steps)
 MEAN_LAYOUTS = [(1, 1), (2, 1), (2, 2)]
 SMOOTH_LAYOUTS = [(1, 2), (3, 2)]
 SMOOTHING = 0.1
-MOO: dict[str, Any] = {"aggregator": "mgda", "granularity": "layer"}
+# Written out, so that "auto" stands there three times, which Accelerate would resolve.
+MOO: dict[str, Any] = BucketMOOConfig(
+    languages=("de", "fr", "pl"), aggregator="mgda", granularity="layer"
+).to_json()
 BY_TOKENS: dict[str, Any] = {"aggregator": "mean", "weighting": "token"}
 
 

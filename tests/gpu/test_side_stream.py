@@ -38,7 +38,9 @@ def _windows(device: str, mode: str, storage: str, seed: int) -> list[Tensor]:
     config = BucketMOOConfig(languages=["de", "fr", "pl"], aggregator="mean", mode=mode, row_storage=storage)
     plan = plan_blocks([Parameter(f"p{index}", NUMEL) for index in range(BUCKETS)], NUMEL, "bucket")
     combined: dict[int, Tensor] = {}
-    moo = BucketMOO(config, plan, Exchange(), combined.__setitem__, micro_steps=lambda: LANGUAGES, local=False, device=device)
+    moo = BucketMOO(
+        config, plan, Exchange(), combined.__setitem__, micro_steps=lambda: LANGUAGES, local=False, device=device
+    )
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(2):

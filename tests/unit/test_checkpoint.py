@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.simulated_ranks import SimulatedExchange, run_ranks
 
+from bucketmoo_ds.adapters.deepspeed.engine import CarefulCheckpointEngine
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.pipeline import checkpoint
@@ -124,6 +126,42 @@ def test_failure_at_any_step_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     assert "Input/output error" in str(error)
     assert (tmp_path / checkpoint.FILE).read_bytes() == before
     assert os.listdir(tmp_path) == [checkpoint.FILE]
+
+
+@pytest.mark.parametrize(
+    ("raised", "beside", "expected"),
+    [
+        (RuntimeError("unexpected pos 7 vs 5"), errno.ENOSPC, "No space left on device (unexpected pos 7 vs 5)"),
+        (RuntimeError("unexpected pos 7 vs 5"), errno.EDQUOT, "Disk quota exceeded (unexpected pos 7 vs 5)"),
+        (RuntimeError("cannot pickle"), None, "cannot pickle"),
+        (OSError(errno.EIO, "Input/output error"), errno.ENOSPC, "[Errno 5] Input/output error"),
+    ],
+    ids=["full", "quota", "another reason", "a reason that is known"],
+)
+def test_what_torch_could_not_write_has_the_systems_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, beside: int | None, expected: str
+) -> None:
+    class Fails:
+        def save(self, state_dict: object, path: str) -> None:
+            raise raised
+
+    def sync(file: int) -> None:
+        if beside is not None:
+            raise OSError(beside, os.strerror(beside))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    engine = CarefulCheckpointEngine(Fails())
+    engine.save({}, str(tmp_path / "part.pt"))
+    assert engine.problem == f"{tmp_path / 'part.pt'}: {expected}"
+    engine.save({}, str(tmp_path / "another.pt"))
+    assert "part.pt" in engine.problem, "the first problem is told"
+    assert os.listdir(tmp_path) == []
+
+
+def test_torch_on_a_device_that_is_full() -> None:
+    """What torch raises for a full disk names no reason by itself."""
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        torch.save({"a": torch.zeros(10_000)}, "/dev/full")
 
 
 def test_first_save_on_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

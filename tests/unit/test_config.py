@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 import re
 import string
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bucketmoo_ds.config import CHOICES, SECTION, BucketMOOConfig, check_section_name
+from bucketmoo_ds.config import AUTOMATIC, CHOICES, SECTION, BucketMOOConfig, check_section_name
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
 GOOD: dict[str, Any] = {"languages": ["de", "fr"]}
@@ -126,13 +129,15 @@ def test_wrong_types_and_ranges(setting: str, value: object, expected: str) -> N
 @pytest.mark.parametrize("setting", ["aggregator", "granularity", "weighting", "normalize", "rescale", "seed"])
 def test_auto_is_refused_where_it_means_nothing(setting: str) -> None:
     assert f'bucket_moo.{setting} = "auto": has no automatic value' in error_of(section(**{setting: "auto"}))
+    with pytest.raises(ConfigError, match=rf'bucket_moo\.{setting} = "auto": has no automatic value'):
+        BucketMOOConfig(**section(**{setting: "auto"}))
 
 
 def test_auto_languages_are_refused() -> None:
     assert 'bucket_moo.languages = "auto"' in error_of({"languages": "auto"})
 
 
-@pytest.mark.parametrize("setting", ["mode", "exchange", "backend", "shift_labels"])
+@pytest.mark.parametrize("setting", AUTOMATIC)
 def test_auto_is_a_value_of(setting: str) -> None:
     assert BucketMOOConfig.from_section(section(**{setting: "auto"})) is not None
 
@@ -172,6 +177,22 @@ def test_an_error_is_both_ours_and_a_value_error() -> None:
 def test_keyword_arguments_are_checked_alike() -> None:
     with pytest.raises(ConfigError, match=r'bucket_moo\.weighting = "tokens": unknown'):
         BucketMOOConfig(languages=("de",), weighting="tokens")
+    with pytest.raises(ConfigError, match=r'bucket_moo\.langauges: unknown setting; did you mean "languages"\?'):
+        BucketMOOConfig(langauges=("de",))
+    with pytest.raises(ConfigError, match=r"bucket_moo\.languages: missing"):
+        BucketMOOConfig(aggregator="mean")
+    with pytest.raises(ConfigError, match=r'bucket_moo\.sede: unknown setting; did you mean "seed"\?'):
+        dataclasses.replace(BucketMOOConfig(languages=("de",)), sede=1)
+
+
+@pytest.mark.parametrize("setting", [field.name for field in dataclasses.fields(BucketMOOConfig)])
+def test_null_is_no_value(setting: str) -> None:
+    assert error_of(GOOD | {setting: None}).startswith(f"bucket_moo.{setting} = None: expected ")
+
+
+def test_copies_are_equal() -> None:
+    config = BucketMOOConfig(languages=("de", "fr"), seed=3)
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
 
 
 names = st.text(min_size=1, max_size=8)
@@ -233,6 +254,20 @@ def test_to_json_shares_nothing_with_the_config(config: BucketMOOConfig) -> None
         "bucketmoo_ds",
         "bucketmoo-ds",
         "moo_bucket",
+        "moo",
+        "MOO",
+        "moo_config",
+        "mooConfig",
+        "ds_moo",
+        "bucketed_moo",
+        "bucket_level_moo",
+        "bucketwise-moo",
+        "bucket_moo_config",
+        "bucketMOOSettings",
+        "bucket_mo_config",
+        "deepspeed_bucket_moo",
+        "moo_weights",
+        "bucket_level_multi_objective_optimization",
     ],
 )
 def test_misspelt_section_names_are_caught(name: str) -> None:
@@ -287,5 +322,7 @@ def test_real_deepspeed_keys_are_never_caught() -> None:
         if name.isupper() and isinstance(value, str) and re.fullmatch("[a-z0-9_]+", value)
     }
     assert len(constants) > 50, "DeepSpeed's constants are no longer where this test looks"
-    for key in [SECTION, *constants, *TOP_LEVEL]:
+    foreign = ["moe", "mood", "moon", "smooth_buckets", "bucket_smoothing", "bucket_moments", "mode", "bucket_mode"]
+    foreign += ["multi_objective", "moderation", "comments", "_comment", "mup", "momentum", "moo2x", "bucketing"]
+    for key in [SECTION, *constants, *TOP_LEVEL, *foreign]:
         check_section_name({key: {}})

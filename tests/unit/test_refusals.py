@@ -63,6 +63,19 @@ TRIGGERS: dict[str, list[tuple[dict[str, Any], str]]] = {
             "SuperOffload replaces the reduction; remove it (offload_optimizer without it works)",
         ),
     ],
+    "zero_optimization.ignore_unused_parameters = false with offload_optimizer": [
+        (
+            {
+                "zero_optimization": {
+                    "stage": stage,
+                    "ignore_unused_parameters": False,
+                    "offload_optimizer": {"device": "cpu"},
+                }
+            },
+            "cannot see which ones were unused; remove it (the default is true)",
+        )
+        for stage in (1, 2)
+    ],
     "compile.deepcompile": [({"compile": {"deepcompile": True}}, "DeepCompile replaces the reduction; remove it")],
     "prescale_gradients": [({"prescale_gradients": True}, "part of their per-language mean; remove it")],
     "gradient_predivide_factor": [({"gradient_predivide_factor": 2.0}, "part of their per-language mean; remove it")],
@@ -124,6 +137,9 @@ def test_no_trigger_is_left_over() -> None:
         {"gradient_clipping": 1.0},
         {"zero_optimization": {"overlap_comm": True, "round_robin_gradients": True, "reduce_bucket_size": 1000}},
         {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"ignore_unused_parameters": False}},
+        {"zero_optimization": {"ignore_unused_parameters": False, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"ignore_unused_parameters": True, "offload_optimizer": {"device": "cpu"}}},
         {"fp16": {"enabled": False}},
         {"gradient_predivide_factor": 1.0},
         {"torch_autocast": {"enabled": False}},

@@ -7,7 +7,9 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import checks, late
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.extension_locks import warn_of_old_locks
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
 from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer, ShardReduction
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer, PartitionReduction
@@ -52,11 +55,47 @@ STAGES: dict[type, Stage] = {
 
 
 def install() -> None:
-    """Wraps DeepSpeed's engine, once."""
-    if not isinstance(vars(DeepSpeedEngine)["__init__"], wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(DeepSpeedEngine, "__init__", _initialize_engine)
-        wrapt.wrap_function_wrapper(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
-        late.stop_late_engines()
+    """Wraps DeepSpeed's engine, once, whoever else has wrapped it; and Accelerate's reading of `"auto"`.
+
+    This happens when DeepSpeed is imported, so before it builds anything.
+    """
+    _wrap(DeepSpeedEngine, "__init__", _initialize_engine)
+    _wrap(DeepSpeedEngine, "_do_args_sanity_check", _refuse_early)
+    _wrap(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+    wrapt.when_imported("accelerate.utils.dataclasses")(_keep_auto)
+    warn_of_old_locks()
+    late.stop_late_engines()
+
+
+def _wrap(owner: type, name: str, wrapper: Any) -> None:
+    """Wraps a method, unless a wrapper with our mark is in the chain already, below others' or above them.
+
+    Others may call it as a function or as a bound method, and pass on arguments as they like.
+    """
+    plain, mark = vars(owner)[name], wrapper.__name__
+    found = plain
+    while found is not None:
+        if getattr(found, "_bucket_moo_wrapper", None) == mark:
+            return
+        found = getattr(found, "__wrapped__", None)
+
+    @functools.wraps(plain)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(plain.__get__(self, type(self)), self, args, kwargs)
+
+    wrapped._bucket_moo_wrapper = mark  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _keep_auto(accelerate: ModuleType) -> None:
+    """Accelerate wants a value of its own for every `"auto"` in a DeepSpeed JSON; those of our section stay."""
+    _wrap(accelerate.DeepSpeedPlugin, "fill_match", _fill_match)
+
+
+def _fill_match(wrapped: Any, plugin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    key = args[0] if args else kwargs["ds_key_long"]
+    if not key.startswith(f"{SECTION}."):
+        wrapped(*args, **kwargs)
 
 
 def initialize(*args: Any, **kwargs: Any) -> Any:
@@ -129,18 +168,32 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
 
 
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    parsed = kwargs.get("config_class")
-    raw = getattr(parsed, "_param_dict", None)
-    config = read_section(raw) if isinstance(raw, Mapping) else None
-    if config is None:
-        wrapped(*args, **kwargs)
-        if isinstance(raw, Mapping) and SECTION in raw:
-            switched_on.note(engine)  # told to average
-        return
-    checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
-    checks.refuse_settings(parsed, SECTION)
     wrapped(*args, **kwargs)
-    attach(engine, config)
+    config = _asked_for(engine)
+    if config is not None and not isinstance(engine, BucketMOOEngine):
+        attach(engine, config)
+    elif config is None and SECTION in engine._config._param_dict:
+        switched_on.note(engine)  # told to average
+
+
+def _refuse_early(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """DeepSpeed calls this as soon as the engine has its configuration, and before it builds anything."""
+    _asked_for(engine)
+    return wrapped(*args, **kwargs)
+
+
+def _asked_for(engine: DeepSpeedEngine) -> BucketMOOConfig | None:
+    """The settings of an engine that is to resolve conflicts. They are read from the engine, not from the arguments,
+    which callers, subclasses and foreign wrappers pass on in many ways.
+
+    Raises:
+        ConfigError: see `read_section`; or what DeepSpeed is set to, or its version, cannot be combined with it.
+    """
+    config = read_section(engine._config._param_dict)
+    if config is not None:
+        checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        checks.refuse_settings(engine._config, SECTION)
+    return config
 
 
 def _choose_optimizer(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -51,6 +51,16 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove it (offload_optimizer without it works)",
     ),
     (
+        "zero_optimization.ignore_unused_parameters = false with offload_optimizer",
+        lambda c: (
+            not c.zero_config.ignore_unused_parameters
+            and c.zero_config.stage in (1, 2)
+            and getattr(c.zero_config.offload_optimizer, "device", "none") != "none"
+        ),
+        "every parameter of a bucket gets a combined gradient, so that DeepSpeed cannot see which ones were unused",
+        "remove it (the default is true)",
+    ),
+    (
         "compile.deepcompile",
         lambda c: bool(c.compile_config.deepcompile),
         "DeepCompile replaces the reduction",

@@ -6,6 +6,7 @@ Read in DeepSpeed 0.19.8, `runtime/engine.py`.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,30 @@ class CarefulCheckpointEngine:
         try:
             return self._engine.save(state_dict, path)
         except (OSError, RuntimeError) as error:
-            self.problem = self.problem or f"{path}: {error}"
+            self.problem = self.problem or f"{path}: {why_not_written(Path(path), error)}"
             return None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+
+def why_not_written(path: Path, error: Exception) -> str:
+    """Returns the operating system's reason where it has one, such as a full disk, of which torch's writer only says
+    `unexpected pos`: what it has left of `path` still fills the disk, so that a small file beside it fails likewise."""
+    if isinstance(error, OSError):
+        return str(error)
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as reason:
+        return f"{reason.strerror} ({error})"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return str(error)
 
 
 class BucketMOOEngine(DeepSpeedEngine):

@@ -61,7 +61,7 @@ def examine() -> list[Finding]:
     if findings[1].well:
         findings += [_accelerator(), *_backends()]
     if findings[2].well:
-        findings.append(_seams())
+        findings += [_seams(), _extension_locks()]
     findings.append(_compiler())
     apt = shutil.which("apt-get") is not None
     way_out = "" if apt else "the quickstart uses Django's messages, or your own text: --data FOLDER"
@@ -114,6 +114,13 @@ def _seams() -> Finding:
     except ConfigError as error:
         return Finding("deepspeed's seams for ZeRO", "changed", False, str(error))
     return Finding("deepspeed's seams for ZeRO", "as expected", True)
+
+
+def _extension_locks() -> Finding:
+    from bucketmoo_ds.adapters.deepspeed.extension_locks import describe_old_locks
+
+    found = describe_old_locks()
+    return Finding("locks of torch's extension builds", f"{len(found)} old", not found, "; ".join(found))
 
 
 def _compiler() -> Finding:

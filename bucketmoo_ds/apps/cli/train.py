@@ -6,11 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
+from bucketmoo_ds.apps.training.folder import check_free
 from bucketmoo_ds.apps.training.launch import already_launched, launch
 from bucketmoo_ds.apps.training.settings import read_settings
 from bucketmoo_ds.errors import ConfigError
 
 WORKER = "bucketmoo_ds.apps.training.worker"
+SAVING = 600.0  # seconds that ranks get for the rest of their window and a checkpoint, with save_on_signal
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +34,11 @@ def run(options: argparse.Namespace) -> None:
 
         worker.main(words)
         return
+    check_free(output)
     threads = max((os.cpu_count() or 1) // settings.processes, 1)
+    patience = SAVING if settings.training.save_on_signal else 30.0
     try:
-        launch(WORKER, words, settings.processes, output / "logs", threads)
+        launch(WORKER, words, settings.processes, output / "logs", threads, patience)
     except KeyboardInterrupt:
         tag = output / "checkpoints" / "latest"
         saved = f"latest checkpoint: {tag.read_text().strip()}" if tag.exists() else "no checkpoint was saved yet"

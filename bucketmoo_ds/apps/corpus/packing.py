@@ -4,7 +4,7 @@
     fr: text <eos> text <eos> ... cut every `sequence_length` tokens
 
 Packing never crosses from one language to the next: the conflict between languages is resolved on gradients of one
-language each.
+language each. Rows that are tokenised already keep their lengths, and are padded to the longest of a micro-batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,9 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, Features, List, Value
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from bucketmoo_ds.apps.corpus.tokenizer import encode
@@ -92,6 +94,25 @@ def pack(
 
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "language": Value("string")})
+
+
+def pad(rows: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put rows of any lengths into one micro-batch, filled up at their ends.
+
+    Args:
+        rows: `input_ids` and `labels`, each [length] a row.
+
+    Returns:
+        `input_ids` and `labels`, each [rows, longest], the latter -100 where filled up; and, only where rows were of
+        different lengths, `attention_mask`, 0 there.
+    """
+    inputs = pad_sequence(list(rows["input_ids"]), batch_first=True)
+    labels = pad_sequence(list(rows["labels"]), batch_first=True, padding_value=IGNORED_LABEL)
+    lengths = torch.tensor([len(row) for row in rows["input_ids"]])
+    batch = {"input_ids": inputs, "labels": labels}
+    if int(lengths.min()) < inputs.shape[1]:
+        batch["attention_mask"] = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
+    return batch
 
 
 def token_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bucketmoo_ds.apps.training.environment import SETTINGS_STATUS
+from bucketmoo_ds.apps.training.environment import PARENT, SETTINGS_STATUS, TERMINATED_STATUS
 from bucketmoo_ds.errors import BucketMOOError
 
 
@@ -28,20 +28,23 @@ def already_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, threads: int) -> None:
+def launch(
+    module: str, arguments: Sequence[str], processes: int, logs: Path, threads: int, patience: float = 30
+) -> None:
     """Runs `python -m module arguments` on `processes` ranks until all have ended.
 
     Rank 0 writes to the terminal, the others to files below `logs`.
 
     Args:
         threads: for each rank's arithmetic.
+        patience: seconds that ranks get to end themselves after SIGTERM.
 
     Raises:
         BucketMOOError: a bad setting, which rank 0 has told already.
         RunFailedError: a rank failed. All others have ended.
         KeyboardInterrupt: Ctrl-C, or a request to terminate. All ranks have ended.
     """
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     for name in ("torch.distributed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     logs.mkdir(parents=True, exist_ok=True)
@@ -55,6 +58,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, th
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        shutdown_timeout=int(patience),
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=redirects),
     )
     try:
@@ -63,6 +67,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, logs: Path, th
         rank, failure = error.get_first_failure()
         if failure.exitcode == SETTINGS_STATUS:
             raise BucketMOOError("stopped by the error above") from error
+        if failure.exitcode == TERMINATED_STATUS:
+            raise KeyboardInterrupt("SIGTERM") from error
         raise RunFailedError(_explain(rank, failure.exitcode, logs)) from error
     except SignalException as error:
         raise KeyboardInterrupt(signal.Signals(error.sigval).name) from error

@@ -25,10 +25,12 @@ from datasets import Dataset
 from bucketmoo_ds.adapters.deepspeed import initialize
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.apps.corpus.evaluate import EvaluationSet, bits_per_byte, nll_sums
+from bucketmoo_ds.apps.corpus.packing import pad
 from bucketmoo_ds.apps.monitor.statistics import conflict_statistics
 from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 from bucketmoo_ds.apps.training.progress import Progress
 from bucketmoo_ds.apps.training.settings import TrainingSettings
+from bucketmoo_ds.apps.training.termination import TerminationRequest
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
@@ -61,7 +63,8 @@ def train(
     """Trains `model` in place.
 
     Args:
-        model: called as `model(input_ids=..., labels=...)`, returns an object with `.loss`, the mean over targets.
+        model: called as `model(input_ids=..., labels=...)`, and with `attention_mask=...` where rows of a micro-batch
+            differ in length; returns an object with `.loss`, the mean over targets.
         dataset: columns `input_ids`, `labels`, `language`.
         evaluation: held-out text, measured at the end and every `settings.evaluate_every` steps.
         settings: see `TrainingSettings`.
@@ -72,6 +75,7 @@ def train(
 
     Raises:
         ConfigError: nothing to resume from, or a checkpoint of another run.
+        TerminatedError: SIGTERM came, and with `settings.save_on_signal` a checkpoint was saved.
     """
     loop = _Loop(model, dataset, settings, deepspeed_json, output)
     if resume:
@@ -79,24 +83,30 @@ def train(
     writer = loop.open_metrics() if loop.rank == 0 else None
     seconds = 0.0
     result: dict[str, float] = {}
-    with Progress(title, settings.steps, start=loop.step, shown=loop.rank == 0) as progress:
+    with (
+        TerminationRequest(settings.save_on_signal, loop.unsaved) as termination,
+        Progress(title, settings.steps, start=loop.step, shown=loop.rank == 0) as progress,
+    ):
         while loop.step < settings.steps:
             began = time.perf_counter()
-            record = loop.window()
+            record, terminate = loop.window(lambda: termination.asked)
             record["seconds"] = time.perf_counter() - began
             seconds += record["seconds"]
             if writer is not None:
                 writer.write(record)
             progress.advance(record)
             last = loop.step == settings.steps
-            if evaluation and (last or _due(loop.step, settings.evaluate_every)):
+            terminate = terminate and not last
+            if evaluation and not terminate and (last or _due(loop.step, settings.evaluate_every)):
                 result = loop.evaluate(evaluation, evaluation_batch)
                 if writer is not None:
                     writer.write({"event": "eval", "step": loop.step, "bits_per_byte": result})
-            if _due(loop.step, settings.checkpoint_every) or (last and settings.checkpoint_at_end):
+            if _due(loop.step, settings.checkpoint_every) or (last and settings.checkpoint_at_end) or terminate:
                 if writer is not None:
                     writer.flush()
                 loop.save()
+            if terminate:
+                termination.leave(loop.step)
     if writer is not None:
         writer.write({"event": "end", "step": loop.step, "seconds": seconds, "counters": loop.counters()})
         writer.close()
@@ -121,6 +131,7 @@ class _Loop:
         self.settings = settings
         self.output = output
         self.step = 0
+        self.saved_step: int | None = None
         self.engine, *_ = initialize(
             model=model,
             optimizer=_optimizer(model, settings),
@@ -152,8 +163,9 @@ class _Loop:
         """The engine, where it resolves conflicts."""
         return self.engine if isinstance(self.engine, BucketMOOEngine) else None
 
-    def window(self) -> dict[str, Any]:
-        """Trains one window; returns its step record, summed over all ranks."""
+    def window(self, flag: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
+        """Trains one window; returns its step record, summed over all ranks, and whether any rank had raised its `flag`
+        by the end."""
         self._seed()
         learning_rate = self.engine.get_lr()[0]
         totals = torch.zeros(len(self.config.languages), 2, dtype=torch.float64)
@@ -161,7 +173,7 @@ class _Loop:
         for _ in range(self.micro_steps):
             rows = self._next_batch()
             language = self._language_column[rows[0]]
-            batch = {name: value.to(self.engine.device) for name, value in self.data[rows].items()}
+            batch = {name: value.to(self.engine.device) for name, value in pad(self.data[rows]).items()}
             entries = {self.config.language_key: language} if self.moo is not None else {}
             loss = self.engine(**batch, **entries).loss
             self.engine.backward(loss)
@@ -170,7 +182,8 @@ class _Loop:
             totals[self._table.index(language)] += torch.tensor([float(loss.detach()) * targets, targets])
         self.step += 1
         skipped = self.engine.skipped_steps > skipped_before
-        return self._record(_summed(totals, self.engine.device), learning_rate, skipped)
+        *sums, flags = _summed(torch.cat([totals.flatten(), torch.tensor([float(flag())])]), self.engine.device)
+        return self._record(torch.stack(sums).view_as(totals), learning_rate, skipped), bool(flags)
 
     def evaluate(self, sets: Sequence[EvaluationSet], batch_size: int) -> dict[str, float]:
         """Returns the bits per byte of held-out text, by language."""
@@ -212,6 +225,14 @@ class _Loop:
             content = {"step": self.step, "sampler": self.sampler.state_dict()}
             checkpoint.write_atomically(folder / tag / PROGRESS_FILE, json.dumps(content))
         self.engine.save_checkpoint(str(folder), tag)
+        self.saved_step = self.step
+
+    def unsaved(self) -> str:
+        """Says what is lost if the run ends now."""
+        if self.saved_step == self.step:
+            return f"the latest checkpoint is of step {self.step}: no finished step is lost"
+        since = "no checkpoint was saved" if self.saved_step is None else f"the latest is of step {self.saved_step}"
+        return f"{self.step - (self.saved_step or 0)} finished steps are lost: {since}"
 
     def load(self) -> None:
         """Goes on from the latest checkpoint.
@@ -227,6 +248,7 @@ class _Loop:
         try:
             content = json.loads(progress.read_text(encoding="utf-8"))
             self.step = int(content["step"])
+            self.saved_step = self.step
             self.sampler.load_state_dict(content["sampler"])
         except (OSError, KeyError, ValueError) as error:
             raise ConfigError(f"{progress}: cannot resume from it: {error}") from error

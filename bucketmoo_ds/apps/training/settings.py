@@ -72,6 +72,8 @@ class TrainingSettings:
         evaluate_every: steps between two evaluations; 0 evaluates only at the end.
         checkpoint_every: steps between two checkpoints; 0 saves only at the end.
         checkpoint_at_end: whether the end is saved.
+        save_on_signal: whether SIGTERM saves a checkpoint at the end of the window, and then ends the run; otherwise
+            it ends the run at once.
         seed: of everything random: data order, and dropout.
     """
 
@@ -88,6 +90,7 @@ class TrainingSettings:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     checkpoint_at_end: bool = True
+    save_on_signal: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,8 +13,10 @@ import torch.distributed as dist
 
 from bucketmoo_ds.apps.corpus import evaluate
 from bucketmoo_ds.apps.corpus.load import DataSpec, load_texts, load_training_data
+from bucketmoo_ds.apps.training import folder
 from bucketmoo_ds.apps.training.environment import run_rank
 from bucketmoo_ds.apps.training.settings import RunSettings, read_settings
+from bucketmoo_ds.logs import logger
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,20 +36,21 @@ def run(settings: RunSettings, resume: bool) -> None:
     from bucketmoo_ds.apps.training.loop import train
     from bucketmoo_ds.apps.training.models import load_model, load_tokenizer
 
+    output = Path(settings.output)
+    lock = folder.hold(output)
     languages = settings.moo.languages
     tokenizer = load_tokenizer(settings.model)
     length = settings.training.sequence_length
-    dataset = load_training_data(DataSpec.from_mapping(settings.data), languages, tokenizer, length)
+    say = logger.warning if dist.get_rank() == 0 else logger.debug  # all ranks read the same files
+    dataset = load_training_data(DataSpec.from_mapping(settings.data), languages, tokenizer, length, say=say)
     sets = []
     if settings.evaluation is not None:
         held_out = settings.evaluation
-        texts = load_texts(DataSpec.from_mapping(held_out.data), held_out.languages or languages)
+        texts = load_texts(DataSpec.from_mapping(held_out.data), held_out.languages or languages, say)
         cap = held_out.max_bytes
         sets = [evaluate.prepare(language, texts[language], tokenizer, length, cap) for language in texts]
-    output = Path(settings.output)
     model: Any = load_model(settings.model, settings.training.seed)
     if dist.get_rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
         (output / "config.json").write_text(json.dumps(_plain(settings), indent=1), encoding="utf-8")
     train(
         model,
@@ -66,6 +69,7 @@ def run(settings: RunSettings, resume: bool) -> None:
             tokenizer.save_pretrained(temporary)
             shutil.rmtree(output / "model", ignore_errors=True)
             temporary.rename(output / "model")
+    lock.release()
 
 
 def _plain(settings: RunSettings) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The user's data: every kind gives the same sequences, and every mistake is named with its file and setting."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerFast
 from unit.corpus.random_text import random_texts
 
-from bucketmoo_ds.apps.corpus.load import DataSpec, load_training_data
+from bucketmoo_ds.apps.corpus.load import DataSpec, load_texts, load_training_data
 from bucketmoo_ds.apps.corpus.packing import pack
 from bucketmoo_ds.errors import ConfigError
 
@@ -34,7 +35,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
@@ -114,12 +116,15 @@ TOKENS = {"input_ids": [1, 2], "labels": [1, 2], "language": "de"}
     [
         ([{"txt": "abc", "language": "de"}], r'x\.jsonl: no column "text" \(data\.text_column\); did you mean "txt"\?'),
         ([{"text": "abc", "languag": "de"}], r'"language" \(data\.language_column\); did you mean "languag"\?'),
-        ([GOOD, {"text": " \n", "language": "de"}], r"x\.jsonl, line 2: text = ' \\n' \(data\.text_column\): expected"),
-        ([GOOD, {"text": None, "language": "de"}], r"line 2: text = None"),
+        ([{"text": [1], "language": "de"}], r"x\.jsonl, line 1: text = \[1\] \(data\.text_column\): expected text"),
+        (["", " ", GOOD, "", {"text": "abc", "language": "d"}], r"line 5: language = 'd'"),
+        ([{"text": "\u00a0", "language": "de"}, {"text": "", "language": "ru"}], r"no data in language de, ru, ko"),
+        ([TOKENS, TOKENS | {"labels": [1, -100]}], r"no data in language ru, ko"),
         ([GOOD, {"text": "abc", "language": "d"}], r"line 2: language = 'd' \(data\.language_column\) is not one of"),
         ([GOOD, {"text": "abc", "language": None}], r"line 2: language = None"),
         ([GOOD, {"text": "abc"}], r"line 2: other columns than line 1: language"),
-        ([GOOD, {"text": 3, "language": "de"}], r"a column has values of different types"),
+        (["", GOOD, {"text": 3, "language": "de"}], r'x\.jsonl, line 3, column "text": a column has values of'),
+        (["", GOOD, {"text": "abc"}], r"line 3: other columns than line 2: language"),
         ([GOOD, ["abc"]], r"line 2: expected an object, got list"),
         ([GOOD], r"no data in language ru, ko"),
         ([], r"the file is empty"),
@@ -136,6 +141,41 @@ def test_mistakes_are_named(
     spec = DataSpec(path=write_json_lines(tmp_path / "x.jsonl", bad))
     with pytest.raises(ConfigError, match=message):
         load_training_data(spec, LANGUAGES, small_tokenizer, 16)
+
+
+def test_what_holds_nothing_is_skipped_and_counted(tmp_path: Path) -> None:
+    """A byte-order mark, Windows' line ends, blank lines, and texts of nothing but space leave the others alone."""
+    good = [json.dumps({"text": f"text {number} \ufeff", "language": LANGUAGES[number % 3]}) for number in range(9)]
+    empty = [json.dumps({"text": text, "language": "de"}) for text in ("", " \n\t", None)]
+    seed = random.SystemRandom().randrange(10**6)
+    lines = [*good, *empty, "", "  "]
+    random.Random(seed).shuffle(lines)
+    path = tmp_path / "x.jsonl"
+    said: list[str] = []
+    for number, (mark, end) in enumerate([("", "\n"), ("\ufeff", "\r\n")]):
+        path.write_bytes((mark + end.join(lines) + end).encode())
+        texts = load_texts(DataSpec(path=str(path)), LANGUAGES, said.append)
+        assert {text for found in texts.values() for text in found} == {json.loads(line)["text"] for line in good}, seed
+        assert said[number] == f"data.path: {path}: skipped 2 blank lines and 3 empty texts"
+    path.write_text("\n".join(good))
+    load_texts(DataSpec(path=str(path)), LANGUAGES, said.append)
+    assert len(said) == 2, "nothing was skipped"
+
+
+def test_tokenised_rows_keep_their_lengths(tmp_path: Path) -> None:
+    rows = [
+        {"input_ids": [number] * (2 + number % 5), "labels": [-100] + [number] * (1 + number % 5), "language": language}
+        for number, language in enumerate(LANGUAGES * 4)
+    ]
+    without = [
+        {"input_ids": [], "labels": [], "language": "de"},
+        {"input_ids": [3], "labels": [3], "language": "de"},
+        {"input_ids": [3, 4], "labels": [3, -100], "language": "ko"},
+    ]
+    said: list[str] = []
+    path = write_json_lines(tmp_path / "x.jsonl", [*rows[:3], *without, *rows[3:]])
+    assert load_training_data(DataSpec(path=path), LANGUAGES, say=said.append).to_list() == rows
+    assert said == [f"data.path: {path}: skipped 3 rows without a target"]
 
 
 def test_broken_files(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""SIGTERM, as a cluster sends it before it ends a job: kept until the end of a window, or told and obeyed at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+from bucketmoo_ds.apps.training.environment import TERMINATED_STATUS, TerminatedError
+
+
+class TerminationRequest:
+    """Listens for SIGTERM within a `with` block.
+
+    Args:
+        save: whether the run saves before it ends, at the end of a window. Which one, the ranks have to agree on: a
+            launcher's signal reaches them at different moments, or only one of them.
+        unsaved: says what is lost if the run ends now.
+
+    Attributes:
+        asked: whether this rank was asked to end.
+    """
+
+    def __init__(self, save: bool, unsaved: Callable[[], str]) -> None:
+        self.asked = False
+        self._save = save
+        self._unsaved = unsaved
+
+    def __enter__(self) -> Self:
+        if self._save:
+            signal.signal(signal.SIGTERM, self._note)
+        elif dist.get_rank() == 0:
+            signal.signal(signal.SIGTERM, self._end)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def leave(self, step: int) -> None:
+        """Ends the run after its checkpoint of `step`, on all ranks; raises `TerminatedError`."""
+        if dist.get_rank() == 0:
+            print(f"\nSIGTERM: saved a checkpoint of step {step}; go on with --resume", file=sys.stderr, flush=True)
+        raise TerminatedError
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        # The signal may have come in the middle of a print, which a second one would break.
+        os.write(sys.stderr.fileno(), f"\nSIGTERM: ended without saving; {self._unsaved()}\n".encode())
+        os._exit(TERMINATED_STATUS)
