@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bucketmoo_ds
 from bucketmoo_ds import ops
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.plan import blocks
@@ -267,6 +268,12 @@ def test_an_unknown_granularity_says_what_was_meant() -> None:
         'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model"; '
         'did you mean "bucket"?'
     )
+
+
+def test_a_run_with_an_unknown_granularity_does_not_start() -> None:
+    config = bucketmoo_ds.BucketMOOConfig(languages=["de", "fr"], granularity="layers")
+    with pytest.raises(ConfigError, match='granularity = "layers": unknown'):
+        bucketmoo_ds.single.register(torch.nn.Linear(2, 2), config, micro_steps=2)
 
 
 def test_refusals() -> None:

@@ -69,6 +69,8 @@ def test_warns_where_languages_share_nodes(capsys: pytest.CaptureFixture[str]) -
     ("words", "expected"),
     [
         (("--framework", "ddp"), ["plain all-reduce", "window: 1; DDP"]),
+        (("--framework", "single", "--world", "1", "--per-node", "1"), ["plain │", "window: 1; one process"]),
+        (("--framework", "deepspeed", "--stage", "0"), ["plain all-reduce", "ZeRO-0"]),
         (("--framework", "deepspeed", "--stage", "2"), ["plain all-reduce", "the most that ZeRO-1/2", "ZeRO-2"]),
         (("--framework", "deepspeed", "--stage", "3"), ["plain reduce-scatter", "ZeRO-3"]),
         (("--framework", "fsdp1"), ["plain reduce-scatter", "FSDP1"]),
