@@ -16,6 +16,8 @@ import step_table
 from step_deepspeed import ZeroSettings
 from step_worker import Arm
 
+from bucketmoo_ds.adapters import table
+
 # What a rank imports: DeepSpeed, and with Muon's file, which every engine imports, the whole of torch.compile.
 PRELOADED = [
     "step_deepspeed",
@@ -25,9 +27,12 @@ PRELOADED = [
 ]
 
 
+STAGES = [each.stage for each in table.FRAMEWORKS if each.stage is not None]
+
+
 def main() -> None:
     options = step_launch.parser(__doc__)
-    options.add_argument("--stage", type=int, choices=range(4), default=2, help="ZeRO stage (default 2)")
+    options.add_argument("--stage", type=int, choices=STAGES, default=2, help="ZeRO stage (default 2)")
     step_launch.run(options, sets, step_launch.step_costs, step_table.render, PRELOADED)
 
 

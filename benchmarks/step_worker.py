@@ -62,7 +62,7 @@ class Arm:
     Args:
         micro_steps: M, micro-steps of a window.
         languages: K; slot s of a window (micro-step by micro-step, rank by rank) trains on language s mod K.
-        once_a_window: whether each rank adds up its micro-steps and they are reduced once.
+        once_a_window: whether gradients are exchanged once a window: each rank adds up its micro-steps.
     """
 
     micro_steps: int
@@ -74,7 +74,7 @@ class Arm:
     @property
     def name(self) -> str:
         """A name that no other arm has."""
-        window = f"M = {self.micro_steps}" + " reduced once" * self.once_a_window
+        window = f"M = {self.micro_steps}" + " once a window" * self.once_a_window
         if self.aggregator is None:
             return f"plain, {window}"
         return f"{self.mode} {self.aggregator}, K = {self.languages}, {window}"

@@ -1,4 +1,4 @@
-"""What bucket_moo costs per optimizer step under FSDP2, FSDP1 and DDP, as ratios to the plain wrapper in the same run.
+"""What bucket_moo costs per optimizer step under torch's wrappers, as ratios to the plain wrapper in the same run.
 
     python benchmarks/wrappers.py --out benchmarks/results/wrappers-cpu.json    measure, on gloo, and print the tables
     python benchmarks/wrappers.py --render benchmarks/results/wrappers-cpu.json print the tables of an earlier run
@@ -16,10 +16,12 @@ import wrappers_table
 from step_worker import Arm
 from wrappers_worker import PRELOADED, WRAPPERS, WrapperSettings
 
+from bucketmoo_ds.adapters import table
+
 
 def main() -> None:
     options = step_launch.parser(__doc__)
-    options.add_argument("--wrapper", nargs="+", choices=WRAPPERS, default=WRAPPERS, help="default all")
+    options.add_argument("--wrapper", nargs="+", choices=WRAPPERS, default=list(WRAPPERS), help="default all")
     step_launch.run(options, sets, step_launch.step_costs, wrappers_table.render, PRELOADED)
 
 
@@ -29,16 +31,18 @@ def sets(arguments: argparse.Namespace) -> Iterable[step_launch.ProcessSet]:
         for world_size in arguments.world:
             for dtype in arguments.dtype:
                 settings = WrapperSettings(wrapper=wrapper, **step_launch.shared(arguments, world_size, dtype))
-                yield settings, arms_of(world_size, dtype)
+                yield settings, arms_of(world_size, dtype, wrapper)
 
 
-def arms_of(world_size: int, dtype: str) -> list[Arm]:
+def arms_of(world_size: int, dtype: str, wrapper: str) -> list[Arm]:
     """Returns what is compared: each bucket_moo arm stands after the plain one that it is divided by.
 
     What the aggregator costs, fp32 shows.
     """
     aggregators = ("mean", "mgda") if dtype == "fp32" else ("mgda",)
-    windows = [(1, "streaming", False), (4, "deferred", False), (4, "streaming", True)]
+    windows = [(1, "streaming", False), (4, "deferred", False)]
+    if WRAPPERS[wrapper].exchanged == table.EITHER:
+        windows.append((4, "streaming", True))
     return [
         arm
         for micro_steps, mode, once in windows

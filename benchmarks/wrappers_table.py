@@ -15,8 +15,8 @@ def render(result: dict[str, Any]) -> str:
     """Returns the tables of time and memory, and of bytes, with where they come from and how to read them."""
     lines = [
         f"Over gloo on one machine, {step_table.described(result)} Buckets are layers under FSDP, and of an eighth of "
-        "the model under DDP. `reduced once`: each rank adds up its micro-steps, the plain wrapper without "
-        "synchronisation, bucket_moo with `once_a_window`.",
+        "the model under DDP. `once a window`: gradients are exchanged once a window, for each rank adds up its "
+        "micro-steps: the plain wrapper without synchronisation, bucket_moo with `once_a_window`.",
         "",
         f"{provenance.headline(result)}; `{result['command']}`",
         "",

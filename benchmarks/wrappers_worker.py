@@ -1,4 +1,4 @@
-"""The arms of the wrapper benchmark: FSDP2, FSDP1 or DDP, with bucket_moo and without."""
+"""The arms of the wrapper benchmark: a wrapper of `bucketmoo_ds.adapters.table`, with bucket_moo and without."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import contextlib
 import dataclasses
 
 import torch
-from step_model import Layer
 from step_worker import Arm, Run, Settings
-from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.nn.parallel import DistributedDataParallel
 
-import bucketmoo_ds
-from bucketmoo_ds.adapters.session import Session
+from bucketmoo_ds.adapters import table
 
-WRAPPERS = ("fsdp2", "fsdp1", "ddp")
+WRAPPERS = {each.name: each for each in table.FRAMEWORKS if each.wrap and each.plain}
 
 # What a rank imports; some of it FSDP and the optimizer import when they are first used.
 PRELOADED = ["wrappers_worker", "deepspeed", "torch._dynamo"]
@@ -44,9 +38,15 @@ class WrappedRun(Run):
 
     def __init__(self, settings: WrapperSettings, arm: Arm, rank: int) -> None:
         super().__init__(settings, arm, rank)
-        self.wrapper = settings.wrapper
-        self.model = _wrap(self.model, settings)
-        self.session = _register(self.model, settings.wrapper, arm) if arm.aggregator is not None else None
+        wrapper, dtype = WRAPPERS[settings.wrapper], DTYPES[settings.dtype]
+        assert wrapper.wrap is not None
+        # Layer by layer, or in buckets of `bucket_elements`; gradients travel in `dtype`, and what layers hand on stays
+        # in float32, in which the model computes.
+        self.model = wrapper.wrap(self.model, self.model.layers, dtype, settings.bucket_elements * dtype.itemsize)
+        self.session = None
+        if arm.aggregator is not None:
+            once = {"once_a_window": True} if arm.once_a_window else {}
+            self.session = wrapper.load().register(self.model, arm.config, micro_steps=arm.micro_steps, **once)
         self.moo = self.session.moo if self.session is not None else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
@@ -60,34 +60,8 @@ class WrappedRun(Run):
 
     def _synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[None]:
         """Whether the wrapper reduces in this micro-step, said in the wrapper's own way."""
-        if self.wrapper != "fsdp2":
+        if hasattr(self.model, "no_sync"):
             return contextlib.nullcontext() if reduce else self.model.no_sync()
         if self.session is None:  # which says it itself
             self.model.set_requires_gradient_sync(reduce)
         return contextlib.nullcontext()
-
-
-def _wrap(model: nn.Module, settings: WrapperSettings) -> nn.Module:
-    """Layer by layer, or in buckets of `bucket_elements`; gradients travel in the settings' dtype, and what layers hand
-    on stays in float32, in which the model computes."""
-    dtype = DTYPES[settings.dtype]
-    if settings.wrapper == "fsdp2":
-        policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
-        for layer in model.layers:
-            fully_shard(layer, mp_policy=policy)
-        return fully_shard(model, mp_policy=policy)
-    if settings.wrapper == "fsdp1":
-        return FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy({Layer}),
-            mixed_precision=MixedPrecision(param_dtype=dtype, cast_root_forward_inputs=False),
-            device_id=torch.device("cpu"),
-            use_orig_params=True,
-        )
-    megabytes = settings.bucket_elements * dtype.itemsize / 2**20
-    return DistributedDataParallel(model.to(dtype), bucket_cap_mb=megabytes, gradient_as_bucket_view=True)
-
-
-def _register(model: nn.Module, wrapper: str, arm: Arm) -> Session:
-    adapter = getattr(bucketmoo_ds, wrapper)
-    return adapter.register(model, arm.config, micro_steps=arm.micro_steps, once_a_window=arm.once_a_window)

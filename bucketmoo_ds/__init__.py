@@ -25,15 +25,7 @@ _PUBLIC = {
     "BucketMOOConfig": "bucketmoo_ds.config",
     "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
-    "initialize": "bucketmoo_ds.adapters.deepspeed",
     "weights": "bucketmoo_ds.aggregate",
-}
-
-_MODULES = {
-    "ddp": "bucketmoo_ds.adapters.ddp",
-    "fsdp1": "bucketmoo_ds.adapters.fsdp1",
-    "fsdp2": "bucketmoo_ds.adapters.fsdp2",
-    "single": "bucketmoo_ds.adapters.single",
 }
 
 __all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__version__", "initialize", "weights"]
@@ -42,8 +34,10 @@ __all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__ver
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
+    for framework in importlib.import_module("bucketmoo_ds.adapters.table").FRAMEWORKS:
+        first, _, rest = framework.public.partition(".")
+        if name == first:
+            return framework.load() if rest else getattr(framework.load(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

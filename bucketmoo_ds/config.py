@@ -16,7 +16,6 @@ SECTION = "bucket_moo"
 MAX_LANGUAGES = 512  # a Gram has their square of numbers; from 65 present in a window on, everything is slower
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "granularity": ("bucket", "parameter", "layer", "model"),
     "weighting": ("language", "token"),
     "normalize": ("none", "unit"),
     "rescale": ("none", "mean"),
@@ -60,7 +59,8 @@ class BucketMOOConfig:
         enabled: `False` leaves the framework exactly as it is.
         aggregator: the rule from a Gram to weights: `mean`, `mgda`, `pcgrad`, `cagrad`, `upgrad`, or a registered one.
         aggregator_options: options of that rule, such as `{"c": 0.4}` for `cagrad`.
-        granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer` or `model`.
+        granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer`, `model`, or a
+            registered one.
         weighting: `language`: a row is the gradient of the mean loss per target token of its language. `token`: the
             same row times its share of the window's tokens and the number of languages present, so that `mean` is
             the average over all tokens whatever the counts.
@@ -118,7 +118,7 @@ class BucketMOOConfig:
             object.__setattr__(self, "shift_labels", None)
         _expect("enabled", self.enabled, bool, "true or false")
         _expect("shift_labels", self.shift_labels, bool | None, 'true, false or "auto"')
-        for name in ("aggregator", "backend", *CHOICES):
+        for name in ("aggregator", "granularity", "backend", *CHOICES):
             _expect(name, getattr(self, name), str, "a name in quotes")
         _expect("aggregator_options", self.aggregator_options, Mapping, "an object of option names and values")
         _expect("language_key", self.language_key, str, "the name of an entry of a batch")

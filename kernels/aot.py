@@ -1,20 +1,14 @@
-"""Compiles every launch of the kernels to machine code, without a GPU, and reports what came of it.
-
-    python -m bucketmoo_ds.kernels.aot --out benchmarks/results/aot.json
-"""
+"""Compiles every launch of the kernels to machine code, without a GPU, and reports what came of it; `benchmarks/aot.py`
+writes that down."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,27 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bucketmoo_ds.apps.bench.provenance import describe
 from bucketmoo_ds.kernels.arguments import ARGUMENTS
 from bucketmoo_ds.kernels.launch import INTERPRETED, Launch, every_launch
 
 ARCHITECTURES = (80, 90)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the report, and exits with 1 if a kernel has a stack: its registers did not do."""
-    parser = argparse.ArgumentParser(prog="python -m bucketmoo_ds.kernels.aot", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
-    options = parser.parse_args(arguments)
-    kernels = report(options.workers or 1)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    head = describe(("torch", "triton"))
-    lines = ",\n".join(f"    {json.dumps(kernel)}" for kernel in kernels)
-    options.out.write_text(f'{{\n  "made_by": {json.dumps(head)},\n  "kernels": [\n{lines}\n  ]\n}}\n')
-    bad = [f"{kernel['launch']} sm_{kernel['architecture']}" for kernel in kernels if kernel["stack_bytes"]]
-    print(f"{len(kernels)} kernels, {len(bad)} with a stack{': ' if bad else ''}{', '.join(bad)}")
-    sys.exit(bool(bad))
 
 
 def report(workers: int, wanted: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
@@ -122,7 +99,3 @@ def _widths(assembly: str, instruction: str, copy: str | None = None) -> dict[st
 @functools.cache
 def _launches() -> dict[str, Launch]:
     return {launch.name: launch for launch in every_launch()}
-
-
-if __name__ == "__main__":
-    main()

@@ -4,11 +4,16 @@
     solve(gram, mask, create("mgda"), ...)   what the engine calls
 
 Everything is float64, deterministic, and runs on the device of the Gram. A new aggregator is one file with one
-class; the files of this package are listed below, a class elsewhere only needs `@register("name")`.
+class: every file of this folder is imported here, a class elsewhere only needs `@register("name")`.
 """
 
-from bucketmoo_ds.aggregate import cagrad, mean, mgda, pcgrad, upgrad  # noqa: F401  each registers its aggregator
+import importlib
+import pkgutil
+
 from bucketmoo_ds.aggregate.apply import solve, weights
 from bucketmoo_ds.aggregate.base import Aggregator, create, names, register
 
 __all__ = ["Aggregator", "create", "names", "register", "solve", "weights"]
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)  # each registers its aggregator

@@ -1,6 +1,6 @@
 """The planner: which exchange fits W ranks on nodes of L, which language each node trains on, and what a rank sends.
 
-Arithmetic only. Exchange and schedule are planned together: gradients can go by node (two stages) only where the L
+Arithmetic only. Exchange and schedule are chosen together: gradients can go by node (two stages) only where the L
 ranks of a node train on one language in a micro-step, so that a window has L times fewer places for languages.
 
 **What is counted.** Bytes that a rank sends in one window, averaged over the ranks, in all and between nodes. An
@@ -17,10 +17,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.config import CHOICES
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
-FRAMEWORKS = ("fsdp2", "fsdp1", "ddp", "deepspeed")
 WIRE_BYTES = {"fp32": 4, "bf16": 2}
 ROW_BYTES = {"float32": 4, "bfloat16": 2, "host": 4}
 GRAM_BYTES = 8  # float64
@@ -28,7 +28,7 @@ GRAM_BYTES = 8  # float64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a plan is made for.
+    """What is forecast.
 
     Args:
         world_size: W, the ranks.
@@ -36,10 +36,10 @@ class Setup:
         languages: K.
         parameters: P, the trainable elements of the model.
         micro_steps: M, between two optimizer steps.
-        once_a_window: whether each rank adds up its micro-steps before one exchange (`once_a_window` of the `register`
-            functions; ZeRO-1 always does), so that it keeps one language for the window.
+        once_a_window: whether gradients are exchanged once a window, so that each rank adds up its micro-steps and
+            keeps one language for the window (`once_a_window` of the `register` functions; ZeRO-1 always does).
         dtype: of gradients on the wire, `fp32` or `bf16`.
-        framework: `fsdp2`, `fsdp1`, `ddp` or `deepspeed`: what the plain run sends, and where combined gradients go.
+        framework: a name of `bucketmoo_ds.adapters.table`: what the plain run sends, and where combined gradients go.
         stage: 0 to 3, of DeepSpeed's ZeRO.
         replicas: R > 1: HSDP, R replicas of W/R consecutive ranks; FSDP2 only.
         buckets: how many the gradient is reduced in.
@@ -69,7 +69,7 @@ class Setup:
             value, least = getattr(self, name), int(name in _COUNTS)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more")
-        known = {"dtype": tuple(WIRE_BYTES), "framework": FRAMEWORKS, "exchange": CHOICES["exchange"]}
+        known = {"dtype": tuple(WIRE_BYTES), "exchange": CHOICES["exchange"]}
         for name, names in known.items():
             value = getattr(self, name)
             if value not in names:
@@ -88,18 +88,22 @@ class Setup:
             )
 
     def _check_framework(self) -> None:
-        if self.framework == "deepspeed":
-            if self.stage not in (0, 1, 2, 3):
-                raise ConfigError(f"stage = {self.stage}: expected 0, 1, 2 or 3, the ZeRO stage of DeepSpeed")
-        elif self.stage is not None:
-            raise ConfigError(f'stage = {self.stage}: "{self.framework}" has no stages; use framework = "deepspeed"')
-        if self.replicas > 1 and self.framework != "fsdp2":
-            reason = "its HYBRID strategies take no hook" if self.framework == "fsdp1" else "it has no 2-D mesh"
-            raise ConfigError(f'replicas = {self.replicas}: not with "{self.framework}", {reason}; use "fsdp2"')
-        if self.once_a_window and self.stage in (0, 2, 3):
+        found = self.adapter
+        if self.replicas > 1 and found.no_replicas:
+            able = one_of(each.name for each in table.FRAMEWORKS if not each.no_replicas).removeprefix("one of ")
+            raise ConfigError(f'replicas = {self.replicas}: not with "{found.name}", {found.no_replicas}; use {able}')
+        if self.once_a_window and found.exchanged == table.EVERY_MICRO_STEP:
             raise ConfigError(
-                f"once_a_window: on ZeRO-{self.stage} every micro-step is exchanged; leave it out, or use stage 1"
+                f"once_a_window: on {found.title} gradients are exchanged in every micro-step; leave it out"
+                + ", or use stage 1" * (self.stage is not None)
             )
+        if self.world_size > 1 and not found.plain:
+            raise ConfigError(f'world_size = {self.world_size}: framework = "{found.name}" is one process; use 1')
+
+    @property
+    def adapter(self) -> table.Framework:
+        """What there is to know of the framework, and of its stage."""
+        return table.find(self.framework, self.stage)
 
     @property
     def nodes(self) -> int:
@@ -114,12 +118,13 @@ class Setup:
     @property
     def exchanges(self) -> int:
         """How often gradients are exchanged in a window; a place for a language counts once for each."""
-        return 1 if self.once_a_window or self.stage == 1 else self.micro_steps
+        once = self.once_a_window or self.adapter.exchanged == table.ONCE_A_WINDOW
+        return 1 if once else self.micro_steps
 
     @property
     def reductions(self) -> int:
         """How often the plain framework reduces gradients in a window."""
-        return 1 if self.stage == 0 else self.exchanges
+        return 1 if self.adapter.plain_once else self.exchanges
 
     def places(self, exchange: str) -> int:
         """Returns how many places for languages a window has: ranks, or nodes in two stages, in each exchange."""
@@ -183,8 +188,8 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What `plan` found.
+class Forecast:
+    """What `forecast` found.
 
     Args:
         setup: what for.
@@ -194,7 +199,7 @@ class Plan:
         flat: with the flat exchange and a language a rank.
         two_stage: with the exchange in two stages and a language a node; `None` where gradients cannot go by node.
         memory: of the rows, by `row_storage`, and `streaming`, where one exchange a window makes that possible.
-        warnings: what the plan costs, with the way out.
+        warnings: what it costs, with the way out.
     """
 
     setup: Setup
@@ -225,7 +230,7 @@ class Plan:
         return tuple(rows * (self.setup.micro_steps // exchanges))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan, with the layout of its first window, as plain JSON values."""
+        """Returns all of it, with the layout of its first window, as plain JSON values."""
         return dataclasses.asdict(self) | {
             "languages_of_a_window": self.languages_of_a_window,
             "layout": [list(row) for row in self.layout()],
@@ -233,14 +238,14 @@ class Plan:
         }
 
 
-def plan(setup: Setup) -> Plan:
-    """Plans the exchange and the layout of languages, and counts what they cost.
+def forecast(setup: Setup) -> Forecast:
+    """Chooses the exchange and the layout of languages, and counts what they cost.
 
     `exchange: auto` takes two stages where every language finds a place in a window though a place is a whole node, and
     else the flat exchange: which languages meet comes before the bytes.
     """
     exchange, reason = _choose(setup)
-    return Plan(
+    return Forecast(
         setup=setup,
         exchange=exchange,
         reason=reason,
@@ -265,8 +270,10 @@ def _choose(setup: Setup) -> tuple[str, str]:
 def _plain(setup: Setup) -> Sent:
     """What the framework sends in one reduction."""
     everyone = [range(setup.world_size)]
-    if setup.framework == "ddp" or setup.stage in (0, 1, 2):
-        return _ring(setup, everyone, setup.piece) * 2  # an all-reduce
+    if not setup.adapter.plain:
+        return Sent(0, 0)
+    if setup.adapter.plain == "all-reduce":
+        return _ring(setup, everyone, setup.piece) * 2
     shards = setup.world_size // setup.replicas
     replicas = [range(first, first + shards) for first in range(0, setup.world_size, shards)]
     reduce_scatter = _ring(setup, replicas, setup.replicas * setup.piece)
@@ -290,12 +297,14 @@ def _ours(setup: Setup, exchange: str, gradients: Sent) -> Traffic:
 
 
 def _combined(setup: Setup) -> Sent:
-    if setup.framework == "ddp" or setup.stage == 0:
+    if setup.adapter.combined == "all-gather":
         return _ring(setup, [range(setup.world_size)], setup.piece)
-    if setup.stage in (1, 2):
+    if setup.adapter.combined == "owners":
         return Sent(setup.piece if setup.world_size > 1 else 0, setup.piece if setup.nodes > 1 else 0)
-    # FSDP2's replicas gather it in float32, whatever was on the wire. One replica has nothing to gather.
-    return _ring(setup, _same_shard(setup), setup.shard * 4)
+    if setup.adapter.combined == "replicas":
+        # They gather it in float32, whatever was on the wire. One replica has nothing to gather.
+        return _ring(setup, _same_shard(setup), setup.shard * 4)
+    return Sent(0, 0)
 
 
 def _grams(setup: Setup, languages: int) -> Sent:

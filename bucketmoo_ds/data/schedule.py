@@ -66,8 +66,8 @@ class LanguageSchedule:
         micro_batch_size: samples of a slot.
         temperature: T >= 1; 1 follows the sizes, `math.inf` treats languages alike.
         seed: of everything random; alike on all ranks.
-        affinity: `micro_step`: each slot on its own. `window`: a rank keeps one language for the window, which
-            `once_a_window` needs, and with which ZeRO-1 exchanges once.
+        affinity: `micro_step`: each slot on its own. `window`: a rank keeps one language for the window, so
+            that gradients can be exchanged once a window: the other side of `once_a_window`, and of ZeRO-1.
         epoch_end: `longest` or `shortest`, rule 4.
         repeat: rounds of a language in an epoch, at most, rule 5: a number, or one for each name (1 for the others).
             `"auto"` is as many as it takes to last as long as the others.

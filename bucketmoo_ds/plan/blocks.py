@@ -4,6 +4,9 @@ A *bucket* is the span of gradient that is reduced in one go, a *block* is the u
 and a *segment* is a contiguous run of one rank's shard of a bucket that belongs to one block. Grams add up: the Gram
 of a union of segments is the sum of theirs. So every granularity is only another way to number blocks.
 
+A new granularity is one function with `@granularity("name")`, here or in any module that is imported before the plan
+is made.
+
 The plan depends on nothing but the names, sizes and order of the trainable parameters and on the bucket size: it is
 the same in every step, on every rank and stage, whatever order autograd delivers gradients in.
 """
@@ -19,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.config import SECTION
+from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,25 +181,20 @@ def plan_buckets(parameters: Sequence[Parameter], members: Sequence[Sequence[int
     Args:
         parameters: the trainable parameters in the model's order, tied ones once.
         members: for each bucket, in the order in which they are reduced, the indices of its parameters, ascending.
-        granularity: `bucket`: a block a bucket. `parameter`: a block a parameter. `layer`: a block for all parameters
-            below the same repeated layer (the name up to its first number, `model.layers.3`) or, outside of one, of
-            the same module. `model`: one block, which is classical full-gradient MOO.
+        granularity: a name of `GRANULARITIES`. Blocks are numbered in the model's order.
 
     Raises:
-        ConfigError: no trainable parameter.
+        ConfigError: no trainable parameter, or an unknown granularity.
     """
     if not parameters:
         raise ConfigError("the model has no trainable parameter: nothing to resolve")
+    label = label_of(granularity)
     buckets = [_bucket(number, parameters, indices) for number, indices in enumerate(members)]
-    if granularity == "bucket":
-        blocks = [bucket.name for bucket in buckets]
-        bucket_of = {index: number for number, bucket in enumerate(buckets) for index in bucket.parameters}
-        block_of = [bucket_of[index] for index in range(len(parameters))]
-    else:
-        labels = [_LABELS[granularity](parameter.name) for parameter in parameters]
-        blocks = list(dict.fromkeys(labels))
-        number_of = {text: number for number, text in enumerate(blocks)}
-        block_of = [number_of[text] for text in labels]
+    bucket_of = {index: bucket.name for bucket in buckets for index in bucket.parameters}
+    labels = [label(parameter.name, bucket_of[index]) for index, parameter in enumerate(parameters)]
+    blocks = list(dict.fromkeys(labels))
+    number_of = {text: number for number, text in enumerate(blocks)}
+    block_of = [number_of[text] for text in labels]
     cells = [
         (block, number)
         for number, bucket in enumerate(buckets)
@@ -222,17 +221,71 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def layer_of(name: str) -> str:
-    """Returns the layer of a parameter: `model.layers.3.mlp.up.weight` -> `model.layers.3`, `model.norm.weight` ->
-    `model.norm`."""
-    parts = name.split(".")
+Label = Callable[[str, str], str]
+
+# By name, the function that says which block a parameter belongs to. A block is whatever it gives the same label.
+GRANULARITIES: dict[str, Label] = {}
+
+
+def granularity(name: str) -> Callable[[Label], Label]:
+    """Returns the decorator that makes a function known as a granularity, before the model is registered.
+
+    The function takes the names of a parameter and of its bucket and returns the name of its block. It must say the
+    same on every rank.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+
+    def decorate(label: Label) -> Label:
+        known = GRANULARITIES.setdefault(name, label)
+        if (known.__module__, known.__qualname__) != (label.__module__, label.__qualname__):
+            raise ValueError(f'granularity("{name}"): the name already belongs to {known.__qualname__}; choose another')
+        GRANULARITIES[name] = label
+        return label
+
+    return decorate
+
+
+def label_of(name: str) -> Label:
+    """Returns the function of a granularity.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in GRANULARITIES:
+        expected = f"expected {one_of(GRANULARITIES)}{did_you_mean(name, GRANULARITIES)}"
+        raise ConfigError(f'{SECTION}.granularity = "{name}": unknown, {expected}')
+    return GRANULARITIES[name]
+
+
+@granularity("bucket")
+def bucket_block(parameter: str, bucket: str) -> str:
+    """A block a bucket."""
+    return bucket
+
+
+@granularity("parameter")
+def parameter_block(parameter: str, bucket: str) -> str:
+    """A block a parameter."""
+    return parameter
+
+
+@granularity("layer")
+def layer_block(parameter: str, bucket: str) -> str:
+    """A block a repeated layer or, outside of one, a module: `model.layers.3.mlp.up.weight` -> `model.layers.3`,
+    `model.norm.weight` -> `model.norm`."""
+    parts = parameter.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():
             return ".".join(parts[: position + 1])
-    return ".".join(parts[:-1]) or name
+    return ".".join(parts[:-1]) or parameter
 
 
-_LABELS: dict[str, Callable[[str], str]] = {"parameter": str, "layer": layer_of, "model": lambda name: "model"}
+@granularity("model")
+def model_block(parameter: str, bucket: str) -> str:
+    """One block, which is classical full-gradient MOO."""
+    return "model"
 
 
 def _filled(parameters: Sequence[Parameter], bucket_size: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """20 optimizer steps from the same weights and data end at the same weights, under whichever wrapper.
 
 Blocks of `parameter`, `layer` and `model` are alike under all wrappers, whatever their buckets are. So FSDP2, FSDP1,
-DDP, ZeRO-2 and one process, wrapped as `examples/train_wrapped.py` wraps them, have to take the same steps; each is
+DDP, ZeRO-2 and one process, all of `bucketmoo_ds.adapters.table`, have to take the same steps; each is
 held against a run in float64 by `bucketmoo_ds.reference`. Data and weights are drawn anew in every run, from a seed
 that every failure names and that `BUCKETMOO_TEST_SEED` sets. With `BUCKETMOO_SAME_WEIGHTS_JSON` the table is written to
 that file.
@@ -21,10 +21,12 @@ import launch
 import pytest
 import torch
 
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.apps.bench import provenance
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
-WRAPPERS = ("fsdp2", "fsdp1", "ddp", "deepspeed", "single")
+WRAPPERS = table.names()
+ALONE = [each.name for each in table.FRAMEWORKS if not each.plain]  # one process
 STEPS = 20
 
 # Of the trained weights, relative to their norm. An SGD step in float32 rounds every weight once, by 2^-24 of it at
@@ -73,9 +75,9 @@ def results() -> Iterator[Results]:
     found: Results = {}
     for world_size in (1, 2, 4):
         if world_size == 1:
-            keys = list(itertools.product(SETTINGS, ("reference", "single")))
+            keys = list(itertools.product(SETTINGS, ("reference", *ALONE)))
         else:
-            wrappers = [wrapper for wrapper in WRAPPERS if wrapper != "single"]
+            wrappers = [wrapper for wrapper in WRAPPERS if wrapper not in ALONE]
             keys = [(each, name) for each in SETTINGS if each.world_size == world_size for name in wrappers]
         cases = [
             {"wrapper": name, "granularity": each.granularity, "slots": each.slots, "seed": SEED}

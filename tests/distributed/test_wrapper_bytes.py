@@ -24,7 +24,7 @@ from typing import Any
 import launch
 import pytest
 
-from bucketmoo_ds.apps.planner import Setup, plan
+from bucketmoo_ds.apps.planner import Setup, forecast
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZES = (2, 3, 4)
@@ -198,7 +198,7 @@ def test_the_planner_says_so(layout: str, window: str, outcomes: _Outcomes) -> N
         exchange="flat" if layout == "flat" else "two_stage",
         **case,
     )
-    planned = plan(setup)
+    planned = forecast(setup)
     ours = planned.flat if layout == "flat" else planned.two_stage
     assert ours is not None
     for result, plain_result in zip(measured, theirs, strict=True):
@@ -219,10 +219,10 @@ def test_rows_take_what_the_planner_says(storage: str, outcomes: _Outcomes) -> N
     are proportional to the elements, so they hold for 8B of them as for these."""
     for result in outcomes[2, f"rows_{storage}-two"]:
         setup = Setup(world_size=2, ranks_per_node=2, languages=2, parameters=result["numel"], micro_steps=2)
-        planned = plan(setup).memory[storage]
+        planned = forecast(setup).memory[storage]
         rows = planned.host if storage == "host" else planned.device
         assert rows <= result["row_bytes"] <= 1.01 * rows
-        large = plan(dataclasses.replace(setup, parameters=8 * 10**9)).memory[storage]
+        large = forecast(dataclasses.replace(setup, parameters=8 * 10**9)).memory[storage]
         assert (large.host if storage == "host" else large.device) == pytest.approx(
             rows * 8 * 10**9 / result["numel"], rel=1e-4
         )

@@ -1,4 +1,4 @@
-"""Worker: 20 optimizer steps from the same weights and data under one wrapper, as `examples/train_wrapped.py` wraps.
+"""Worker: 20 optimizer steps from the same weights and data under one wrapper of `bucketmoo_ds.adapters.table`.
 
 Under a wrapper every rank takes its own slots of a window; one process takes them all, one after the other. The
 reference is one process too: everything in float64, resolved by `bucketmoo_ds.reference`.
@@ -7,10 +7,8 @@ reference is one process too: everything in float64, resolved by `bucketmoo_ds.r
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 from bucketmoo_ds.plan.choices import create_aggregator
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-import train_wrapped
 
 STEPS = 20
 LEARNING_RATE = 0.1
@@ -52,7 +48,7 @@ def run(*, wrapper: str, granularity: str, slots: int, seed: int) -> dict[str, A
     """Trains.
 
     Args:
-        wrapper: one of the example's, or `reference`.
+        wrapper: a name of the table, or `reference`.
         slots: micro-batches of a window, over all ranks.
 
     Returns:
@@ -120,12 +116,13 @@ def micro_batch(seed: int, window: int, slot: int) -> Batch:
 
 
 class UnderTorch:
-    """FSDP2, FSDP1, DDP, or one process, with SGD."""
+    """One of torch's wrappers, or one process, with SGD."""
 
     def __init__(self, wrapper: str, model: nn.Module, config: Any, micro_steps: int) -> None:
-        self.model, self.session = train_wrapped.wrap(
-            wrapper, model, model.transformer.h, config, micro_steps=micro_steps, dtype=torch.float32
-        )
+        framework = table.find(wrapper)
+        assert framework.wrap is not None
+        self.model = framework.wrap(model, model.transformer.h, torch.float32, 25 * 2**20)
+        self.session = framework.load().register(self.model, config, micro_steps=micro_steps)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
 
     def window(self, batches: Sequence[Batch]) -> Decided:

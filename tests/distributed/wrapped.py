@@ -34,8 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.plan.choices import create_aggregator
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEARNING_RATE = 0.05
 WINDOWS = 2
 
@@ -45,7 +47,8 @@ class Case:
     """One training run: the wrapper's settings, ours, and the data's.
 
     Args:
-        wrapper: `fsdp1`, `fsdp2`, `hsdp` (FSDP2 with `replicas`), `ddp`, or `single` (one process without a wrapper).
+        wrapper: `fsdp1`, `fsdp2`, `hsdp` (FSDP2 with `replicas`), `ddp`, `single` (one process without a wrapper), or
+            any other name of `bucketmoo_ds.adapters.table` that has a `wrap`.
         table: the languages of the slots, `[M][W]`, of every window; left out, as many as there are slots.
         dtype: in which the model computes and gradients travel; parameters are float32, under DDP and alone of `dtype`.
         strategy, orig_params: FSDP1's `sharding_strategy` and `use_orig_params`.
@@ -171,7 +174,16 @@ def run(**fields: Any) -> dict[str, Any]:
 
 
 def wrap(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
-    return WRAPPERS[case.wrapper](case, toy_models.with_checkpoints(model, case.checkpoint))
+    return WRAPPERS.get(case.wrapper, wrap_plainly)(case, toy_models.with_checkpoints(model, case.checkpoint))
+
+
+def wrap_plainly(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
+    """As the table of frameworks says: a framework that nothing is known of here."""
+    framework = table.find(case.wrapper)
+    assert framework.wrap is not None
+    wrapped = framework.wrap(model, model.layers, DTYPES[case.dtype], case.bucket_size * DTYPES[case.dtype].itemsize)
+    once = {"once_a_window": True} if case.once_a_window else {}
+    return wrapped, framework.load().register(wrapped, case.config, micro_steps=case.micro_steps, **once)
 
 
 def wrap_fsdp2(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:

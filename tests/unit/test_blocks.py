@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bucketmoo_ds
 from bucketmoo_ds import ops
-from bucketmoo_ds.config import CHOICES
 from bucketmoo_ds.errors import ConfigError
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, layer_of, plan_blocks
+from bucketmoo_ds.plan import blocks
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, granularity, layer_block, plan_blocks
 
-GRANULARITIES = CHOICES["granularity"]
+KNOWN = ("bucket", "parameter", "layer", "model")
 
 parameter_lists = st.lists(
     st.tuples(st.integers(0, 4), st.sampled_from("abc"), st.integers(1, 40)), min_size=1, max_size=14
@@ -26,7 +27,7 @@ parameter_lists = st.lists(
         for number, (layer, module, numel) in enumerate(found)
     ]
 )
-plans = st.builds(plan_blocks, parameter_lists, st.integers(1, 120), st.sampled_from(GRANULARITIES))
+plans = st.builds(plan_blocks, parameter_lists, st.integers(1, 120), st.sampled_from(KNOWN))
 
 
 def shards_of(numel: int, world_size: int) -> list[tuple[int, int]]:
@@ -110,17 +111,19 @@ def test_cells(plan: BlockPlan) -> None:
 @settings(deadline=None)
 @given(parameters=parameter_lists, size=st.integers(1, 120))
 def test_granularities(parameters: list[Parameter], size: int) -> None:
-    plan = {granularity: plan_blocks(parameters, size, granularity) for granularity in GRANULARITIES}
+    plan = {granularity: plan_blocks(parameters, size, granularity) for granularity in KNOWN}
     assert len({tuple(one.buckets) for one in plan.values()}) == 1, "buckets do not depend on the granularity"
     names = [parameter.name for parameter in parameters]
     assert plan["model"].blocks == ("model",)
     assert plan["model"].block_of == (0,) * len(names)
     assert plan["parameter"].blocks == tuple(names)
     assert plan["parameter"].block_of == tuple(range(len(names)))
-    assert [plan["layer"].blocks[block] for block in plan["layer"].block_of] == [layer_of(name) for name in names]
-    assert len(plan["bucket"].blocks) == len(plan["bucket"].buckets)
-    for number, bucket in enumerate(plan["bucket"].buckets):
-        assert {plan["bucket"].block_of[index] for index in bucket.parameters} == {number}
+    layers = [layer_block(name, "") for name in names]
+    assert [plan["layer"].blocks[block] for block in plan["layer"].block_of] == layers
+    assert list(plan["bucket"].blocks) == [bucket.name for bucket in reversed(plan["bucket"].buckets)]
+    for bucket in plan["bucket"].buckets:
+        own = {plan["bucket"].block_of[index] for index in bucket.parameters}
+        assert own == {plan["bucket"].blocks.index(bucket.name)}
     assert not plan["bucket"].spans_buckets
     assert not plan["parameter"].spans_buckets
 
@@ -148,7 +151,7 @@ def test_grams_of_shards_add_up_to_the_grams_of_blocks(plan: BlockPlan, world_si
 
 
 @settings(deadline=None)
-@given(parameters=parameter_lists, size=st.integers(1, 120), granularity=st.sampled_from(GRANULARITIES))
+@given(parameters=parameter_lists, size=st.integers(1, 120), granularity=st.sampled_from(KNOWN))
 def test_fingerprint(parameters: list[Parameter], size: int, granularity: str) -> None:
     plan = plan_blocks(parameters, size, granularity)
     again = plan_blocks([Parameter(p.name, p.numel) for p in parameters], size, granularity)
@@ -159,7 +162,7 @@ def test_fingerprint(parameters: list[Parameter], size: int, granularity: str) -
     others = [
         plan_blocks(renamed, size, granularity),
         plan_blocks(grown, size, granularity),
-        plan_blocks(parameters, size, GRANULARITIES[GRANULARITIES.index(granularity) - 1]),
+        plan_blocks(parameters, size, KNOWN[KNOWN.index(granularity) - 1]),
     ]
     if len(plan.buckets) > 1:
         others.append(plan_blocks(parameters, 10**6, granularity))
@@ -203,8 +206,8 @@ def test_plan_is_plain_json(plan: BlockPlan) -> None:
         ("logit_scale", "logit_scale"),
     ],
 )
-def test_layer_of(name: str, layer: str) -> None:
-    assert layer_of(name) == layer
+def test_layer_block(name: str, layer: str) -> None:
+    assert layer_block(name, "bucket 0") == layer
 
 
 def test_tied_names_of_two_layers_do_not_meet() -> None:
@@ -226,6 +229,51 @@ def test_a_shard_of_padding_only_has_no_segment() -> None:
     assert segments.spans.shape == (0, 2)
     assert segments.cells.shape == (0,)
     assert segments.num_cells == 1
+
+
+@settings(deadline=None)
+@given(parameters=parameter_lists, size=st.integers(1, 120), data=st.data())
+def test_any_function_of_the_names_is_a_granularity(
+    parameters: list[Parameter], size: int, data: st.DataObject
+) -> None:
+    """Blocks are its labels, in the model's order, and a parameter lies in the block of its own."""
+    buckets = plan_blocks(parameters, size, "bucket").blocks
+    labels = {(each.name, bucket): data.draw(st.sampled_from("xyz")) for each in parameters for bucket in buckets}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blocks.GRANULARITIES, "drawn", lambda parameter, bucket: labels[parameter, bucket])
+        plan = plan_blocks(parameters, size, "drawn")
+    bucket_of = {index: bucket.name for bucket in plan.buckets for index in bucket.parameters}
+    expected = [labels[each.name, bucket_of[index]] for index, each in enumerate(parameters)]
+    assert [plan.blocks[block] for block in plan.block_of] == expected
+    assert list(plan.blocks) == list(dict.fromkeys(expected))
+
+
+def test_a_granularity_is_known_by_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "GRANULARITIES", dict(blocks.GRANULARITIES))
+
+    @granularity("module")
+    def module(parameter: str, bucket: str) -> str:
+        return parameter.rpartition(".")[0]
+
+    plan = plan_blocks([Parameter("a.b.w", 3), Parameter("a.b.v", 4), Parameter("a.w", 5)], 100, "module")
+    assert (plan.blocks, plan.block_of) == (("a.b", "a"), (0, 0, 1))
+    with pytest.raises(ValueError, match=r'granularity\("layer"\): the name already belongs to layer_block'):
+        granularity("layer")(module)
+
+
+def test_an_unknown_granularity_says_what_was_meant() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_blocks([Parameter("w", 5)], 10, "buckets")
+    assert str(caught.value) == (
+        'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model"; '
+        'did you mean "bucket"?'
+    )
+
+
+def test_a_run_with_an_unknown_granularity_does_not_start() -> None:
+    config = bucketmoo_ds.BucketMOOConfig(languages=["de", "fr"], granularity="layers")
+    with pytest.raises(ConfigError, match='granularity = "layers": unknown'):
+        bucketmoo_ds.single.register(torch.nn.Linear(2, 2), config, micro_steps=2)
 
 
 def test_refusals() -> None:

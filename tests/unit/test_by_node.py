@@ -19,6 +19,7 @@ from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import CHOICES
 from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.pipeline.engine import BucketMOO
+from bucketmoo_ds.plan.blocks import GRANULARITIES
 from bucketmoo_ds.plan.choices import ranks_per_node
 
 NODES = [(4, 2), (6, 2), (6, 3), (8, 4), (9, 3)]  # W, L
@@ -138,7 +139,7 @@ def windows_of_nodes(draw: st.DrawFn) -> tuple[int, int, bool, list[list[list[tu
     case=windows_of_nodes(),
     seed=st.integers(0, 2**32),
     aggregator=st.sampled_from(["mean", "mgda", "upgrad"]),
-    granularity=st.sampled_from(CHOICES["granularity"]),
+    granularity=st.sampled_from(sorted(GRANULARITIES)),
     weighting=st.sampled_from(CHOICES["weighting"]),
     row_storage=st.sampled_from(["float32", "host"]),
     overlap=st.booleans(),

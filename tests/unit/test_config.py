@@ -62,7 +62,7 @@ def test_absent_section_is_none() -> None:
 
 def test_disabled_is_none_but_checked() -> None:
     assert BucketMOOConfig.from_section(section(enabled=False)) is None
-    assert "bucket_moo.granularity" in error_of(section(enabled=False, granularity="buckets"))
+    assert "bucket_moo.weighting" in error_of(section(enabled=False, weighting="languages"))
     assert "bucket_moo.languages: missing" in error_of({"enabled": False})
 
 
@@ -206,6 +206,7 @@ configs = st.builds(
     languages=st.lists(names, min_size=1, max_size=12, unique=True),
     aggregator=names.filter(lambda name: name != "auto"),
     aggregator_options=st.dictionaries(names, json_values, max_size=3),
+    granularity=names.filter(lambda name: name != "auto"),
     backend=names,
     language_key=names.filter(lambda name: name != "auto"),
     shift_labels=st.sampled_from([True, False, None]),

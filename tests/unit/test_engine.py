@@ -25,7 +25,7 @@ from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, LanguageError
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.pipeline.resolution import Resolution
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, plan_blocks
+from bucketmoo_ds.plan.blocks import GRANULARITIES, BlockPlan, Parameter, plan_blocks
 from bucketmoo_ds.plan.choices import choose_streaming, create_aggregator
 
 AGGREGATORS = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
@@ -218,7 +218,7 @@ def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]
 @given(
     scenario=scenarios(),
     seed=st.integers(0, 2**32),
-    granularity=st.sampled_from(CHOICES["granularity"]),
+    granularity=st.sampled_from(sorted(GRANULARITIES)),
     weighting=st.sampled_from(CHOICES["weighting"]),
     normalize=st.sampled_from(CHOICES["normalize"]),
     rescale=st.sampled_from(CHOICES["rescale"]),
@@ -306,7 +306,7 @@ def test_one_language_is_averaging(alone: Exchange, aggregator: str, mode: str) 
     languages=st.permutations([0, 1, 2, 3, 0, 1, 2, 3]),
     tokens=st.integers(1, 1000),
     weighting=st.sampled_from(CHOICES["weighting"]),
-    granularity=st.sampled_from(CHOICES["granularity"]),
+    granularity=st.sampled_from(sorted(GRANULARITIES)),
     seed=st.integers(0, 2**32),
 )
 def test_mean_is_plain_averaging_when_languages_feed_equally(
@@ -323,7 +323,7 @@ def test_mean_is_plain_averaging_when_languages_feed_equally(
     slots=st.lists(
         st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400)), min_size=2, max_size=2), min_size=1, max_size=3
     ),
-    granularity=st.sampled_from(CHOICES["granularity"]),
+    granularity=st.sampled_from(sorted(GRANULARITIES)),
     seed=st.integers(0, 2**32),
 )
 def test_token_weighting_with_mean_is_averaging_over_tokens(

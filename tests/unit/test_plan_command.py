@@ -11,7 +11,7 @@ import pytest
 
 from bucketmoo_ds.apps.cli.main import main
 from bucketmoo_ds.apps.cli.plan import _runs, _short, _whole
-from bucketmoo_ds.apps.planner import Setup, plan
+from bucketmoo_ds.apps.planner import Setup, forecast
 from bucketmoo_ds.errors import ConfigError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "planning.md"
@@ -69,12 +69,14 @@ def test_warns_where_languages_share_nodes(capsys: pytest.CaptureFixture[str]) -
     ("words", "expected"),
     [
         (("--framework", "ddp"), ["plain all-reduce", "window: 1; DDP"]),
+        (("--framework", "single", "--world", "1", "--per-node", "1"), ["plain │", "window: 1; one process"]),
+        (("--framework", "deepspeed", "--stage", "0"), ["plain all-reduce", "ZeRO-0"]),
         (("--framework", "deepspeed", "--stage", "2"), ["plain all-reduce", "the most that ZeRO-1/2", "ZeRO-2"]),
         (("--framework", "deepspeed", "--stage", "3"), ["plain reduce-scatter", "ZeRO-3"]),
         (("--framework", "fsdp1"), ["plain reduce-scatter", "FSDP1"]),
         (("--replicas", "8"), ["8 replicas", "all-reduce"]),
         (("--dtype", "bf16", "--parameters", "20M"), ["20M parameters, bf16"]),
-        (("--micro-steps", "4", "--once-a-window"), ["exchanged once", "all micro-steps", '=8, affinity="window")']),
+        (("--micro-steps", "4", "--once-a-window"), ["once a window", "all micro-steps", '=8, affinity="window")']),
         (("--micro-steps", "12"), ["8 of 12 micro-steps; --json has all."]),
         (("--per-node", "1"), ["16 of 64 nodes; --json has all.", "every rank is a node of its own"]),
         (("--exchange", "flat"), ['use exchange = "auto"', 'section: "exchange": "flat"']),
@@ -87,7 +89,7 @@ def test_options(capsys: pytest.CaptureFixture[str], words: tuple[str, ...], exp
         assert each in " ".join(text.split())  # wherever lines were broken
 
 
-def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_forecast(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--micro-steps 2 --parameters 1.5M --dtype bf16 --framework deepspeed --stage 1 --buckets 7 --blocks 70"
     setup = Setup(
         world_size=64,
@@ -103,7 +105,7 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         exchange="two_stage",
     )
     printed = json.loads(run(capsys, *CLUSTER, *words.split(), "--exchange", "two_stage", "--json"))
-    assert printed == json.loads(json.dumps(plan(setup).to_json()))
+    assert printed == json.loads(json.dumps(forecast(setup).to_json()))
     assert printed["layout"] == [list(range(8))] * 2
     other = json.loads(run(capsys, *CLUSTER, "--replicas", "4", "--once-a-window", "--json"))
     assert (other["setup"]["replicas"], other["setup"]["once_a_window"]) == (4, True)

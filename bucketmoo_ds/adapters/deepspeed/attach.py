@@ -32,7 +32,7 @@ from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
-from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
+from bucketmoo_ds.plan.blocks import Parameter, label_of, plain_name, plan_blocks
 from bucketmoo_ds.plan.choices import create_aggregator, create_exchange
 
 
@@ -121,6 +121,7 @@ def read_section(raw: Mapping[str, Any]) -> BucketMOOConfig | None:
     config = BucketMOOConfig.from_section(raw.get(SECTION))
     if config is not None:
         create_aggregator(config)
+        label_of(config.granularity)
         choose_backend(config.backend, get_accelerator().device_name())
     return config
 
@@ -161,7 +162,7 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
     taken = {param for group in groups for param in group if param.requires_grad}
     numels = {param: int(param.ds_numel if sharded else param.numel()) for param in taken}
     return [
-        Parameter(optimizer.param_names[param], numels[param])
+        Parameter(plain_name(optimizer.param_names[param]), numels[param])
         for param in engine.module.parameters()
         if numels.get(param, 0) > 0
     ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from bucketmoo_ds.adapters.deepspeed.reduction import ZeroReduction
 from bucketmoo_ds.comm.delivery import Deliveries, Delivery, Piece
 from bucketmoo_ds.comm.exchange import Exchange
-from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.blocks import BlockPlan, plain_name
 from bucketmoo_ds.plan.layout import Consecutive
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class PartitionReduction(ZeroReduction):
     ) -> None:
         names = {parameter.name: index for index, parameter in enumerate(plan.parameters)}
         index = {
-            id(param): names[optimizer.param_names[param]]
+            id(param): names[plain_name(optimizer.param_names[param])]
             for group in optimizer.bit16_groups
             for param in group
             if param.numel() > 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.deepspeed.reduction import ZeroReduction
 from bucketmoo_ds.comm.exchange import Exchange
-from bucketmoo_ds.plan.blocks import BlockPlan
+from bucketmoo_ds.plan.blocks import BlockPlan, plain_name
 from bucketmoo_ds.plan.layout import Chunked
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class ShardReduction(ZeroReduction):
         chunks = [0] * len(plan.parameters)
         self._params: list[Tensor] = [Tensor()] * len(plan.parameters)
         for param in (param for group in optimizer.fp16_groups for param in group if param.requires_grad):
-            number = names[optimizer.param_names[param]]
+            number = names[plain_name(optimizer.param_names[param])]
             index[id(param)], chunks[number], self._params[number] = number, param.partition_numel(), param
         self._layout = Chunked(plan, exchange.world_size, chunks)
         super().__init__(

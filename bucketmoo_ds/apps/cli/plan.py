@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from bucketmoo_ds.apps.planner import Plan, Setup, Traffic, plan
+from bucketmoo_ds.adapters import table
+from bucketmoo_ds.apps.planner import Forecast, Setup, Traffic, forecast
 from bucketmoo_ds.errors import ConfigError
 
 SHOWN_NODES = 16
 SHOWN_STEPS = 8
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
-FRAMEWORKS = {"fsdp2": "FSDP2", "fsdp1": "FSDP1", "ddp": "DDP", "deepspeed": "ZeRO-{stage}"}
 
 READ = "On average; 1 GB = 10^9 bytes. Reduce-scatters, all-gathers and all-reduces count as rings in rank order."
 AT_MOST = "The combined gradient counts as the most that ZeRO-1/2 may have to send."
@@ -34,10 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", "--per-node", required=True, metavar="L", help="ranks of a node")
     parser.add_argument("--languages", required=True, metavar="K", help="how many")
     parser.add_argument("--micro-steps", default="1", metavar="M", help="of a window (gradient accumulation steps)")
-    parser.add_argument("--once-a-window", action="store_true", help="add up micro-steps, exchange at the boundary")
+    parser.add_argument("--once-a-window", action="store_true", help="exchange gradients once a window")
     parser.add_argument("--parameters", default="1B", metavar="P", help="trainable, such as 20M or 8B (default 1B)")
     parser.add_argument("--dtype", default="fp32", help="of gradients on the wire: fp32 (default) or bf16")
-    parser.add_argument("--framework", default="fsdp2", help="fsdp2 (default), fsdp1, ddp or deepspeed")
+    parser.add_argument("--framework", default="fsdp2", help=f"{', '.join(table.names())} (default fsdp2)")
     parser.add_argument("--stage", help="of ZeRO, with --framework deepspeed: 0 to 3")
     parser.add_argument("--replicas", default="1", metavar="R", help="of the model, with --framework fsdp2 (HSDP)")
     parser.add_argument("--buckets", default="32", help="that the gradient is reduced in (default 32)")
@@ -47,8 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plans, and prints what was found."""
-    found = plan(
+    """Forecasts, and prints what was found."""
+    found = forecast(
         Setup(
             world_size=_whole("--world-size", options.world_size),
             ranks_per_node=_whole("--ranks-per-node", options.ranks_per_node),
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         console.print(part, markup=False)
 
 
-def _parts(found: Plan) -> Iterator[str | Table]:
+def _parts(found: Forecast) -> Iterator[str | Table]:
     setup = found.setup
     yield _headline(setup)
     yield f"exchange: {found.exchange} ({found.reason})"
@@ -88,7 +88,7 @@ def _parts(found: Plan) -> Iterator[str | Table]:
     yield "\nBytes that a rank sends in one window:"
     yield _traffic_table(found)
     yield READ
-    if setup.stage in (1, 2):
+    if setup.adapter.combined == "owners":
         yield AT_MOST
     yield "\nMemory of the rows on a rank:"
     yield _memory_table(found)
@@ -98,16 +98,16 @@ def _parts(found: Plan) -> Iterator[str | Table]:
 
 
 def _headline(setup: Setup) -> str:
-    framework = FRAMEWORKS[setup.framework].format(stage=setup.stage)
     replicas = f", {setup.replicas} replicas" if setup.replicas > 1 else ""
-    once = ", exchanged once" if setup.exchanges < setup.micro_steps else ""
+    once = ", exchanged once a window" if setup.exchanges < setup.micro_steps else ""
     return (
         f"{setup.world_size} ranks, {setup.ranks_per_node} a node; languages: {setup.languages}; micro-steps a window: "
-        f"{setup.micro_steps}{once}; {framework}{replicas}, {_short(setup.parameters)} parameters, {setup.dtype}"
+        f"{setup.micro_steps}{once}; {setup.adapter.title}{replicas}, {_short(setup.parameters)} parameters, "
+        f"{setup.dtype}"
     )
 
 
-def _layout_table(found: Plan) -> Table:
+def _layout_table(found: Forecast) -> Table:
     setup, layout = found.setup, found.layout()
     shown = min(setup.exchanges, SHOWN_STEPS)
     every_step = setup.exchanges < setup.micro_steps
@@ -121,10 +121,10 @@ def _layout_table(found: Plan) -> Table:
     return table
 
 
-def _traffic_table(found: Plan) -> Table:
+def _traffic_table(found: Forecast) -> Table:
     head = ("exchange", "languages", "gradients", "combined", "Grams", "in all", "x plain", "between nodes", "x plain")
     table = Table(*head)
-    table.add_row(f"plain {_plain_name(found.setup)}", "", *_traffic_cells(found.plain, found.plain))
+    table.add_row(f"plain {_plain_name(found.setup)}".rstrip(), "", *_traffic_cells(found.plain, found.plain))
     for name, traffic in {"flat": found.flat, "two_stage": found.two_stage}.items():
         if traffic is not None:
             covered = str(min(found.setup.languages, found.setup.places(name)))
@@ -145,12 +145,10 @@ def _traffic_cells(traffic: Traffic, plain: Traffic) -> list[str]:
 
 
 def _plain_name(setup: Setup) -> str:
-    if setup.framework == "ddp" or setup.stage in (1, 2):
-        return "all-reduce"
-    return "reduce-scatter" + ", all-reduce" * (setup.replicas > 1)
+    return setup.adapter.plain + ", all-reduce" * (setup.replicas > 1)
 
 
-def _memory_table(found: Plan) -> Table:
+def _memory_table(found: Forecast) -> Table:
     table = Table("row_storage", "device", "host")
     for storage, memory in found.memory.items():
         name = "none (mode: streaming)" if storage == "streaming" else storage
@@ -158,7 +156,7 @@ def _memory_table(found: Plan) -> Table:
     return table
 
 
-def _settings(found: Plan) -> Iterator[str]:
+def _settings(found: Forecast) -> Iterator[str]:
     setup = found.setup
     section: dict[str, Any] = {"exchange": found.exchange}
     arguments = ['affinity="window"'] if setup.exchanges < setup.micro_steps else []

@@ -18,17 +18,18 @@ from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable
 from bucketmoo_ds.apps.monitor.comparison import compare
 from bucketmoo_ds.apps.monitor.report import write_report
 from bucketmoo_ds.apps.monitor.tables import to_rich
-from bucketmoo_ds.apps.quickstart.plan import BASELINE, QuickstartPlan
 from bucketmoo_ds.apps.quickstart.prepare import prepare
+from bucketmoo_ds.apps.quickstart.settings import BASELINE, QuickstartSettings
 from bucketmoo_ds.apps.training.launch import launch
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.plan.blocks import label_of
 
 WORKER = "bucketmoo_ds.apps.quickstart.worker"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    defaults = QuickstartPlan(seen=sources.SEEN_LANGUAGES, unseen=sources.UNSEEN_LANGUAGES)
+    defaults = QuickstartSettings(seen=sources.SEEN_LANGUAGES, unseen=sources.UNSEEN_LANGUAGES)
     parser.add_argument("--data", type=Path, help="folder of text by language, instead of the fetched one")
     parser.add_argument("--base", default=defaults.base, help="language of the base model")
     parser.add_argument("--languages", type=_names, default=defaults.seen, help="seen languages, comma-separated")
@@ -51,9 +52,10 @@ def run(options: argparse.Namespace) -> None:
         if name not in aggregate.names():
             hint = did_you_mean(name, aggregate.names())
             raise ConfigError(f'--aggregators: "{name}" is unknown, expected {one_of(aggregate.names())}{hint}')
+    label_of(options.granularity)
     if min(options.seeds, options.steps, options.base_steps, options.processes) < 1:
         raise ConfigError("--seeds, --steps, --base-steps and --processes: expected at least 1")
-    plan = QuickstartPlan(
+    quickstart = QuickstartSettings(
         base=options.base,
         seen=tuple(options.languages),
         unseen=tuple(options.unseen),
@@ -66,23 +68,24 @@ def run(options: argparse.Namespace) -> None:
         processes=options.processes,
     )
     folder: Path = options.out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")
-    if (folder / "plan.json").exists():
+    if (folder / "settings.json").exists():
         raise ConfigError(f"--out {folder}: holds a quickstart already; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    plan.save(folder)
+    quickstart.save(folder)
     (folder / "command.txt").write_text(shlex.join(["bucketmoo", *sys.argv[1:]]) + "\n", encoding="utf-8")
     console = Console()
     console.print("Preparing text ...")
     try:
-        corpus = prepare(plan, options.data, options.cache, folder)
+        corpus = prepare(quickstart, options.data, options.cache, folder)
     except CorpusUnavailable as error:
         raise ConfigError(str(error)) from error
     sizes = ", ".join(f"{name} {size / 1000:.0f} kB" for name, size in corpus["training_bytes"].items())
     console.print(f"Text: {corpus['source']} {corpus['version']} ({corpus['licence']}). {sizes}")
-    runs = len(plan.methods) * len(plan.seeds)
-    console.print(f"Training a base ({plan.base}), then {runs} runs on {plan.processes} processes, ZeRO-2 ...")
-    threads = max((os.cpu_count() or 1) // plan.processes, 1)
-    launch(WORKER, [str(folder)], plan.processes, folder / "logs", threads)
+    runs = len(quickstart.methods) * len(quickstart.seeds)
+    processes = quickstart.processes
+    console.print(f"Training a base ({quickstart.base}), then {runs} runs on {processes} processes, ZeRO-2 ...")
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    launch(WORKER, [str(folder)], processes, folder / "logs", threads)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     report = write_report(folder)
     console.print(to_rich(compare(results)))

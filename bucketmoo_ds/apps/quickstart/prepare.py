@@ -12,25 +12,25 @@ from transformers import PreTrainedTokenizerFast
 
 from bucketmoo_ds.apps.corpus import evaluate, pages, sources, tokenizer
 from bucketmoo_ds.apps.corpus.packing import pack
-from bucketmoo_ds.apps.quickstart.plan import QuickstartPlan
+from bucketmoo_ds.apps.quickstart.settings import QuickstartSettings
 
 
-def prepare(plan: QuickstartPlan, data: Path | None, cache: Path, folder: Path) -> dict[str, Any]:
+def prepare(quickstart: QuickstartSettings, data: Path | None, cache: Path, folder: Path) -> dict[str, Any]:
     """Writes everything the ranks read below `folder`; returns where the text came from and how much there is.
 
     The tokenizer is trained on the base's and the seen languages; of the unseen ones only held-out pages are kept.
     """
-    wanted = list(dict.fromkeys([plan.base, *plan.seen, *plan.unseen]))
+    wanted = list(dict.fromkeys([quickstart.base, *quickstart.seen, *quickstart.unseen]))
     corpus, provenance = sources.quickstart_corpus(data, cache, wanted)
-    split = pages.split(corpus, plan.held_out)
-    trained = list(dict.fromkeys([plan.base, *plan.seen]))
+    split = pages.split(corpus, quickstart.held_out)
+    trained = list(dict.fromkeys([quickstart.base, *quickstart.seen]))
     texts = pages.texts(split.training, trained)
-    tokens = tokenizer.train(texts, plan.vocabulary)
+    tokens = tokenizer.train(texts, quickstart.vocabulary)
     tokenizer.save(tokens, folder / "tokenizer")
-    for name, languages in (("base", [plan.base]), ("seen", list(plan.seen))):
+    for name, languages in (("base", [quickstart.base]), ("seen", list(quickstart.seen))):
         chosen = {language: texts[language] for language in languages}
-        pack(chosen, tokens, plan.sequence_length).save_to_disk(str(folder / "data" / name))
-    held_out = pages.texts(split.held_out, [*plan.seen, *plan.unseen])
+        pack(chosen, tokens, quickstart.sequence_length).save_to_disk(str(folder / "data" / name))
+    held_out = pages.texts(split.held_out, [*quickstart.seen, *quickstart.unseen])
     (folder / "data" / "held_out.json").write_text(json.dumps(held_out, ensure_ascii=False), encoding="utf-8")
     counted = pages.stats(split.training)
     description = dataclasses.asdict(provenance) | {
@@ -51,11 +51,11 @@ def load_data(folder: Path, name: str) -> Dataset:
     return load_from_disk(str(folder / "data" / name))
 
 
-def load_evaluation(folder: Path, plan: QuickstartPlan) -> list[evaluate.EvaluationSet]:
+def load_evaluation(folder: Path, quickstart: QuickstartSettings) -> list[evaluate.EvaluationSet]:
     """Returns the held-out text of every language, seen and unseen."""
     tokens = load_tokenizer(folder)
     texts = json.loads((folder / "data" / "held_out.json").read_text(encoding="utf-8"))
     return [
-        evaluate.prepare(language, texts[language], tokens, plan.sequence_length, plan.evaluation_bytes)
-        for language in (*plan.seen, *plan.unseen)
+        evaluate.prepare(language, texts[language], tokens, quickstart.sequence_length, quickstart.evaluation_bytes)
+        for language in (*quickstart.seen, *quickstart.unseen)
     ]

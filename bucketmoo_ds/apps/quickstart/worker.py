@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from bucketmoo_ds import __version__
 from bucketmoo_ds.apps.quickstart import prepare
-from bucketmoo_ds.apps.quickstart.plan import BASELINE, QuickstartPlan
+from bucketmoo_ds.apps.quickstart.settings import BASELINE, QuickstartSettings
 from bucketmoo_ds.apps.training.environment import run_rank
 from bucketmoo_ds.apps.training.loop import RunResult, train
 from bucketmoo_ds.apps.training.models import load_model
@@ -34,20 +34,20 @@ def main() -> None:
 
 def run(folder: Path) -> None:
     """See `main`."""
-    plan = QuickstartPlan.load(folder)
-    sets = prepare.load_evaluation(folder, plan)
+    quickstart = QuickstartSettings.load(folder)
+    sets = prepare.load_evaluation(folder, quickstart)
     data = prepare.load_data(folder, "seen")
-    base = _train_base(plan, sets, folder)
-    results = _results(plan, folder, base)
-    for seed in plan.seeds:
-        for method in plan.methods:
+    base = _train_base(quickstart, sets, folder)
+    results = _results(quickstart, folder, base)
+    for seed in quickstart.seeds:
+        for method in quickstart.methods:
             model = AutoModelForCausalLM.from_pretrained(folder / "base")
             result = train(
                 model,
                 data,
                 sets,
-                plan.training(seed),
-                deepspeed_json=plan.deepspeed(method, plan.seen, plan.micro_steps),
+                quickstart.training(seed),
+                deepspeed_json=quickstart.deepspeed(method, quickstart.seen, quickstart.micro_steps),
                 output=folder / "runs" / f"{method}-seed{seed}",
                 title=f"{method}, seed {seed}",
             )
@@ -57,22 +57,23 @@ def run(folder: Path) -> None:
                 checkpoint.write_atomically(folder / "results.json", json.dumps(results, indent=1))
 
 
-def _train_base(plan: QuickstartPlan, sets: list[Any], folder: Path) -> RunResult:
+def _train_base(quickstart: QuickstartSettings, sets: list[Any], folder: Path) -> RunResult:
     vocabulary = len(prepare.load_tokenizer(folder))
-    model: Any = load_model(ModelSettings(config=plan.model_config(vocabulary)), seed=0)
+    model: Any = load_model(ModelSettings(config=quickstart.model_config(vocabulary)), seed=0)
     # One language fills every slot, so that a window half as long as the fine-tuning's will do.
-    deepspeed = plan.deepspeed(BASELINE, (plan.base,), max(plan.micro_steps // 2, 1))
-    settings: TrainingSettings = plan.base_training()
+    deepspeed = quickstart.deepspeed(BASELINE, (quickstart.base,), max(quickstart.micro_steps // 2, 1))
+    settings: TrainingSettings = quickstart.base_training()
     data = prepare.load_data(folder, "base")
     output = folder / "base-run"
-    result = train(model, data, sets, settings, deepspeed_json=deepspeed, output=output, title=f"base ({plan.base})")
+    title = f"base ({quickstart.base})"
+    result = train(model, data, sets, settings, deepspeed_json=deepspeed, output=output, title=title)
     if dist.get_rank() == 0:
         model.save_pretrained(folder / "base")
     dist.barrier()
     return result
 
 
-def _results(plan: QuickstartPlan, folder: Path, base: RunResult) -> dict[str, Any]:
+def _results(quickstart: QuickstartSettings, folder: Path, base: RunResult) -> dict[str, Any]:
     import deepspeed
     import transformers
 
@@ -80,10 +81,10 @@ def _results(plan: QuickstartPlan, folder: Path, base: RunResult) -> dict[str, A
         "title": "Quickstart: averaging against bucket MOO",
         "unit": "bits per byte",
         "baseline": BASELINE,
-        "methods": list(plan.methods),
-        "seeds": list(plan.seeds),
-        "seen": list(plan.seen),
-        "unseen": list(plan.unseen),
+        "methods": list(quickstart.methods),
+        "seeds": list(quickstart.seeds),
+        "seen": list(quickstart.seen),
+        "unseen": list(quickstart.unseen),
         "values": {},
         "seconds": {},
         "base": base.bits_per_byte,
@@ -91,7 +92,7 @@ def _results(plan: QuickstartPlan, folder: Path, base: RunResult) -> dict[str, A
         "command": (folder / "command.txt").read_text(encoding="utf-8").strip(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "processes": plan.processes,
+            "processes": quickstart.processes,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "date": time.strftime("%Y-%m-%d"),
         },

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import os
+import pkgutil
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
@@ -14,10 +15,8 @@ import torch
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 from bucketmoo_ds.logs import logger
+from bucketmoo_ds.ops import backends
 
-# In the order in which the automatic choice tries them on a device.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "BUCKETMOO_BACKEND"
 
 _setting: ContextVar[str] = ContextVar("bucketmoo_backend", default="auto")
@@ -86,7 +85,9 @@ def _asked_for(setting: str) -> tuple[str, str]:
 @functools.cache
 def _automatic(device_type: str) -> str:
     skipped: list[str] = []
-    for name in PREFERENCE.get(device_type, ("reference",)):
+    for name in reversed(BACKENDS):
+        if device_type not in (_load(name).DEVICES or (device_type,)):
+            continue
         reason = _load(name).unavailable(torch.device(device_type))
         if not reason:
             why = f" ({'; '.join(skipped)})" if skipped else ""
@@ -100,4 +101,14 @@ def _automatic(device_type: str) -> str:
 
 
 def _load(name: str) -> ModuleType:
-    return importlib.import_module(f"bucketmoo_ds.ops.backends.{name}")
+    return importlib.import_module(f"{backends.__name__}.{name}")
+
+
+def _discover() -> tuple[str, ...]:
+    """The files of the folder that say on which devices they are chosen; the one that is tried last stands first."""
+    names = [module.name for module in pkgutil.iter_modules(backends.__path__)]
+    found = [name for name in names if f"{backends.__name__}.{name}" != __name__ and hasattr(_load(name), "DEVICES")]
+    return tuple(sorted(found, key=lambda name: (_load(name).PRIORITY, name)))
+
+
+BACKENDS = _discover()

@@ -20,6 +20,9 @@ __all__ = [
 
 _instruction_set: ContextVar[str] = ContextVar("bucketmoo_instruction_set", default="")
 
+DEVICES: tuple[str, ...] = ("cpu",)
+PRIORITY = 1
+
 
 def unavailable(device: torch.device) -> str:
     """Says why it cannot run on this device here; "" if it can."""

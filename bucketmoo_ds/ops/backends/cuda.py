@@ -22,6 +22,9 @@ __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavail
 
 _GRADIENTS_A_LAUNCH = 64  # kMaxIncoming in csrc/cuda/launch.h
 
+DEVICES: tuple[str, ...] = ("cuda",)
+PRIORITY = 2
+
 
 def unavailable(device: torch.device) -> str:
     """Says why it cannot run on this device here; "" if it can."""

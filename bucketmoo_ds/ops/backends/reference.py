@@ -14,6 +14,9 @@ __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavail
 # Elements of one row that are widened to float64 at a time: K such chunks stay within a core's cache.
 CHUNK = 1 << 15
 
+DEVICES: tuple[str, ...] = ()
+PRIORITY = 0
+
 
 def unavailable(device: torch.device) -> str:
     """It runs on every device."""

@@ -36,6 +36,9 @@ MULTIPLE = 16
 VECTOR_BYTES = 16
 LEAST_CAPABILITY = (8, 0)
 
+DEVICES: tuple[str, ...] = ("cuda",)
+PRIORITY = 1
+
 
 def unavailable(device: torch.device) -> str:
     """Says why it cannot run on this device here; "" if it can."""

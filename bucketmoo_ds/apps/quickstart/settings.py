@@ -18,8 +18,8 @@ RESCALE = {"mgda": "mean"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuickstartPlan:
-    """All settings of a quickstart; kept as `plan.json` in its folder.
+class QuickstartSettings:
+    """All settings of a quickstart; kept as `settings.json` in its folder.
 
     Args:
         base: the language that the base model is trained on, before it is fine-tuned.
@@ -114,13 +114,13 @@ class QuickstartPlan:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes `plan.json`."""
-        (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        """Writes `settings.json`."""
+        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> QuickstartPlan:
-        """Reads `plan.json`."""
-        raw: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    def load(cls, folder: Path) -> QuickstartSettings:
+        """Reads `settings.json`."""
+        raw: dict[str, Any] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         for name, value in raw.items():
             raw[name] = tuple(value) if isinstance(value, list) else value
         return cls(**raw)
