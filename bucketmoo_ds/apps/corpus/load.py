@@ -322,7 +322,7 @@ def _checked_tokens(source: _Source, spec: DataSpec, languages: Sequence[str], s
                 )
             if any(label != IGNORED_LABEL for label in labels[1:]):
                 kept.append(index)
-    source.tell(len(rows) - len(kept), "row without a target", say)
+    source.tell(len(rows) - len(kept), "targetless row", say)
     if len(kept) < len(rows):
         rows = rows.select(kept)
     if spec.language_column != "language":

@@ -175,7 +175,7 @@ def test_tokenised_rows_keep_their_lengths(tmp_path: Path) -> None:
     said: list[str] = []
     path = write_json_lines(tmp_path / "x.jsonl", [*rows[:3], *without, *rows[3:]])
     assert load_training_data(DataSpec(path=path), LANGUAGES, say=said.append).to_list() == rows
-    assert said == [f"data.path: {path}: skipped 3 rows without a target"]
+    assert said == [f"data.path: {path}: skipped 3 targetless rows"]
 
 
 def test_broken_files(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
