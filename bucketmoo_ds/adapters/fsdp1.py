@@ -25,13 +25,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
 from bucketmoo_ds.adapters.hooks import Hook
-from bucketmoo_ds.adapters.release import Release
-from bucketmoo_ds.adapters.session import Adapter, Session, unwrapped
-from bucketmoo_ds.comm.delivery import Deliveries
+from bucketmoo_ds.adapters.session import Session, unwrapped
+from bucketmoo_ds.adapters.sharded import Sharded
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
@@ -98,18 +96,8 @@ def comm_hook(
     group: Any = trained[0].module.process_group
     exchange = create_exchange(config, group)
     adapter = FSDP1Adapter(root, units, trained, plan, exchange)
-    adapter.moo = BucketMOO(
-        config,
-        plan,
-        exchange,
-        adapter.deliver,
-        micro_steps=lambda: micro_steps,
-        local=once_a_window and micro_steps > 1,
-        segments=[adapter.segments(bucket) for bucket in range(len(trained))],
-        result_dtype=functools.reduce(torch.promote_types, [unit.flat.dtype for unit in trained]),
-        overlap=True,
-        device=trained[0].device,
-    )
+    dtype = functools.reduce(torch.promote_types, [unit.flat.dtype for unit in trained])
+    adapter.make_pipeline(config, micro_steps, once_a_window, trained[0].device, dtype)
     session = Session(model, config, adapter, on_nonfinite)
     adapter.install()
     return session, Hook(adapter.hook)
@@ -261,7 +249,7 @@ def _plan(model: FullyShardedDataParallel, units: Sequence[_Unit], granularity: 
     return plan_buckets(parameters, [sorted(unit.indices.values()) for unit in units], granularity)
 
 
-class FSDP1Adapter(Adapter):
+class FSDP1Adapter(Sharded):
     """Takes what FSDP1 would reduce, unit by unit, and writes combined gradients.
 
     Args:
@@ -269,8 +257,6 @@ class FSDP1Adapter(Adapter):
         everything: all units, as they were at register.
         units: those with something to train, in the plan's order.
     """
-
-    moo: BucketMOO
 
     def __init__(
         self,
@@ -280,14 +266,10 @@ class FSDP1Adapter(Adapter):
         plan: BlockPlan,
         exchange: Exchange,
     ) -> None:
+        super().__init__(plan, exchange)
         self._model = model
         self._everything = everything
         self._units = units
-        self._plan = plan
-        self._exchange = exchange
-        self._deliveries = Deliveries()
-        self._release = Release(len(units), exchange, self._leave)
-        self._arrived: dict[int, Tensor] = {}
         self._used: set[int] = set()
 
     def install(self) -> None:
@@ -295,11 +277,6 @@ class FSDP1Adapter(Adapter):
         self._handles = [
             unit.flat.register_hook(functools.partial(self._come, bucket)) for bucket, unit in enumerate(self._units)
         ]
-
-    def close(self) -> None:
-        """See `Adapter`."""
-        for handle in self._handles:
-            handle.remove()
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """See `Adapter`. Ranks may differ in it."""
@@ -341,20 +318,16 @@ class FSDP1Adapter(Adapter):
                 )
             # Units are given one state, and the hook is not told whose gradient it gets.
             unit.module._comm_hook_state = bucket
-        self._arrived.clear()
-        self._release.start()
+        super().begin(arriving)
         if self.micro.first:
             self._used.clear()
             self._drop_gradients()
 
     def _come(self, bucket: int, gradient: Tensor) -> Tensor | None:
         """The gradient of a flat parameter, before it is added to others, whatever FSDP1 makes of it."""
-        self.arrive()
+        scaled = self.scaled(gradient)
         self._used.add(bucket)
-        factor = self.micro.factor
-        if factor == 1.0:
-            return None
-        return gradient * factor if factor else torch.zeros_like(gradient)
+        return scaled
 
     def hook(self, state: Any, gradient: Tensor, shard: Tensor | None = None) -> None:
         """What FSDP1 calls in place of its reduction of one unit.
@@ -368,20 +341,18 @@ class FSDP1Adapter(Adapter):
             BucketMOOError: the unit comes a second time.
         """
         self.arrive()
-        if self._release.is_complete(state):
-            raise BucketMOOError(
-                f"{self._plan.buckets[state].name}: got a second gradient in one backward, after the first was "
-                "exchanged (two reentrant checkpoints in one unit do that); use torch.utils.checkpoint with "
-                "use_reentrant=False, or wrap each checkpointed module in a unit"
-            )
         if shard is not None:
-            self._arrived[state] = gradient
+            flat = gradient
             shard.zero_()
         else:
-            self._arrived[state] = self._empty(state, gradient.dtype)
-            self._arrived[state][: gradient.numel()] = gradient
+            flat = self._empty(state, gradient.dtype)
+            flat[: gradient.numel()] = gradient
             gradient.zero_()
-        self._release.complete(state)
+        twice = (
+            "two reentrant checkpoints in one unit do that); use torch.utils.checkpoint with use_reentrant=False, or "
+            "wrap each checkpointed module in a unit"
+        )
+        self.put(state, flat, twice)
 
     def end(self) -> list[bool]:
         """See `Adapter`. A unit that no rank used counts as a gradient of zeros; a parameter that a used unit did not
@@ -405,25 +376,14 @@ class FSDP1Adapter(Adapter):
         contributed = {index for bucket in reduced for index in self._plan.buckets[bucket].parameters}
         return [index in contributed for index in range(len(self._plan.parameters))]
 
-    def deliver(self, bucket: int, shard: Tensor) -> None:
-        """The engine's sink."""
-        if not self._units[bucket].shard_numel:
-            self._deliveries.start(bucket, self._exchange.all_gather(shard))
-        elif bucket == self._release.inside:  # FSDP1 has not made `.grad` yet
-            self._deliveries.start(bucket, Received(shard))
-        else:
-            self._write(bucket, shard)
-
-    def write(self) -> None:
-        """See `Adapter`."""
-        self._deliveries.finish(self._write)
+    def gather(self, bucket: int, shard: Tensor) -> Received | None:
+        """See `Sharded`."""
+        return None if self._units[bucket].shard_numel else self._exchange.all_gather(shard)
 
     def abandon(self) -> None:
         """See `Adapter`."""
-        self._arrived.clear()
+        super().abandon()
         self._used.clear()
-        self._release.start()
-        self._deliveries.clear()
         self._drop_gradients()
 
     def segments(self, bucket: int) -> Segments:
@@ -433,12 +393,9 @@ class FSDP1Adapter(Adapter):
         start = self._exchange.rank * slice_numel
         return self._plan.segments_of(bucket, sorted(runs, key=lambda run: run.start), start, start + slice_numel)
 
-    def _leave(self, bucket: int) -> None:
-        """Hands a bucket to the engine."""
-        flat = self._arrived.pop(bucket, None)
-        if flat is None:
-            flat = self._empty(bucket, self._units[bucket].handle._reduce_dtype)
-        self.moo.ingest(bucket, flat)
+    def absent(self, bucket: int) -> Tensor:
+        """See `Sharded`."""
+        return self._empty(bucket, self._units[bucket].handle._reduce_dtype)
 
     def _drop_gradients(self) -> None:
         for unit in self._units:
@@ -448,7 +405,8 @@ class FSDP1Adapter(Adapter):
                 del unit.flat._saved_grad_shard
 
     @torch.no_grad()
-    def _write(self, bucket: int, combined: Tensor) -> None:
+    def write_shard(self, bucket: int, combined: Tensor) -> None:
+        """See `Sharded`."""
         gradient = self._units[bucket].handle.sharded_grad  # what `.grad` is, or will be; parameters' are views of it
         if gradient is not None:  # what no rank used has no gradient, as without us
             gradient.copy_(combined[: gradient.numel()])

@@ -27,13 +27,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from bucketmoo_ds.adapters.hooks import Hook
-from bucketmoo_ds.adapters.release import Release
-from bucketmoo_ds.adapters.session import Adapter, Session, unwrapped
-from bucketmoo_ds.comm.delivery import Deliveries
+from bucketmoo_ds.adapters.session import Session, unwrapped
+from bucketmoo_ds.adapters.sharded import Sharded
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
@@ -78,17 +76,7 @@ def register(
     exchange, replicas = _exchange(mesh, config)
     plan = _plan(root, groups, config.granularity)
     adapter = FSDP2Adapter(root, groups, plan, exchange, replicas)
-    adapter.moo = BucketMOO(
-        config,
-        plan,
-        exchange,
-        adapter.deliver,
-        micro_steps=lambda: micro_steps,
-        local=once_a_window and micro_steps > 1,
-        segments=[adapter.segments(bucket) for bucket in range(len(groups))],
-        overlap=True,
-        device=adapter.device,
-    )
+    adapter.make_pipeline(config, micro_steps, once_a_window, torch.device(mesh.device_type))
     session = Session(model, config, adapter, on_nonfinite)
     adapter.install()
     return session
@@ -287,7 +275,7 @@ def _plan(model: Any, groups: Sequence[_Group], granularity: str) -> BlockPlan:
     return plan_buckets(list(trained.values()), [sorted(group.indices) for group in groups], granularity)
 
 
-class FSDP2Adapter(Adapter):
+class FSDP2Adapter(Sharded):
     """Takes what FSDP2 would reduce-scatter, bucket by bucket, and writes combined gradients.
 
     Args:
@@ -305,24 +293,14 @@ class FSDP2Adapter(Adapter):
         exchange: Exchange,
         replicas: dist.ProcessGroup | None,
     ) -> None:
+        super().__init__(plan, exchange)
         self._model = model
         self._groups = groups
-        self._plan = plan
-        self._exchange = exchange
         self._replica_group = replicas
         self._replicas = dist.get_world_size(replicas) if replicas is not None else 1
-        self._deliveries = Deliveries()
-        self._release = Release(len(groups), exchange, self._leave)
-        self._arrived: dict[int, Tensor] = {}
         self._everything = [each for _, _, own in _own_groups(model) for each in own.fsdp_params]
         self._trained = [each.sharded_param.requires_grad for each in self._everything]
         self._early: dict[int, Tensor] = {}
-        self._watched: list[Any] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where gradients are reduced; parameters themselves may be offloaded."""
-        return torch.device(self._groups[0].mesh.device_type)
 
     def install(self) -> None:
         """Replaces FSDP2's reduction."""
@@ -335,12 +313,7 @@ class FSDP2Adapter(Adapter):
             module.set_custom_reduce_scatter(group.communication)
             if self._exchange.world_size == 1:  # FSDP2 then reduces nothing, but still calls this hook
                 module.set_all_reduce_hook(functools.partial(self._take_all, bucket))
-        self._handle = self._model.register_forward_hook(Hook(self._watch))
-
-    def close(self) -> None:
-        """See `Adapter`."""
-        for handle in (self._handle, *self._watched):
-            handle.remove()
+        self._handles.append(self._model.register_forward_hook(Hook(self._watch)))
 
     @property
     def _shards(self) -> int:
@@ -388,8 +361,7 @@ class FSDP2Adapter(Adapter):
             self._model.set_requires_gradient_sync(self.micro.boundary)
         if self._replicas > 1:
             self._model.set_requires_all_reduce(False)
-        self._arrived.clear()
-        self._release.start()
+        super().begin(arriving)
         early, self._early = self._early, {}
         for bucket, flat in early.items():
             self.take(bucket, flat)
@@ -406,15 +378,7 @@ class FSDP2Adapter(Adapter):
             for each in group.members:
                 if id(each) not in group.watched and hasattr(each, "_unsharded_param"):
                     group.watched.add(id(each))
-                    self._watched.append(each._unsharded_param.register_hook(self._come))
-
-    def _come(self, gradient: Tensor) -> Tensor | None:
-        """The gradient of an unsharded parameter, before it is added to others."""
-        self.arrive()
-        factor = self.micro.factor
-        if factor == 1.0:
-            return None
-        return gradient * factor if factor else torch.zeros_like(gradient)
+                    self._handles.append(each._unsharded_param.register_hook(self.scaled))
 
     def take(self, bucket: int, flat: Tensor) -> None:
         """Takes a bucket's gradient, `[S * s]` for S shards, and hands buckets to the engine in the agreed order.
@@ -432,40 +396,28 @@ class FSDP2Adapter(Adapter):
                 f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, {expected} were there at "
                 "register; leave out set_reduce_scatter_unused_params, and freeze parameters before fsdp2.register"
             )
-        if self._release.is_complete(bucket):
-            raise BucketMOOError(
-                f"{self._plan.buckets[bucket].name}: got a second gradient in one backward, after the first was "
-                "exchanged (a module that is called twice does that); apply fully_shard to a module that contains "
-                "all its calls"
-            )
-        self._arrived[bucket] = flat
-        self._release.complete(bucket)
+        twice = "a module that is called twice does that); apply fully_shard to a module that contains all its calls"
+        self.put(bucket, flat, twice)
 
     def _take_all(self, bucket: int, gradient: Tensor) -> None:
         """One rank alone: the gradient will be `.grad`, to which the combined one must not be added."""
         self.take(bucket, gradient.clone())
         gradient.zero_()
 
-    def _leave(self, bucket: int) -> None:
-        flat = self._arrived.pop(bucket, None)
-        if flat is None:
-            flat = self._zeros(bucket)
-        elif flat.is_cuda:  # allocated on another stream than the one that exchanges it
-            flat.record_stream(torch.cuda.current_stream())
-        self.moo.ingest(bucket, self._by_rank(bucket, flat))
-
-    def _zeros(self, bucket: int) -> Tensor:
-        """What stands for a bucket that FSDP2 has not reduced: no forward pass has ever come there."""
+    def absent(self, bucket: int) -> Tensor:
+        """See `Sharded`. No forward pass has ever come there."""
         group = self._groups[bucket]
         if not group.unused:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: FSDP2 did not reduce it in this backward; leave out "
                 "set_requires_gradient_sync and set_reduce_scatter_unused_params after fsdp2.register"
             )
-        return torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=self.device)
+        device = torch.device(group.mesh.device_type)
+        return torch.zeros(self._shards * group.shard_numel, dtype=group.wire_dtype, device=device)
 
-    def _by_rank(self, bucket: int, flat: Tensor) -> Tensor:
-        """Cuts the shards into one piece a replica: piece (replica, shard) is the one of that rank of the mesh."""
+    def by_rank(self, bucket: int, flat: Tensor) -> Tensor:
+        """See `Sharded`. The shards are cut into one piece a replica: piece (replica, shard) is the one of that rank of
+        the mesh."""
         if self._replicas == 1:
             return flat
         shard, piece = self._groups[bucket].shard_numel, self._piece_numel(bucket)
@@ -485,18 +437,13 @@ class FSDP2Adapter(Adapter):
                 group.fill_accumulated()
         return [True] * len(self._plan.parameters)
 
-    def deliver(self, bucket: int, shard: Tensor) -> None:
-        """The engine's sink."""
-        if self._replicas > 1:
-            self._deliveries.start(bucket, self._exchange.all_gather(shard, self._replica_group))
-        elif bucket == self._release.inside:  # FSDP2 has not made its `.grad` yet, and will add zeros
-            self._deliveries.start(bucket, Received(shard))
-        else:
-            self._write(bucket, shard)
+    def gather(self, bucket: int, shard: Tensor) -> Received | None:
+        """See `Sharded`."""
+        return self._exchange.all_gather(shard, self._replica_group) if self._replicas > 1 else None
 
     def write(self) -> None:
         """See `Adapter`."""
-        self._deliveries.finish(self._write)
+        super().write()
         for group in self._groups:
             for parameter in group.parameters:
                 if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
@@ -504,15 +451,14 @@ class FSDP2Adapter(Adapter):
 
     def abandon(self) -> None:
         """See `Adapter`."""
-        self._arrived.clear()
+        super().abandon()
         self._early.clear()
-        self._release.start()
-        self._deliveries.clear()
         for group in self._groups:
             group.drop_gradients()
 
     @torch.no_grad()
-    def _write(self, bucket: int, shard: Tensor) -> None:
+    def write_shard(self, bucket: int, shard: Tensor) -> None:
+        """See `Sharded`."""
         group = self._groups[bucket]
         start = 0
         for parameter, padded in zip(group.parameters, group.padded, strict=True):
