@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(bool(bad))
 
 
-def report(workers: int, wanted: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
+def report(
+    workers: int, wanted: Callable[[str], bool] = lambda name: True, architectures: Sequence[int] = ARCHITECTURES
+) -> list[dict[str, Any]]:
     """Compiles every launch whose name is wanted for each architecture.
 
     Returns:
@@ -62,7 +64,7 @@ def report(workers: int, wanted: Callable[[str], bool] = lambda name: True) -> l
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels")
     names = [launch.name for launch in every_launch() if wanted(launch.name)]
-    jobs = [(name, architecture) for name in names for architecture in ARCHITECTURES]
+    jobs = [(name, architecture) for name in names for architecture in architectures]
     with ProcessPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(_compiled, *zip(*jobs, strict=True), chunksize=4))
 
