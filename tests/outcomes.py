@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import launch
@@ -30,7 +30,7 @@ class Outcomes(dict[Key, Results]):
         script: str,
         cases: Mapping[Key, Case],
         *,
-        also: tuple[Key, ...] = (),
+        also: Iterable[Key] = (),
         timeout: float = 300,
     ) -> None:
         super().__init__()

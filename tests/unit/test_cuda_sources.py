@@ -29,8 +29,8 @@ pytestmark = [
 ]
 
 
-# Kernels by source: 13 ways to take a Gram, alone and within resolve; 4 of float32 rows that gradients are added to, and
-# one without a Gram; adding up; solving; 4 dtypes to combine.
+# Kernels by source: 13 ways to take a Gram, alone and within resolve; 4 of float32 rows that gradients are added to,
+# and one without a Gram; adding up; solving; 4 dtypes to combine.
 KERNELS = {
     "resolve_float.cu": 5, "resolve_bfloat16.cu": 4, "resolve_float16.cu": 4, "gram.cu": 13, "accumulate.cu": 5,
     "combine.cu": 4, "solve.cu": 1, "add_partials.cu": 1, "resolve.cu": 0, "bindings.cpp": 0,
@@ -51,7 +51,8 @@ def targets() -> Iterator[Any]:
     first = tuple(name for name in KERNELS if name not in slow)
     yield pytest.param(Target(build.ARCHITECTURES[-1], first), id=f"sm_{build.ARCHITECTURES[-1]} with {drawn}")
     for architecture in build.ARCHITECTURES:
-        yield pytest.param(Target(architecture, tuple(KERNELS)), marks=pytest.mark.nightly, id=f"all of sm_{architecture}")
+        everything = Target(architecture, tuple(KERNELS))
+        yield pytest.param(everything, marks=pytest.mark.nightly, id=f"all of sm_{architecture}")
 
 
 @pytest.fixture(scope="module", params=list(targets()))
