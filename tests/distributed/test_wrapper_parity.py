@@ -84,7 +84,11 @@ NEVER: dict[str, tuple[Callable[..., bool], ...]] = {
         lambda adapters, find_unused: adapters > 0 and not find_unused,  # DDP waits for their gradients
         lambda numbers, clip: numbers == "bf16" and clip == CLIPPED,  # rounds them once more
     ),
-    "fsdp1": (lambda numbers, clip: numbers == "bf16 result" and clip == CLIPPED,),
+    "fsdp1": (
+        lambda numbers, clip: numbers == "bf16 result" and clip == CLIPPED,
+        # FSDP1 has these gradients in bf16, and torch lets nothing but float32 be assigned to a float32 parameter.
+        lambda numbers, offload, adapters: numbers == "bf16 result" and offload and adapters > 0,
+    ),
     "fsdp2": (),
 }
 NEVER_ANYWHERE: tuple[Callable[..., bool], ...] = (
@@ -294,7 +298,8 @@ def test_combined_gradient_is_the_reference(key: Key, outcomes: Outcomes) -> Non
     for result in outcomes[key]:
         assert "error" not in result, f"{result}, {outcomes.explain(key)}"
         assert result["gradient"] <= tolerance(key), f"{result}, {outcomes.explain(key)}"
-        assert result["counters"] == {"windows": 2}
+        counters = {name: count for name, count in result["counters"].items() if name != "flat_micro_steps"}
+        assert counters == {"windows": 2}
         within_buckets = case.get("granularity", "bucket") == "bucket"
         if case["wrapper"] == "fsdp2":  # whose buckets are the layers and what is left
             within_buckets = case.get("granularity") != "model"
