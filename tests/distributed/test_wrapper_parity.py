@@ -86,8 +86,8 @@ NEVER: dict[str, tuple[Callable[..., bool], ...]] = {
     ),
     "fsdp1": (
         lambda numbers, clip: numbers == "bf16 result" and clip == CLIPPED,
-        # FSDP1 has these gradients in bf16, and torch lets nothing but float32 be assigned to a float32 parameter.
-        lambda numbers, offload, adapters: numbers == "bf16 result" and offload and adapters > 0,
+        # Does not work yet: FSDP1's own assignment of a bf16 `.grad` to an offloaded float32 parameter is an error.
+        lambda numbers, offload: numbers == "bf16 result" and offload,
     ),
     "fsdp2": (),
 }
