@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,10 @@ from typing import Any, NamedTuple
 import launch
 import pytest
 import torch
+from draw import SEED
 
 from bucketmoo_ds.apps.bench import provenance
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WRAPPERS = ("fsdp2", "fsdp1", "ddp", "deepspeed", "single")
 STEPS = 20
 
