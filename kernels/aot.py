@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from bucketmoo_ds.kernels.launch import INTERPRETED, Launch, every_launch
 ARCHITECTURES = (80, 90)
 
 
-def report(workers: int, wanted: Callable[[str], bool] = lambda name: True) -> list[dict[str, Any]]:
+def report(
+    workers: int, wanted: Callable[[str], bool] = lambda name: True, architectures: Sequence[int] = ARCHITECTURES
+) -> list[dict[str, Any]]:
     """Compiles every launch whose name is wanted for each architecture.
 
     Returns:
@@ -39,7 +41,7 @@ def report(workers: int, wanted: Callable[[str], bool] = lambda name: True) -> l
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the kernels")
     names = [launch.name for launch in every_launch() if wanted(launch.name)]
-    jobs = [(name, architecture) for name in names for architecture in ARCHITECTURES]
+    jobs = [(name, architecture) for name in names for architecture in architectures]
     with ProcessPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(_compiled, *zip(*jobs, strict=True), chunksize=4))
 

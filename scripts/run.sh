@@ -33,5 +33,5 @@ fi
 
 case "$command" in
     quickstart) exec "$venv/bin/bucketmoo" quickstart "$@" ;;
-    test) exec "$venv/bin/pytest" -m "not slow" "$@" ;;
+    test) exec "$venv/bin/pytest" -m "not slow and not nightly" "$@" ;;
 esac

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import fsdp2_scenarios
 import worker
 import wrapped
+import wrappers_contract
 
 
 def run(*, scenario: str | None = None, **fields: Any) -> Any:
-    return fsdp2_scenarios.run(scenario, **fields) if scenario else wrapped.run(**fields)
+    return wrappers_contract.run(scenario, **fields) if scenario else wrapped.run(**fields)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import worker
-from fsdp2_scenarios import Run
+from wrappers import Run
 
 DYING = 1
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     worker.start()
     (two_stages,) = worker.arguments()
     nodes: dict[str, Any] = {"exchange": "two_stage", "ranks_per_node": 2, "languages": ["de"]} if two_stages else {}
-    run = Run(moo=nodes)
+    run = Run("fsdp2", moo=nodes)
     if two_stages:
         run.micro_step = lambda window, step: run.loss(0, window).backward()  # type: ignore[method-assign]
     run.window()

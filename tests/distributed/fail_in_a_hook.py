@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import ddp_scenarios
 import worker
+from wrappers import Run
 
 
 def fail(*_: Any) -> None:
@@ -13,7 +13,7 @@ def fail(*_: Any) -> None:
 
 
 worker.start()
-run = ddp_scenarios.Run()
+run = Run("ddp")
 run.window()
 worker.leave("one window done")
 if worker.RANK == 1:

@@ -1,4 +1,4 @@
-"""What holds of a window under FSDP2 in which the rows of one language were not finite."""
+"""What holds of a window under a wrapper in which the rows of one language were not finite."""
 
 from __future__ import annotations
 

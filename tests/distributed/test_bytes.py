@@ -17,59 +17,51 @@ The layers' sizes are drawn anew in every run, from a seed that a failure names 
 from __future__ import annotations
 
 import itertools
-import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
-import launch
 import pytest
+from draw import SEED, Case, Key, pairwise, parametrized
+from outcomes import Outcomes, Results
 
 from bucketmoo_ds.comm.exchange import ALIGNMENT
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
-WORLD_SIZES = (2, 3, 4)
-DTYPES = (("fp32", None), ("bf16", None), ("bf16", "fp32"))
-CASES = [
-    {"stage": stage, "micro_steps": micro_steps, "dtype": dtype, "accumulate": accumulate}
-    for stage, micro_steps, (dtype, accumulate) in itertools.product((1, 2, 3), (1, 3), DTYPES)
-]
-KEYS = [(world_size, index) for world_size in WORLD_SIZES for index in range(len(CASES))]
-KEYS_OF_3 = [key for key in KEYS if CASES[key[1]]["stage"] == 3]
-KEYS_OF_12 = [key for key in KEYS if key not in KEYS_OF_3]
-
-Key = tuple[int, int]
-Results = list[dict[str, Any]]
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "world_size": (2, 3, 4),
+    "stage": (1, 2, 3),
+    "micro_steps": (1, 3),
+    "dtypes": (("fp32", None), ("bf16", None), ("bf16", "fp32")),
+}
 
 
-class _Outcomes(dict[Key, Results]):
-    """The results of all ranks of a case; starts each world size once, when it is asked for first."""
+def keyed(drawn: Case) -> tuple[Key, Case]:
+    case = dict(drawn)
+    world_size = case.pop("world_size")
+    case["dtype"], case["accumulate"] = case.pop("dtypes")
+    return (world_size, "-".join(map(str, case.values()))), case
 
-    def __missing__(self, key: Key) -> Results:
-        world_size = key[0]
-        cases = [case | {"seed": SEED} for case in CASES]
-        for index, results in enumerate(launch.run("count_bytes.py", world_size, cases)):
-            self[world_size, index] = results
-        return self[key]
+
+CASES: dict[Key, Case] = dict(
+    keyed(dict(zip(FACTORS, values, strict=True))) for values in itertools.product(*FACTORS.values())
+)
+# On two numbers of ranks. The nightly list has all.
+WORLD_SIZES = (2, random.Random(SEED).choice((3, 4)))
+DRAWN = [keyed(drawn)[0] for drawn in pairwise(FACTORS | {"world_size": WORLD_SIZES})]
+THREE_QUARTERS: Key = (2, "2-1-fp32-None")
+
+every_stage = parametrized(CASES, DRAWN)
+zero12 = parametrized([key for key in CASES if CASES[key]["stage"] < 3], DRAWN)
+zero3 = parametrized([key for key in CASES if CASES[key]["stage"] == 3], DRAWN)
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[_Outcomes]:
-    print(f"BUCKETMOO_TEST_SEED={SEED}")
-    yield _Outcomes()
-
-
-def name_of(key: Key) -> str:
-    return f"W{key[0]}-" + "-".join(str(value) for value in CASES[key[1]].values())
-
-
-every_stage = pytest.mark.parametrize("key", KEYS, ids=name_of)
-zero12 = pytest.mark.parametrize("key", KEYS_OF_12, ids=name_of)
-zero3 = pytest.mark.parametrize("key", KEYS_OF_3, ids=name_of)
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    cases = {key: case | {"seed": SEED} for key, case in CASES.items()}
+    return Outcomes(request, "count_bytes.py", cases, also=[THREE_QUARTERS])
 
 
 @pytest.fixture
-def results(key: Key, outcomes: _Outcomes) -> Results:
+def results(key: Key, outcomes: Outcomes) -> Results:
     found = outcomes[key]
     for result in found:
         assert "error" not in result, f"{result}, {explain(key)}"
@@ -77,7 +69,7 @@ def results(key: Key, outcomes: _Outcomes) -> Results:
 
 
 def explain(key: Key) -> str:
-    return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {CASES[key[1]]}"
+    return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {CASES[key]}"
 
 
 def exchanges(case: dict[str, Any]) -> int:
@@ -101,7 +93,7 @@ def test_no_rank_sends_more_gradient_bytes_than_plain_deepspeed(key: Key, result
     """One case is at the limit: a float32 result of bf16 rows, one exchange, two ranks. Its pieces are twice as wide as
     its rows, so the mean over the ranks is the plain bytes and the padding, and one rank may send more than the other.
     """
-    world_size, case = key[0], CASES[key[1]]
+    world_size, case = key[0], CASES[key]
     ours, plain = ([result[name]["gradients"] for result in results] for name in ("moo", "plain"))
     if case["accumulate"] == "fp32" and exchanges(case) == 1 and world_size == 2:
         moo = results[0]["moo"]
@@ -112,7 +104,7 @@ def test_no_rank_sends_more_gradient_bytes_than_plain_deepspeed(key: Key, result
 
 @zero12
 def test_bytes_are_those_of_the_formula(key: Key, results: Results) -> None:
-    world_size, case = key[0], CASES[key[1]]
+    world_size, case = key[0], CASES[key]
     row_size, combined_size = element_sizes(case)
     for result in results:
         plain, moo = result["plain"], result["moo"]
@@ -138,7 +130,7 @@ def test_bytes_are_those_of_the_formula(key: Key, results: Results) -> None:
 @zero3
 def test_zero3_sends_what_its_reduce_scatter_sends(key: Key, results: Results) -> None:
     """To the byte: each rank sends every other one its chunk of every parameter, and nothing is sent on."""
-    world_size, case = key[0], CASES[key[1]]
+    world_size, case = key[0], CASES[key]
     row_size, _ = element_sizes(case)
     for result in results:
         plain, moo = result["plain"], result["moo"]
@@ -150,20 +142,19 @@ def test_zero3_sends_what_its_reduce_scatter_sends(key: Key, results: Results) -
         assert set(moo["sent"]) == {"rows", "grams", "control", "parameters"}
 
 
-def test_three_quarters_of_plain_on_two_ranks(outcomes: _Outcomes) -> None:
-    index = next(index for index, case in enumerate(CASES) if case == CASES[0] | {"stage": 2})
-    found = outcomes[2, index]
+def test_three_quarters_of_plain_on_two_ranks(outcomes: Outcomes) -> None:
+    found = outcomes[THREE_QUARTERS]
     ours, plain = (sum(result[name]["gradients"] for result in found) for name in ("moo", "plain"))
     moo = found[0]["moo"]
     allowance = padded(moo, 2) / sum(moo["buckets"])
     # 0.5 for the rows; 0.25 for the combined pieces, less what of the bucket across the border is in place already.
     border = 0.25 * max(moo["buckets"]) / sum(moo["buckets"])
-    assert 0.75 - border <= ours / plain <= 0.75 * allowance, f"{ours / plain}, {explain((2, index))}"
+    assert 0.75 - border <= ours / plain <= 0.75 * allowance, f"{ours / plain}, {explain(THREE_QUARTERS)}"
 
 
 @every_stage
 def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, results: Results) -> None:
-    world_size, case = key[0], CASES[key[1]]
+    world_size, case = key[0], CASES[key]
     for result in results:
         moo = result["moo"]
         # One Gram a bucket, K = W languages, float64, all-reduced: each bucket by itself, or all at once.
@@ -191,7 +182,7 @@ def test_sockets_sent_what_was_counted(key: Key, results: Results) -> None:
     """Nothing was sent by a collective that the count does not know. Plain ZeRO-3 is left out: gloo's reduce-scatter is
     an all-reduce inside, and sends more than a reduce-scatter has to."""
     world_size = key[0]
-    for name in ("plain", "moo") if CASES[key[1]]["stage"] < 3 else ("moo",):
+    for name in ("plain", "moo") if CASES[key]["stage"] < 3 else ("moo",):
         counted, sockets, calls = (
             sum(result[name][what] for result in results) for what in ("counted", "sockets", "calls")
         )

@@ -2,8 +2,11 @@
 
 A cell of docs/compatibility.md is what came of one case here: "tested" where the combined gradient was the float64
 reference's (or, of checkpoints and compilation, where the bits were those of a run without), "refused" with the message
-otherwise. `benchmarks/results/compatibility.json` holds the cells, and a cell that comes out otherwise fails. With
-`BUCKETMOO_COMPATIBILITY_JSON` they are written to that file; `python benchmarks/readme.py` makes the page from it.
+otherwise. `benchmarks/results/compatibility.json` holds the cells, and a cell that comes out otherwise fails. Every run
+tries each feature on one stage, drawn anew; the nightly list tries all. All cells, slow ones too, make the file anew,
+and `python benchmarks/readme.py` the page from it:
+
+    BUCKETMOO_COMPATIBILITY_JSON=benchmarks/results/compatibility.json pytest tests/distributed/test_compatibility.py
 """
 
 from __future__ import annotations
@@ -18,17 +21,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launch
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from distributed.tolerances import tolerance
+from draw import SEED, Case, Key
+from outcomes import Outcomes, Results
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZE = 2
 STAGES = (0, 1, 2, 3)
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "compatibility.json"
-
-Case = dict[str, Any]
 
 
 class Feature(NamedTuple):
@@ -149,6 +150,10 @@ class Cell(NamedTuple):
     stage: int
 
 
+def feature_of(cell: Cell) -> Feature:
+    return next(feature for feature in ROWS if feature.name == cell.feature)
+
+
 def case_of(feature: Feature, stage: int) -> Case:
     if feature.scenario != "parity":
         return {"scenario": feature.scenario, "stage": stage} | feature.case
@@ -161,40 +166,40 @@ def case_of(feature: Feature, stage: int) -> Case:
     } | feature.case
 
 
-CASES = {Cell(feature.name, stage): case_of(feature, stage) for feature in ROWS for stage in feature.stages}
-COMPILES = {Cell(each.name, stage): each.compiles for each in ROWS for stage in each.stages if each.compiles}
+CELLS = {(WORLD_SIZE, f"{each.name} on ZeRO-{stage}"): Cell(each.name, stage) for each in ROWS for stage in each.stages}
+CASES = {key: case_of(feature_of(cell), cell.stage) for key, cell in CELLS.items()}
 
 
-class _Cells(dict[Cell, list[dict[str, Any]]]):
-    """What came of every case, on all ranks. Those that compile an op are run when one of them is asked for, and so are
-    those that do not."""
-
-    def __missing__(self, cell: Cell) -> list[dict[str, Any]]:
-        together = [each for each in CASES if (each in COMPILES) == (cell in COMPILES)]
-        found = launch.run("try_features.py", WORLD_SIZE, [CASES[each] for each in together], timeout=900)
-        self.update(zip(together, found, strict=True))
-        return self[cell]
+def every_cell() -> Iterator[Any]:
+    draw = random.Random(SEED)
+    drawn = {Cell(feature.name, draw.choice(feature.stages)) for feature in ROWS}
+    for key, cell in CELLS.items():
+        marks = [] if cell in drawn else [pytest.mark.nightly]
+        if builder := feature_of(cell).compiles:
+            cannot = not builder().is_compatible(verbose=False)
+            reason = f"DeepSpeed cannot build {builder.NAME} here (async_io: install libaio-dev)"
+            marks = [pytest.mark.slow, pytest.mark.skipif(cannot, reason=reason)]
+        yield pytest.param(key, marks=marks, id=key[1])
 
 
 @pytest.fixture(scope="module")
-def cells() -> Iterator[_Cells]:
-    print(f"BUCKETMOO_TEST_SEED={SEED}")
-    cells = _Cells()
-    yield cells
+def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+    found = Outcomes(request, "try_features.py", CASES, timeout=900)
+    yield found
     target = os.environ.get("BUCKETMOO_COMPATIBILITY_JSON")
-    if target and len(cells) == len(CASES):
-        Path(target).write_text(json.dumps(summary(cells), indent=1) + "\n", encoding="utf-8")
+    if target and len(found) == len(CASES):
+        Path(target).write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
 
 
-def outcome(cell: Cell, results: list[dict[str, Any]]) -> str:
+def said_of(key: Key, results: Results) -> str:
     """What the table says of a cell."""
     first = results[0]
     if "refused" in first:
         who = "" if first["ours"] else "by DeepSpeed: "
         return f"refused: {who}{without_numbers(first['refused'])}"
-    limit = tolerance(CASES[cell]) if CASES[cell]["scenario"] == "parity" else 0.0
+    limit = tolerance(CASES[key]) if CASES[key]["scenario"] == "parity" else 0.0
     worst = max(result["error"] for result in results)
-    return "tested" if worst <= limit else f"wrong: off by {worst}, {CASES[cell]}"
+    return "tested" if worst <= limit else f"wrong: off by {worst}, {CASES[key]}"
 
 
 def without_numbers(message: str) -> str:
@@ -203,16 +208,12 @@ def without_numbers(message: str) -> str:
     return re.sub(r"0x[0-9a-f]+|/[\w./-]*/site-packages|(?<=rank )\d+|(?<=\")l\d+(?=\")", "...", line)
 
 
-def summary(cells: _Cells) -> dict[str, Any]:
+def summary(outcomes: Outcomes) -> dict[str, Any]:
+    said = {CELLS[key]: said_of(key, results) for key, results in outcomes.items()}
     table = {
         group: [
-            {
-                "feature": feature.name,
-                "stages": {
-                    stage: outcome(Cell(feature.name, stage), cells[feature.name, stage]) for stage in feature.stages
-                },
-            }
-            for feature in features
+            {"feature": each.name, "stages": {stage: said[Cell(each.name, stage)] for stage in each.stages}}
+            for each in features
         ]
         for group, features in FEATURES.items()
     }
@@ -231,26 +232,16 @@ def committed() -> dict[Cell, str]:
     }
 
 
-def every_cell() -> Iterator[Any]:
-    for cell in CASES:
-        if cell not in COMPILES:
-            yield cell
-            continue
-        cannot = not COMPILES[cell]().is_compatible(verbose=False)
-        reason = f"DeepSpeed cannot build {COMPILES[cell].NAME} here (async_io: install libaio-dev)"
-        yield pytest.param(cell, marks=[pytest.mark.slow, pytest.mark.skipif(cannot, reason=reason)])
-
-
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize("cell", list(every_cell()), ids=lambda cell: f"{cell.feature} on ZeRO-{cell.stage}")
-def test_cell_is_what_the_documentation_says(cell: Cell, cells: _Cells, committed: dict[Cell, str]) -> None:
-    results = cells[cell]
-    assert outcome(cell, results) == committed.get(cell), f"{results}, BUCKETMOO_TEST_SEED={SEED}"
+@pytest.mark.parametrize("key", list(every_cell()))
+def test_cell_is_what_the_documentation_says(key: Key, outcomes: Outcomes, committed: dict[Cell, str]) -> None:
+    results = outcomes[key]
+    assert said_of(key, results) == committed.get(CELLS[key]), f"{results}, {outcomes.explain(key)}"
     assert len({"refused" in result for result in results}) == 1, f"ranks differ: {results}"
 
 
 def test_the_documentation_says_nothing_else(committed: dict[Cell, str]) -> None:
-    assert set(committed) == set(CASES)
+    assert set(committed) == set(CELLS.values())
 
 
 def test_nothing_is_wrong(committed: dict[Cell, str]) -> None:

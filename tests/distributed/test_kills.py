@@ -18,10 +18,10 @@ from typing import Any
 
 import launch
 import pytest
+from draw import SEED
 
 from bucketmoo_ds.apps.bench import provenance
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZE = 2
 # Of survivors, from the death of a rank to the end of their process. gloo would wait for 45 seconds (see worker.py).
 TIME_LIMIT = 40.0

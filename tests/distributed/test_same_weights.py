@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +19,11 @@ from typing import Any, NamedTuple
 import launch
 import pytest
 import torch
+from draw import SEED
 
 from bucketmoo_ds.adapters import table
 from bucketmoo_ds.apps.bench import provenance
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WRAPPERS = table.names()
 ALONE = [each.name for each in table.FRAMEWORKS if not each.plain]  # one process
 STEPS = 20

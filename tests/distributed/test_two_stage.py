@@ -9,7 +9,6 @@ ranks: tests/unit/test_by_node.py.
 from __future__ import annotations
 
 import math
-import os
 import random
 from typing import Any
 
@@ -17,12 +16,10 @@ import launch
 import pytest
 import torch
 from distributed.not_finite import check_not_finite
+from draw import SEED, Case
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZE, INSIDE = 4, 2
 BY_NODE, MIXED, OTHER = [0, 0, 1, 1], [0, 1, 1, 0], [2, 2, 1, 1]
-
-Case = dict[str, Any]
 
 
 def either() -> dict[str, Case]:
@@ -100,7 +97,8 @@ CASES = cases()
 NOT_FINITE: list[Case] = [
     {
         "scenario": "not_finite",
-        "replicas": 2,
+        "wrapper": "fsdp2",
+        "how": {"replicas": 2},
         "micro_steps": 1,
         "value": math.nan,
         "where": None,

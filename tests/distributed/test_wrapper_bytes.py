@@ -17,23 +17,17 @@ The layers' sizes are drawn anew in every run, from a seed that a failure names 
 from __future__ import annotations
 
 import dataclasses
-import os
-import random
-from typing import Any
 
-import launch
 import pytest
+from draw import SEED, Case, Key, parametrized
+from outcomes import Outcomes, Results
 
 from bucketmoo_ds.apps.planner import Setup, forecast
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORLD_SIZES = (2, 3, 4)
+NIGHTLY = 3
 INSIDE, REPLICAS = 2, 2
 BY_NODE = [0, 0, 1, 1]
-
-Case = dict[str, Any]
-Key = tuple[int, str]
-Results = list[dict[str, Any]]
 
 WINDOWS: dict[str, Case] = {
     "one": {},
@@ -63,68 +57,56 @@ def cases_of(world_size: int) -> dict[str, Case]:
     return {name: case | {"seed": SEED} for name, case in found.items()}
 
 
-CASES = {world_size: cases_of(world_size) for world_size in WORLD_SIZES}
-KEYS = [(world_size, name) for world_size in WORLD_SIZES for name in CASES[world_size]]
-OURS = [key for key in KEYS if CASES[key[0]][key[1]]["register"]]
-
-
-class _Outcomes(dict[Key, Results]):
-    """The results of all ranks of a case; starts each world size once, when it is asked for first."""
-
-    def __missing__(self, key: Key) -> Results:
-        cases = CASES[key[0]]
-        found = launch.run("count_wrapper_bytes.py", key[0], list(cases.values()))
-        self.update({(key[0], name): results for name, results in zip(cases, found, strict=True)})
-        for name, results in zip(cases, found, strict=True):
-            assert all("error" not in result for result in results), f"{results}, {explain((key[0], name))}"
-        return self[key]
+CASES: dict[Key, Case] = {
+    (world_size, name): case for world_size in WORLD_SIZES for name, case in cases_of(world_size).items()
+}
+OURS = [key for key in CASES if CASES[key]["register"]]
+DRAWN = [key for key in OURS if key[0] != NIGHTLY]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> _Outcomes:
-    print(f"BUCKETMOO_TEST_SEED={SEED}")
-    return _Outcomes()
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    """With all plain runs."""
+    return Outcomes(request, "count_wrapper_bytes.py", CASES, also=set(CASES) - set(OURS))
 
 
 def explain(key: Key) -> str:
-    return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {CASES[key[0]][key[1]]}"
+    return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {CASES[key]}"
 
 
-def plain(outcomes: _Outcomes, key: Key) -> Results:
+def plain(outcomes: Outcomes, key: Key) -> Results:
     """Of the same windows."""
     window = key[1].split("-")[1]
     name = "plain_replicas" if key[1].startswith("replicas") else "plain"
     return outcomes[key[0], f"{name}-{window if window in WINDOWS else 'one'}"]
 
 
-def padded(outcomes: _Outcomes, key: Key) -> float:
+def padded(outcomes: Outcomes, key: Key) -> float:
     """E N: what plain FSDP2 sends on one mesh dimension is (W-1)/W of it, written out here for one exchange or two."""
     (sent,) = {result["sent"]["gradients"] for result in outcomes[key[0], f"plain-{key[1].split('-')[1]}"]}
     return sent * key[0] / (key[0] - 1)
 
 
-every = pytest.mark.parametrize("key", OURS, ids=lambda key: f"W{key[0]}-{key[1]}")
-without_replicas = pytest.mark.parametrize(
-    "key", [key for key in OURS if not key[1].startswith("replicas")], ids=lambda key: f"W{key[0]}-{key[1]}"
-)
+every = parametrized(OURS, DRAWN)
+without_replicas = parametrized([key for key in OURS if not key[1].startswith("replicas")], DRAWN)
 on_four = pytest.mark.parametrize("window", WINDOWS)
 
 
 @without_replicas
-def test_gradient_bytes_are_those_of_plain_fsdp2(key: Key, outcomes: _Outcomes) -> None:
+def test_gradient_bytes_are_those_of_plain_fsdp2(key: Key, outcomes: Outcomes) -> None:
     for ours, theirs in zip(outcomes[key], plain(outcomes, key), strict=True):
         assert ours["gradients"] == ours["sent"]["rows"] == theirs["gradients"] > 0, explain(key)
         # At least the gradient itself, and no more padding than a row of each of the W parts of every parameter has.
-        world_size, case = key[0], CASES[key[0]][key[1]]
+        world_size, case = key[0], CASES[key]
         exchanges = 1 if case.get("once_a_window") else case.get("micro_steps", 1)
         least = exchanges * ours["numel"] * (2 if case.get("dtype") == "bf16" else 4) * (world_size - 1) / world_size
         assert least <= ours["gradients"] <= 1.06 * least, explain(key)
 
 
 @every
-def test_nothing_else_is_sent(key: Key, outcomes: _Outcomes) -> None:
+def test_nothing_else_is_sent(key: Key, outcomes: Outcomes) -> None:
     """FSDP2 gathers parameters as before; Grams and control messages do not grow with the model."""
-    world_size, case = key[0], CASES[key[0]][key[1]]
+    world_size, case = key[0], CASES[key]
     languages = 2 if "table" in case else world_size
     for ours, theirs in zip(outcomes[key], plain(outcomes, key), strict=True):
         assert set(ours["sent"]) <= {"rows", "combined", "grams", "control", "parameters"}
@@ -140,7 +122,7 @@ def test_nothing_else_is_sent(key: Key, outcomes: _Outcomes) -> None:
 
 
 @every
-def test_own_counters_say_what_the_collectives_carried(key: Key, outcomes: _Outcomes) -> None:
+def test_own_counters_say_what_the_collectives_carried(key: Key, outcomes: Outcomes) -> None:
     for result in outcomes[key]:
         assert {name: sent for name, sent in result["own"].items() if sent} == result["carried"], explain(key)
         between = {name: sent for name, sent in result["own_between"].items() if sent}
@@ -148,7 +130,7 @@ def test_own_counters_say_what_the_collectives_carried(key: Key, outcomes: _Outc
 
 
 @on_four
-def test_bytes_between_nodes(window: str, outcomes: _Outcomes) -> None:
+def test_bytes_between_nodes(window: str, outcomes: Outcomes) -> None:
     numel = padded(outcomes, (4, f"plain-{window}"))
     for flat, staged in zip(outcomes[4, f"nodes_flat-{window}"], outcomes[4, f"nodes-{window}"], strict=True):
         assert flat["carried_between"]["all_to_all"] == numel * (4 - INSIDE) / 4
@@ -160,7 +142,7 @@ def test_bytes_between_nodes(window: str, outcomes: _Outcomes) -> None:
 
 
 @on_four
-def test_replicas_send_no_more_than_plain_ones(window: str, outcomes: _Outcomes) -> None:
+def test_replicas_send_no_more_than_plain_ones(window: str, outcomes: Outcomes) -> None:
     """Exactly as much where the wire is float32 and a window has one exchange, but for shards of an odd number of
     elements, which replicas do not divide; less where windows have several. In bf16 the combined gradient, which is
     float32, is twice as wide as what plain FSDP2 gathers."""
@@ -182,7 +164,7 @@ def test_replicas_send_no_more_than_plain_ones(window: str, outcomes: _Outcomes)
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("layout", ["flat", "two_stage", "replicas"])
-def test_the_planner_says_so(layout: str, window: str, outcomes: _Outcomes) -> None:
+def test_the_planner_says_so(layout: str, window: str, outcomes: Outcomes) -> None:
     """In units of what the plain run sends, in which the padding, that the planner does not know, stands on both sides;
     but for what replicas pad in addition."""
     case = dict(WINDOWS[window])
@@ -214,7 +196,7 @@ def test_the_planner_says_so(layout: str, window: str, outcomes: _Outcomes) -> N
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_rows_take_what_the_planner_says(storage: str, outcomes: _Outcomes) -> None:
+def test_rows_take_what_the_planner_says(storage: str, outcomes: Outcomes) -> None:
     """In device or host memory, but for the padding of shards, which the planner does not know: below 1 %. The numbers
     are proportional to the elements, so they hold for 8B of them as for these."""
     for result in outcomes[2, f"rows_{storage}-two"]:
@@ -228,8 +210,8 @@ def test_rows_take_what_the_planner_says(storage: str, outcomes: _Outcomes) -> N
         )
 
 
-@pytest.mark.parametrize("key", [key for key in OURS if key[1].startswith(("flat", "rows"))], ids=str)
-def test_sockets_sent_what_was_counted(key: Key, outcomes: _Outcomes) -> None:
+@parametrized([key for key in OURS if key[1].startswith(("flat", "rows"))], DRAWN)
+def test_sockets_sent_what_was_counted(key: Key, outcomes: Outcomes) -> None:
     """Nothing was sent by a collective that the count does not know. In two stages gloo sends more than is counted: its
     reduce-scatter is an all-reduce inside."""
     world_size, results = key[0], outcomes[key]

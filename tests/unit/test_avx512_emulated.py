@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from unit.compiled import compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATED = Path(__file__).parent / "avx512_emulated"
@@ -23,12 +23,11 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("avx512") / "kernels.so"
+def kernels() -> ctypes.CDLL:
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-mavx2", "-mfma", "-mf16c", "-fno-trapping-math", "-Wno-psabi"]
-    source = str(EMULATED / "harness.cpp")
-    subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc/cpu'}", source, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    command = ["g++", *flags, f"-I{ROOT / 'csrc/cpu'}", str(EMULATED / "harness.cpp")]
+    made, _ = compiled(command, "kernels.so", (EMULATED, ROOT / "csrc"))
+    return ctypes.CDLL(str(made))
 
 
 def make_rows(count: int, length: int, dtype: torch.dtype) -> list[Tensor]:

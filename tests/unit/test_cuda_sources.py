@@ -1,17 +1,22 @@
-"""The CUDA sources where no GPU is: they compile for sm_80 and sm_90 against a PyTorch without CUDA, keep everything in
+"""The CUDA sources where no GPU is: they compile against a PyTorch without CUDA, keep everything in
 registers, and their machine code has the loads and products that their speed and accuracy rest on."""
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from draw import SEED
+from unit.compiled import compiled, together
 
 from bucketmoo_ds.ops import build
 
@@ -24,53 +29,72 @@ pytestmark = [
 ]
 
 
-def _compile(source: str, folder: Path) -> tuple[Path, str]:
-    made = folder / f"{source}.o"
-    command = ["nvcc", "-c", *build.NVCC_FLAGS, "-Xptxas=-v", f"-I{TORCH_INCLUDE}"]
-    done = subprocess.run(
-        [*command, str(SOURCES / source), "-o", str(made)], capture_output=True, text=True, check=False
+# Kernels by source: 13 ways to take a Gram, alone and within resolve; 4 of float32 rows that gradients are added to,
+# and one without a Gram; adding up; solving; 4 dtypes to combine.
+KERNELS = {
+    "resolve_float.cu": 5, "resolve_bfloat16.cu": 4, "resolve_float16.cu": 4, "gram.cu": 13, "accumulate.cu": 5,
+    "combine.cu": 4, "min_norm.cu": 1, "add_partials.cu": 1, "resolve.cu": 0, "bindings.cpp": 0,
+}  # fmt: skip
+
+Objects = dict[str, tuple[Path, str]]
+
+
+class Target(NamedTuple):
+    architecture: str
+    sources: tuple[str, ...]  # the slowest first
+
+
+def targets() -> Iterator[Any]:
+    """One architecture, and of the three slowest sources one, drawn anew in every run; both and all in the nightly
+    list."""
+    *slow, drawn = random.Random(SEED).sample([name for name in KERNELS if name.startswith("resolve_")], 3)
+    first = tuple(name for name in KERNELS if name not in slow)
+    yield pytest.param(Target(build.ARCHITECTURES[-1], first), id=f"sm_{build.ARCHITECTURES[-1]} with {drawn}")
+    for architecture in build.ARCHITECTURES:
+        everything = Target(architecture, tuple(KERNELS))
+        yield pytest.param(everything, marks=pytest.mark.nightly, id=f"all of sm_{architecture}")
+
+
+@pytest.fixture(scope="module", params=list(targets()))
+def target(request: pytest.FixtureRequest) -> Target:
+    found: Target = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(target: Target) -> Objects:
+    """The object file and ptxas's report of each source."""
+    flags = [flag for flag in build.NVCC_FLAGS if not flag.startswith("-gencode")]
+    flags += [f"-gencode=arch=compute_{target.architecture},code=sm_{target.architecture}", "-Xptxas=-v"]
+    command = ["nvcc", "-c", *flags, f"-I{TORCH_INCLUDE}"]
+    # Of torch, whose headers are many, the version stands for all files.
+    depends_on = (SOURCES.parent, Path(torch.version.__file__))
+    made = together(
+        partial(compiled, [*command, str(SOURCES / name)], f"{name}.o", depends_on) for name in target.sources
     )
-    assert done.returncode == 0, done.stderr
-    return made, done.stderr
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """The object file and ptxas's report of each source; the slowest are started first."""
-    folder = tmp_path_factory.mktemp("cuda")
-    slowest_first = sorted(build.CUDA_SOURCES, key=lambda source: ("resolve_" not in source, source))
-    with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda source: _compile(source, folder), slowest_first)
-        return dict(zip(slowest_first, made, strict=True))
+    return dict(zip(target.sources, made, strict=True))
 
 
 def test_every_source_is_listed() -> None:
     found = {path.name for path in SOURCES.iterdir() if path.suffix in (".cu", ".cpp")}
-    assert found == set(build.CUDA_SOURCES)
+    assert found == set(build.CUDA_SOURCES) == set(KERNELS)
 
 
-def test_no_kernel_has_a_stack_frame_or_spills(compiled: dict[str, tuple[Path, str]]) -> None:
-    seen = dict.fromkeys(build.ARCHITECTURES, 0)
+def test_no_kernel_has_a_stack_frame_or_spills(target: Target, objects: Objects) -> None:
     faults = []
-    for source, (_, report) in compiled.items():
+    for source, (_, report) in objects.items():
         entry = r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
-        for name, architecture, frame, spilled in re.findall(entry, report, re.DOTALL):
-            seen[architecture] += 1
+        entries = re.findall(entry, report, re.DOTALL)
+        assert [architecture for _, architecture, _, _ in entries] == [target.architecture] * KERNELS[source], source
+        for name, _, frame, spilled in entries:
             if int(frame) or int(spilled):
-                faults.append(f"{source} {name} sm_{architecture}: {frame} bytes of stack, {spilled} spilled")
+                faults.append(f"{source} {name}: {frame} bytes of stack, {spilled} spilled")
         assert "warning" not in report.lower(), report
     assert not faults, "\n".join(faults)
-    # 13 ways to take a Gram, alone and within resolve; 4 of float32 rows that gradients are added to, and one without
-    # a Gram; adding up; solving; 4 dtypes to combine.
-    expected = 13 + 13 + 5 + 1 + 1 + 4
-    assert seen == dict.fromkeys(build.ARCHITECTURES, expected)
 
 
-@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
-def test_the_gram_loads_16_bytes_and_multiplies_where_it_should(
-    compiled: dict[str, tuple[Path, str]], architecture: str
-) -> None:
-    kernels = _machine_code(compiled["gram.cu"][0], architecture)
+def test_the_gram_loads_16_bytes_and_multiplies_where_it_should(objects: Objects) -> None:
+    kernels = _machine_code(objects["gram.cu"][0])
     tensor = {name: code for name, code in kernels.items() if "TensorGram" in name}
     others = {name: code for name, code in kernels.items() if "TensorGram" not in name}
     assert len(tensor) == 8
@@ -86,16 +110,14 @@ def test_the_gram_loads_16_bytes_and_multiplies_where_it_should(
         assert re.search(r"\bDFMA\b" if "StagedGramIdE" in name else r"\bFFMA\b", code), name
 
 
-@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
-def test_nothing_adds_with_atomics(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
+def test_nothing_adds_with_atomics(objects: Objects) -> None:
     for source in ("gram.cu", "add_partials.cu", "accumulate.cu", "combine.cu", "min_norm.cu"):
-        for name, code in _machine_code(compiled[source][0], architecture).items():
+        for name, code in _machine_code(objects[source][0]).items():
             assert not re.search(r"\b(ATOM|ATOMG|RED|ATOMS)\b", code), name
 
 
-@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
-def test_combine_reads_and_writes_16_bytes(compiled: dict[str, tuple[Path, str]], architecture: str) -> None:
-    kernels = _machine_code(compiled["combine.cu"][0], architecture)
+def test_combine_reads_and_writes_16_bytes(objects: Objects) -> None:
+    kernels = _machine_code(objects["combine.cu"][0])
     assert len(kernels) == 4
     for name, code in kernels.items():
         assert "LDG.E.128" in code, name
@@ -104,11 +126,11 @@ def test_combine_reads_and_writes_16_bytes(compiled: dict[str, tuple[Path, str]]
             assert "STG.E.128" in code, name
 
 
-def _machine_code(made: Path, architecture: str) -> dict[str, str]:
+def _machine_code(made: Path) -> dict[str, str]:
     """Returns the SASS of each kernel of an object file."""
     tool = _cuobjdump()
     done = subprocess.run(
-        [tool, "-sass", "-arch", f"sm_{architecture}", str(made)], capture_output=True, text=True, check=False,
+        [tool, "-sass", str(made)], capture_output=True, text=True, check=False,
         # It calls nvdisasm, which lies beside it.
         env={**os.environ, "PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"},
     )  # fmt: skip
