@@ -154,6 +154,8 @@ class _CommHook(Hook):
 class DDPAdapter(Whole):
     """Takes what DDP would all-reduce, and writes combined gradients."""
 
+    learns = False  # in the first backward DDP hands over buckets that it has not ordered yet
+
     def install(self, model: DistributedDataParallel) -> None:
         """Hooks the parameters."""
         self._ddp = model

@@ -315,6 +315,12 @@ class FSDP2Adapter(Sharded):
                 module.set_all_reduce_hook(functools.partial(self._take_all, bucket))
         self._handles.append(self._model.register_forward_hook(Hook(self._watch)))
 
+    def close(self) -> None:
+        """See `Adapter`."""
+        super().close()
+        for group in self._groups:
+            group.watched.clear()
+
     @property
     def _shards(self) -> int:
         return self._exchange.world_size // self._replicas

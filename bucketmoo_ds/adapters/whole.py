@@ -79,9 +79,14 @@ class Whole(Adapter):
         bucket_size: elements a bucket may hold; `None` for `bucket_bytes`.
         bucket_bytes: the same in bytes.
 
+    Attributes:
+        learns: whether gradients come as backward goes; see `Release`.
+
     Raises:
         ConfigError: see `trained_parameters` and `BucketMOO`; or a bucket size below 1.
     """
+
+    learns = True
 
     def __init__(
         self,
@@ -125,7 +130,8 @@ class Whole(Adapter):
         super().bind(micro)
         plan, exchange = self.moo.plan, self.moo.exchange
         layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
-        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, self.parameters[0].device)
+        device = self.parameters[0].device
+        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, device, self.learns)
 
     def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`."""

@@ -210,9 +210,9 @@ class LanguageTracker:
         try:
             if not passages:
                 raise LanguageError(
-                    "a backward without a forward pass of the model since the last one: call the model that was "
-                    "registered (the engine), not a module inside of it; and add losses over one forward pass up for "
-                    "one backward"
+                    "a backward without a forward pass of the model since the last one: call backward once after every "
+                    "forward pass, before the next one (add losses over one forward pass up for it), and call the "
+                    "model that was registered (the engine), not a module inside of it"
                 )
             batches = [_checked(each.found) for each in passages if not each.aside]
             batches = batches or [_checked(each.found) for each in passages]

@@ -75,16 +75,6 @@ def called_twice() -> None:
     Run("fsdp2", module=CalledTwice).micro_step()
 
 
-def behind_the_outputs() -> None:
-    """The model hides its loss, and is trained by what it left elsewhere."""
-    run = Run("fsdp2")
-    run.window()
-    kept: list[Tensor] = []
-    run.model.head.register_forward_hook(lambda module, args, output: kept.append(output))
-    run.loss(0)
-    kept[0].sum().backward()
-
-
 def not_the_root() -> None:
     """Of a model of which another module is the root."""
     model = nn.Sequential(fsdp2(toy.ToyLM()))
@@ -143,7 +133,6 @@ SCENARIOS: tuple[Callable[..., Any], ...] = (
     changed_layout,
     unused_left_out,
     called_twice,
-    behind_the_outputs,
     not_the_root,
     mixed_nodes,
     resumed,
