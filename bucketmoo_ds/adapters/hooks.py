@@ -44,14 +44,15 @@ class Hook(Stays):
         return self._call(*args, **kwargs)
 
 
-def weak(method: Callable[[torch.optim.Optimizer], None]) -> Callable[..., None]:
-    """Returns a global hook of optimizers that does not keep its owner alive."""
+def weak(method: Callable[[Any], None]) -> Callable[..., None]:
+    """Returns a hook that does not keep the owner of a bound method alive: for global hooks of optimizers, and for
+    post-accumulate-grad hooks, whose cycles Python's collector does not see."""
     reference = weakref.WeakMethod(method)
 
-    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def hook(subject: Any, *_: Any) -> None:
         alive = reference()
         if alive is not None:
-            alive(optimizer)
+            alive(subject)
 
     return hook
 

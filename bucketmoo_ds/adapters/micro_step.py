@@ -1,7 +1,8 @@
 """One life of a micro-step, kept once for every adapter.
 
     closed -> open      the first gradient of this model's parameters comes in a backward
-    open   -> closed    that backward has ended; the boundary's resolves the window
+    open   -> closed    that backward has ended; the boundary's resolves the window. One that an error has stopped
+                        stays open until the window is given up
     resolved            the gradients that the optimizer sees are those of a resolved window
     unused              and no optimizer step has used them yet
 
@@ -36,8 +37,13 @@ class MicroStep:
         self.tracker = tracker
         self.is_open = self.boundary = self.resolved = self.unused = False
 
+    def come(self) -> None:
+        """The first gradient of a backward is there, so that what the optimizer sees is no resolved window's any more.
+        A micro-step that is then refused stays open: an error that is caught leaves half of one."""
+        self.is_open, self.resolved, self.unused = True, False, False
+
     def open(self, boundary: bool, obstacle: LanguageError | None = None) -> None:
-        """Agrees with the other ranks on this micro-step's languages.
+        """Agrees with the other ranks on the languages of the micro-step that has come.
 
         Args:
             boundary: whether it ends the window.
@@ -50,7 +56,7 @@ class MicroStep:
         """
         moo = self.moo
         moo.begin_micro_step(obstacle or self.tracker.slot(moo.micro_steps, moo.exchange.world_size), boundary)
-        self.is_open, self.boundary, self.resolved, self.unused = True, boundary, False, False
+        self.boundary = boundary
         taken = moo.window.micro_steps
         if taken >= moo.micro_steps and not boundary:
             raise BucketMOOError(
@@ -86,7 +92,7 @@ class MicroStep:
         self.is_open = self.resolved = self.unused = False
 
     def check_not_interrupted(self) -> None:
-        """Raises `BucketMOOError` where a micro-step is still open as the next forward pass begins."""
+        """Raises `BucketMOOError` where a micro-step is still open as the next forward pass or a step begins."""
         if self.is_open:
             raise BucketMOOError(
                 "the last backward did not come to its end, so that its window holds half a micro-step: after an error "
@@ -95,6 +101,7 @@ class MicroStep:
 
     def check_step(self) -> None:
         """Raises `BucketMOOError` where an optimizer step would find the window unfinished."""
+        self.check_not_interrupted()
         if self.moo.in_window:
             raise BucketMOOError(
                 f"optimizer.step() after {self.moo.window.micro_steps} of {self.moo.micro_steps} micro-steps: this "

@@ -233,7 +233,9 @@ class Session(Stays):
         """The gradient of a parameter comes: the first one opens the micro-step."""
         if self._micro.is_open:
             return
-        if self._micro.unused:
+        unused = self._micro.unused
+        self._micro.come()
+        if unused:
             self._check_cleared(parameter)
         moo = self.moo
         boundary = moo.window.micro_steps + 1 == moo.micro_steps

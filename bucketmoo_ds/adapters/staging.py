@@ -62,7 +62,7 @@ class Staging:
             Whether this completes the bucket of the parameter.
         """
         bucket, member = self._place[parameter]
-        flat = gradient.reshape(-1)
+        flat = gradient.detach().reshape(-1)  # under `create_graph` it would keep the graph
         for target, start, numel in self._layout.parts(self._buffer(bucket), bucket, member):
             source = flat.narrow(0, start, numel).view_as(target)
             if parameter not in self._filled:

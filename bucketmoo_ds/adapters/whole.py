@@ -8,13 +8,14 @@ has. Every rank resolves an even slice of each bucket, and all ranks gather the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bucketmoo_ds.adapters.hooks import weak
 from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.adapters.session import Adapter
 from bucketmoo_ds.adapters.staging import Gathering
@@ -142,11 +143,11 @@ class Whole(Adapter):
                     parameter.grad = None
 
     def hook(self, come: Callable[[Tensor], None]) -> None:
-        """Hooks the parameters: `come` is called with each whose `.grad` is there."""
+        """Hooks the parameters: the method `come` is called with each whose `.grad` is there."""
         for parameter in self.parameters:
             self._handles += [
                 parameter.register_hook(functools.partial(self._make_room, parameter)),
-                parameter.register_post_accumulate_grad_hook(come),
+                parameter.register_post_accumulate_grad_hook(weak(come)),
             ]
 
     def close(self) -> None:
@@ -178,12 +179,25 @@ class Whole(Adapter):
         self._gathering.start_window()
         self._deliveries.clear()
 
-    def _check_taken(self) -> None:
+    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Adapter`."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
+    def nothing_came(self) -> None:
+        """See `Adapter`. Unless it brought them to parameters that were not there at register.
+
+        Raises:
+            BucketMOOError: it did.
+        """
+        self._check_taken(known=self._index)
+
+    def _check_taken(self, known: Container[Tensor] = ()) -> None:
         missed = [
             name
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
             and parameter.grad is not None
+            and parameter not in known
             and not self._gathering.has_come(self._index.get(parameter, -1))
         ]
         if missed:

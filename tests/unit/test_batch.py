@@ -91,10 +91,13 @@ def test_missing_language() -> None:
     assert 'engine.language("de")' in message
 
 
-def test_no_forward_at_all_is_a_missing_language() -> None:
-    found = tracker().slot(1, 1)
+def test_no_forward_at_all() -> None:
+    """Not even a context that names a language makes up for it."""
+    one = tracker()
+    with one.language("fr"):
+        found = one.slot(1, 1)
     assert isinstance(found, LanguageError)
-    assert "names no language" in str(found)
+    assert str(found).startswith("a backward without a forward pass of the model since the last one: call the model")
 
 
 def test_context_gives_the_language() -> None:
@@ -105,7 +108,6 @@ def test_context_gives_the_language() -> None:
         with one.language(0):
             assert slot_of(one, {}).language == 0
         assert slot_of(one, {}).language == 1
-        assert one.slot(1, 1).language == 1, "without any forward the context still counts"
     assert "names no language" in error_of(one, {})
 
 
@@ -156,6 +158,41 @@ def test_two_forwards_of_one_backward() -> None:
     found = one.slot(2, 1)
     assert isinstance(found, LanguageError)
     assert "several languages (de, fr)" in str(found)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.booleans()), min_size=1, max_size=6))
+def test_forward_passes_that_are_set_aside(passes: list[tuple[int, int, bool]]) -> None:
+    """A backward belongs to those that are not; to all of them, where it went through none that we know of."""
+    one = tracker()
+    for language, tokens, aside in passes:
+        passage = one.note(Entries(language=language, target_tokens=tokens), training=True)
+        one.set_aside(passage)
+        if not aside:
+            one.bring_back(passage)
+    meant = [each for each in passes if not each[2]] or passes
+    found = one.slot(3, 1)
+    if len({language for language, *_ in meant}) > 1:
+        assert isinstance(found, LanguageError)
+    else:
+        tokens = sum(count for _, count, _ in meant)
+        assert found == Slot(meant[0][0], tokens, 3.0 * tokens)
+    assert isinstance(one.slot(3, 1), LanguageError), "a forward pass belongs to one micro-step"
+
+
+def test_an_error_of_a_forward_pass_that_is_set_aside_is_none() -> None:
+    one = tracker()
+    one.set_aside(one.note(Entries(language="xx"), training=True))
+    one.note(Entries(language="fr", target_tokens=2), training=True)
+    assert one.slot(1, 1) == Slot(1, 2, 2.0)
+
+
+def test_forgotten_forward_passes() -> None:
+    one = tracker()
+    for training in (True, False):
+        one.note(Entries(language="de"), training)
+        one.forget()
+        assert isinstance(one.slot(1, 1), LanguageError)
 
 
 @pytest.mark.parametrize("kind", [dict, BatchEncoding])

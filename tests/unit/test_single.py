@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import os
 import random
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import bucketmoo_ds
 from bucketmoo_ds import reference
 from bucketmoo_ds.adapters.session import Session
-from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.plan.choices import create_aggregator
 
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
@@ -272,6 +274,18 @@ def test_closed_session_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_session_and_model_go_together(trained: bool) -> None:
+    model = toy_model()
+    session = register(model)
+    if trained:
+        window(model, seeded())
+    gone = [weakref.ref(each) for each in (model, session, session.moo, model.head.weight)]
+    del model, session
+    gc.collect()
+    assert [each() for each in gone] == [None] * 4
+
+
 # --- faults -------------------------------------------------------------------------------------------------------
 
 
@@ -318,11 +332,16 @@ def test_backward_after_the_boundary() -> None:
         window(model, seeded(), [0])
 
 
-def test_gradient_that_comes_without_the_models_outputs() -> None:
+@pytest.mark.parametrize(
+    "part", [lambda model, ids: model.embed.weight, lambda model, ids: model.layers[0](model.embed(ids))]
+)
+def test_gradient_that_comes_without_the_model(part: Any) -> None:
     model = toy_model()
-    register(model)
-    with pytest.raises(BucketMOOError, match="did not pass through the model's outputs"):
-        model.embed.weight.square().sum().backward()
+    session = register(model)
+    window(model, seeded())
+    model.zero_grad()
+    with session.language("de"), pytest.raises(LanguageError, match="a backward without a forward pass of the model"):
+        part(model, torch.arange(5)).square().sum().backward()
 
 
 def replace(model: ToyLM) -> None:
@@ -344,6 +363,8 @@ def test_parameters_that_were_not_there_at_register(change: Any, parameter: str)
     change(model)
     with pytest.raises(BucketMOOError, match=f'"{parameter}.weight" .* took another way'):
         window(model, seeded(), [0])
+    with pytest.raises(BucketMOOError, match=r"no window has resolved|did not come to its end"):
+        torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.05).step()
 
 
 # --- refused at start-up ------------------------------------------------------------------------------------------

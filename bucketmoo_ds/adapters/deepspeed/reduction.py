@@ -51,7 +51,9 @@ class StageReduction:
         """The gradient of a parameter comes: the first one opens the micro-step."""
         if self.micro.is_open:
             return
-        if self.micro.unused and self.holds_gradients(parameter):
+        unused = self.micro.unused
+        self.micro.come()
+        if unused and self.holds_gradients(parameter):
             raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
         self.due = False
         self.micro.open(self._engine.at_boundary())
