@@ -195,18 +195,20 @@ class Session(Stays):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs, entries = self._tracker.strip(args, kwargs)
-        self._passage = None
+        self._entries = None
         if torch.is_grad_enabled() and graph_task() is None:  # not a recomputation
-            self._reaching.clear()
+            while self._reaching:  # by a backward that an error has stopped
+                self._tracker.set_aside(self._reaching.pop()[0])
             self._micro.check_not_interrupted()
-            self._passage = self._tracker.note(entries, module.training)
+            self._entries = entries
             self._adapter.before_forward()
         return args, kwargs
 
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        passage = self._passage
-        if passage is not None:
+        if self._entries is not None:  # noted now, for one that ends in an error is none
+            passage = self._tracker.note(self._entries, module.training)
+            self._entries = None
             watch(output, lambda: self._reached(passage))
 
     def _reached(self, passage: Passage) -> None:

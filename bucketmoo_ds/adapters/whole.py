@@ -114,6 +114,7 @@ class Whole(Adapter):
         self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._deliveries = Deliveries()
         self._handles: list[Any] = []
+        self._held: Tensor | None = None
         self.moo = BucketMOO(
             config,
             plan,
@@ -136,6 +137,7 @@ class Whole(Adapter):
 
     def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`."""
+        self._held = None
         self._gathering.begin()
         if self.micro.first:
             for parameter in self.parameters:
@@ -155,10 +157,18 @@ class Whole(Adapter):
         for handle in self._handles:
             handle.remove()
 
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """See `Adapter`. Of the parameter whose gradient is coming, how much it held before."""
+        held = super().gradients(parameters)
+        return held if self._held is None else [*held, self._held]
+
     def _make_room(self, parameter: Tensor, gradient: Tensor) -> None:
         """Before a gradient is added to what `.grad` holds: between windows that was used, or given up, and is no part
         of the next one."""
-        if parameter.grad is not None and not (self.moo.in_window or self.micro.unused):
+        self._held = None
+        if parameter.grad is not None and self.micro.unused:
+            self._held = parameter.grad.count_nonzero()
+        elif parameter.grad is not None and not self.moo.in_window:
             parameter.grad = None
 
     def take(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -176,6 +186,7 @@ class Whole(Adapter):
 
     def abandon(self) -> None:
         """See `Adapter`."""
+        self._held = None
         self._gathering.start_window()
         self._deliveries.clear()
 

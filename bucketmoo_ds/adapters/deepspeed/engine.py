@@ -112,9 +112,9 @@ class BucketMOOEngine(DeepSpeedEngine):
         if not torch.is_grad_enabled() or graph_task() is not None:  # or a recomputation
             return super().forward(*inputs, **kwargs)
         self.reduction.micro.check_not_interrupted()
+        output = super().forward(*inputs, **kwargs)
         # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
         passage = self.language_tracker.note(entries, self.module.training)
-        output = super().forward(*inputs, **kwargs)
         watch(output, lambda: self._reached(passage))
         return output
 

@@ -66,7 +66,7 @@ class ReplicatedReduction(Whole, StageReduction):
 
     def holds_gradients(self, arriving: Tensor | None) -> bool:
         """See `StageReduction`."""
-        held = (each.grad for each in self.parameters if each is not arriving and each.grad is not None)
+        held = self.gradients([each for each in self.parameters if each is not arriving])
         return any(bool(gradient.count_nonzero()) for gradient in held)
 
     def finish(self) -> None:
