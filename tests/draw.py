@@ -86,6 +86,14 @@ def one_world_size(keys: Iterable[Key]) -> set[Key]:
     return {(draw.choice(each), name) for name, each in sizes.items()}
 
 
+def some(cases: Sequence[tuple[Any, ...]], number: int) -> list[Any]:
+    """Returns parameters of a test, of which all but that many drawn ones are for the nightly list."""
+    drawn = set(random.Random(f"{SEED}/{len(cases)}").sample(range(len(cases)), number))
+    return [
+        pytest.param(*case, marks=() if index in drawn else pytest.mark.nightly) for index, case in enumerate(cases)
+    ]
+
+
 def parametrized(keys: Iterable[Key], drawn: Iterable[Key]) -> pytest.MarkDecorator:
     """`key` is each of `keys`; those that are not drawn are for the nightly list."""
     chosen = set(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from draw import some
 from torch import Tensor
 
 from bucketmoo_ds import ops
@@ -29,7 +30,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("count", "dtype", "alike"), CASES)
+@pytest.mark.parametrize(("count", "dtype", "alike"), some(CASES, 5))
 def test_gram(generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool) -> None:
     rows, spans, cells = _shard(generator, count, dtype, alike)
     found = backend.gram(rows, spans, cells, CELLS)
@@ -41,10 +42,10 @@ def test_gram(generator: torch.Generator, count: int, dtype: torch.dtype, alike:
     assert torch.equal(found[-1], torch.zeros(count, count, dtype=torch.float64)), "a cell without segments"
 
 
-@pytest.mark.parametrize(("count", "dtype", "alike"), [
+@pytest.mark.parametrize(("count", "dtype", "alike"), some([
     (2, torch.float64, True), (3, torch.float32, True), (6, torch.bfloat16, False), (17, torch.float32, False),
     (17, torch.float16, True),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool
 ) -> None:
@@ -54,9 +55,9 @@ def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
     assert torch.equal(found, backend.gram(rows, spans, cells, CELLS)[:, order][:, :, order])
 
 
-@pytest.mark.parametrize(("count", "dtype", "poison"), [
+@pytest.mark.parametrize(("count", "dtype", "poison"), some([
     (3, torch.float32, float("nan")), (4, torch.bfloat16, float("inf")), (12, torch.bfloat16, float("nan")),
-])  # fmt: skip
+], 1))  # fmt: skip
 def test_what_is_not_finite_stays_in_its_row_and_column(
     generator: torch.Generator, count: int, dtype: torch.dtype, poison: float
 ) -> None:
@@ -95,10 +96,10 @@ def test_near_parallel_rows_keep_their_difference(generator: torch.Generator) ->
     assert float(gram[0, 0] + gram[1, 1] - 2 * gram[0, 1]) == pytest.approx(expected, rel=1.8e-2)
 
 
-@pytest.mark.parametrize(("count", "dtype", "alike", "incoming_alike"), [
+@pytest.mark.parametrize(("count", "dtype", "alike", "incoming_alike"), some([
     (2, torch.float32, True, True), (3, torch.bfloat16, True, False), (3, torch.float16, False, False),
     (17, torch.bfloat16, True, True), (4, torch.float64, True, True),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_accumulate_gram(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool, incoming_alike: bool
 ) -> None:
@@ -124,12 +125,12 @@ def test_accumulate_gram(
     assert torch.equal(gram, backend.gram(rows, spans, cells, CELLS))
 
 
-@pytest.mark.parametrize(("count", "dtype", "out_dtype", "alike"), [
+@pytest.mark.parametrize(("count", "dtype", "out_dtype", "alike"), some([
     (1, torch.float32, torch.bfloat16, True), (3, torch.bfloat16, torch.float32, True),
     (3, torch.bfloat16, torch.bfloat16, False), (8, torch.float16, torch.float16, True),
     (17, torch.float64, torch.float16, True), (2, torch.float64, torch.float64, False),
     (24, torch.bfloat16, torch.bfloat16, True), (9, torch.float32, torch.float64, True),
-])  # fmt: skip
+], 3))  # fmt: skip
 def test_combine(
     generator: torch.Generator, count: int, dtype: torch.dtype, out_dtype: torch.dtype, alike: bool
 ) -> None:
