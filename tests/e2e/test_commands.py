@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,24 +123,63 @@ def test_quickstart_on_own_text(text: Path, tmp_path: Path) -> None:
     assert bucketmoo("quickstart", "--out", out).returncode == 2, "a second run must not overwrite the first"
 
 
-def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, tmp_path: Path) -> None:
-    """A run that is killed after its first checkpoint and resumed ends with the same metrics and weights, bit for bit.
+@pytest.fixture(scope="module")
+def whole(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that nothing stopped."""
+    path, output = write(tmp_path_factory.mktemp("whole"), settings, "whole")
+    done = bucketmoo("train", path)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, whole: Path, tmp_path: Path) -> None:
+    """A run whose launcher is killed and that is resumed ends with the same metrics and weights, bit for bit.
 
     Dropout is on, and PCGrad draws random orders: both must continue where they were.
     """
-    whole, whole_output = write(tmp_path, settings, "whole")
-    done = bucketmoo("train", whole)
-    assert done.returncode == 0, done.stderr
-    cut, cut_output = write(tmp_path, settings, "cut", steps=6)
-    process = start_training(cut, cut_output)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    subprocess.run(["pkill", "-9", "-f", f"training.worker {cut}"], check=False)
+    cut, output = write(tmp_path, settings, "cut", checkpoint_every=1)
+    process = start_training(cut, output)
+    kill_launcher(process, cut)
     resumed = bucketmoo("train", cut, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert losses(cut_output) == losses(whole_output)
-    assert weights(cut_output) == weights(whole_output)
+    assert losses(output) == losses(whole)
+    assert weights(output) == weights(whole)
     assert "report.html" in resumed.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc whether a rank listens")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_to_one_rank_saves_on_all(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
+    """From the moment at which one rank listens, the ranks agree on a step, save it and end; no step is lost."""
+    path, output = write(tmp_path, settings, "asked", save_on_signal=True)
+    process = popen("train", path)
+    os.kill(listening_rank(process, path, rank), signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    told = re.search(r"SIGTERM: saved a checkpoint of step (\d+); go on with --resume", err)
+    assert told is not None, err
+    assert 1 <= int(told[1]) < settings["training"]["steps"]
+    assert f"latest checkpoint: step{told[1]}; go on with" in out
+    assert "Traceback" not in err
+    assert workers(path) == []
+    assert losses(output) == {step: loss for step, loss in losses(whole).items() if step <= int(told[1])}
+    resumed = bucketmoo("train", path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(output) == losses(whole)
+    assert weights(output) == weights(whole)
+
+
+def test_a_folder_belongs_to_one_run(settings: dict, tmp_path: Path) -> None:
+    """A second run is refused while the first trains, and while ranks of it are left."""
+    path, output = write(tmp_path, settings, "held", steps=5000)
+    process = start_training(path, output)
+    second = bucketmoo("train", path, "--resume", timeout=120)
+    assert second.returncode == 2
+    holder = re.search(rf"process (\d+) on {re.escape(socket.gethostname())} trains there", second.stderr)
+    assert holder is not None, second.stderr
+    assert int(holder[1]) in workers(path)
+    assert process.poll() is None, "the first run goes on"
+    kill_launcher(process, path)
 
 
 def test_train_on_zero3_saves_the_whole_model(settings: dict, tmp_path: Path) -> None:
@@ -199,22 +240,61 @@ def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, chang
     assert "Traceback" not in done.stderr
 
 
-def start_training(path: Path, output: Path, seconds: float = 120) -> subprocess.Popen[str]:
-    """Starts a run and returns once its first checkpoint is whole."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "train", str(path)],
+def popen(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", *map(str, words)]
+    return subprocess.Popen(
+        command,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def start_training(path: Path, output: Path, seconds: float = 120) -> subprocess.Popen[str]:
+    """Starts a run and returns once its first checkpoint is whole."""
+    process = popen("train", path)
     deadline = time.monotonic() + seconds
     while not (output / "checkpoints" / "latest").exists():
         assert process.poll() is None, f"ended early: {process.communicate()}"
         assert time.monotonic() < deadline, f"no checkpoint in {output} after {seconds} s"
         time.sleep(0.05)
     return process
+
+
+def listening_rank(process: subprocess.Popen[str], path: Path, rank: int, seconds: float = 120) -> int:
+    """Returns the process of a rank once it has a handler of its own for SIGTERM, which is before the first step."""
+    deadline = time.monotonic() + seconds
+    while True:
+        assert process.poll() is None, f"ended early: {process.communicate()}"
+        assert time.monotonic() < deadline, f"no rank of {path} listens after {seconds} s"
+        for worker in workers(path):
+            if f"RANK={rank}" in proc(worker, "environ").split("\0"):
+                caught = re.search(r"^SigCgt:\s*(\w+)", proc(worker, "status"), re.MULTILINE)
+                if caught is not None and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+                    return worker
+        time.sleep(0.02)
+
+
+def kill_launcher(process: subprocess.Popen[str], path: Path) -> None:
+    """Kills the launcher alone. Its ranks end with it: within a second where nothing else runs, and a busy machine
+    gets twenty."""
+    ranks = workers(path)
+    assert ranks, "ended before it was killed"
+    process.kill()
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 20
+    while workers(path):
+        assert time.monotonic() < deadline, f"of ranks {ranks}, {workers(path)} outlive their launcher"
+        time.sleep(0.05)
+
+
+def proc(process: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{process}/{name}").read_text()
+    except OSError:  # it has just ended
+        return ""
 
 
 def workers(path: Path) -> list[int]:

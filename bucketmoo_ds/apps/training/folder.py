@@ -39,8 +39,9 @@ def hold(folder: Path) -> FolderLock:
         ConfigError: on every rank, where another run holds it.
     """
     first = dist.get_rank() == 0
-    taken = _together(lambda: FolderLock(folder).sign() if first else None)
-    return _together(taken.share if taken is not None else lambda: FolderLock(folder, shared=True))
+    # Rank 0 shares its lock before another rank asks for one: of two that do both at once, the other would be refused.
+    taken = _together(lambda: FolderLock(folder).sign().share() if first else None)
+    return _together(lambda: taken or FolderLock(folder, shared=True))
 
 
 def _together(take: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ import math
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,15 @@ def train(
         ConfigError: nothing to resume from, or a checkpoint of another run.
         TerminatedError: SIGTERM came, and with `settings.save_on_signal` a checkpoint was saved.
     """
-    loop = _Loop(model, dataset, settings, deepspeed_json, output)
-    if resume:
-        loop.load()
-    writer = loop.open_metrics() if loop.rank == 0 else None
     seconds = 0.0
     result: dict[str, float] = {}
-    with (
-        TerminationRequest(settings.save_on_signal, loop.unsaved) as termination,
-        Progress(title, settings.steps, start=loop.step, shown=loop.rank == 0) as progress,
-    ):
+    with TerminationRequest(settings.save_on_signal) as termination, ExitStack() as stack:
+        loop = _Loop(model, dataset, settings, deepspeed_json, output)
+        if resume:
+            loop.load()
+        writer = loop.open_metrics() if loop.rank == 0 else None
+        progress = stack.enter_context(Progress(title, settings.steps, start=loop.step, shown=loop.rank == 0))
+        termination.say_what_is_lost(loop.unsaved)
         while loop.step < settings.steps:
             began = time.perf_counter()
             record, terminate = loop.window(lambda: termination.asked)

@@ -15,33 +15,35 @@ from bucketmoo_ds.apps.training.environment import TERMINATED_STATUS, Terminated
 
 
 class TerminationRequest:
-    """Listens for SIGTERM within a `with` block.
+    """Listens for SIGTERM within a `with` block, which begins before the ranks first wait for each other: so none is
+    ended by a signal that another keeps.
 
     Args:
         save: whether the run saves before it ends, at the end of a window. Which one, the ranks have to agree on: a
             launcher's signal reaches them at different moments, or only one of them.
-        unsaved: says what is lost if the run ends now.
 
     Attributes:
         asked: whether this rank was asked to end.
     """
 
-    def __init__(self, save: bool, unsaved: Callable[[], str]) -> None:
+    def __init__(self, save: bool) -> None:
         self.asked = False
         self._save = save
-        self._unsaved = unsaved
 
     def __enter__(self) -> Self:
         if self._save:
             signal.signal(signal.SIGTERM, self._note)
-        elif dist.get_rank() == 0:
-            signal.signal(signal.SIGTERM, self._end)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def say_what_is_lost(self, unsaved: Callable[[], str]) -> None:
+        """Where nothing is saved, rank 0 says `unsaved()` before it ends; call it before the first step."""
+        if not self._save and dist.get_rank() == 0:
+            signal.signal(signal.SIGTERM, lambda number, frame: _end(unsaved()))
 
     def leave(self, step: int) -> None:
         """Ends the run after its checkpoint of `step`, on all ranks; raises `TerminatedError`."""
@@ -52,7 +54,8 @@ class TerminationRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        # The signal may have come in the middle of a print, which a second one would break.
-        os.write(sys.stderr.fileno(), f"\nSIGTERM: ended without saving; {self._unsaved()}\n".encode())
-        os._exit(TERMINATED_STATUS)
+
+def _end(lost: str) -> None:
+    # The signal may have come in the middle of a print, which a second one would break.
+    os.write(sys.stderr.fileno(), f"\nSIGTERM: ended without saving; {lost}\n".encode())
+    os._exit(TERMINATED_STATUS)

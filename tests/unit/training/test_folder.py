@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
+from unit.threaded_ranks import run_ranks
 
 from bucketmoo_ds.apps.training import folder
 from bucketmoo_ds.apps.training.folder import FILE, FolderLock, check_free
@@ -33,6 +35,28 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     second.release()
     check_free(run)
     FolderLock(run).release()
+
+
+def test_ranks_hold_it_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first rank is slow to share its lock with the others."""
+    share = FolderLock.share
+
+    def late(lock: FolderLock) -> FolderLock:
+        time.sleep(0.3)
+        return share(lock)
+
+    monkeypatch.setattr(FolderLock, "share", late)
+    first, *others = run_ranks(3, lambda: folder.hold(tmp_path))
+    first.release()
+    for each in others:
+        with pytest.raises(ConfigError, match="trains there"):
+            check_free(tmp_path)
+        each.release()
+    check_free(tmp_path)
+    other_run = FolderLock(tmp_path).sign()
+    refused = run_ranks(3, lambda: folder.hold(tmp_path))
+    assert all(isinstance(each, ConfigError) and "trains there" in str(each) for each in refused)
+    other_run.release()
 
 
 def test_a_folder_without_a_run_is_free(tmp_path: Path) -> None:
