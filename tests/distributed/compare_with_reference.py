@@ -24,6 +24,7 @@ from torch import Tensor
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
+from bucketmoo_ds.plan.blocks import plain_name
 from bucketmoo_ds.plan.choices import create_aggregator
 
 LEARNING_RATE = 0.05
@@ -261,7 +262,7 @@ def own_gradient(
     twin.zero_grad()
     (twin(**batch) * scale / micro_steps).backward()
     gradient = {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double() / scale
+        plain_name(name): (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double() / scale
         for name, p in twin.named_parameters()
         if p.requires_grad
     }
@@ -337,7 +338,7 @@ def update_error(
     divisor = max((norm + 1e-6) / case.clip, 1.0) if case.clip else 1.0
     worst = 0.0
     decays = WEIGHT_DECAYS if case.groups else (0.0,)
-    names = {param: name for name, param in engine.module.named_parameters()}
+    names = {param: plain_name(name) for name, param in engine.module.named_parameters()}
     for decay, params in zip(decays, user_groups(engine.optimizer), strict=True):
         for name in (names[param] for param in params):
             step = expected[name].flatten() / divisor + decay * before[name]
@@ -389,7 +390,7 @@ def parameters(engine: Any) -> dict[str, Tensor]:
         return whole(optimizer, optimizer.single_partition_of_fp32_groups)
     if hasattr(optimizer, "sub_group_to_group_id"):
         return chunks(optimizer, optimizer.get_local_fp32_param)
-    names = {param: name for name, param in engine.module.named_parameters()}
+    names = {param: plain_name(name) for name, param in engine.module.named_parameters()}
     kept = getattr(optimizer, "fp32_groups", None) or user_groups(optimizer)
     groups = zip(user_groups(optimizer), kept, strict=True)
     pairs = ((names[p], q) for ps, qs in groups for p, q in zip(ps, qs, strict=True))
@@ -406,7 +407,7 @@ def gradients(engine: Any) -> dict[str, Tensor]:
         return whole(optimizer, [optimizer.averaged_gradients[group].flat_partition for group in groups])
     if hasattr(optimizer, "sub_group_to_group_id"):
         return chunks(optimizer, optimizer.get_local_fp32_grad_for_param)
-    trained = {name: param for name, param in engine.module.named_parameters() if param.requires_grad}
+    trained = {plain_name(name): param for name, param in engine.module.named_parameters() if param.requires_grad}
     return {name: param.grad.double().flatten() for name, param in trained.items()}
 
 
@@ -420,7 +421,7 @@ def chunks(optimizer: Any, read: Callable[[Tensor], Tensor]) -> dict[str, Tensor
     dist.all_gather_into_tensor(ranks, mine)
     columns = ranks.view(worker.WORLD_SIZE, -1).split(sizes, dim=1)
     return {
-        optimizer.param_names[param]: column.flatten()[: param.ds_numel]
+        plain_name(optimizer.param_names[param]): column.flatten()[: param.ds_numel]
         for param, column in zip(params, columns, strict=True)
     }
 
@@ -434,7 +435,7 @@ def whole(optimizer: Any, partitions: list[Tensor]) -> dict[str, Tensor]:
         dist.all_gather(parts, mine)
         flat = torch.cat(parts).double()
         for param, offset in zip(params, optimizer.round_robin_bit16_offsets[group], strict=True):
-            found[optimizer.param_names[param]] = flat[offset : offset + param.numel()]
+            found[plain_name(optimizer.param_names[param])] = flat[offset : offset + param.numel()]
     return found
 
 

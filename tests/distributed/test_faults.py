@@ -72,14 +72,14 @@ ERRORS: list[tuple[str, dict[str, Any], str, list[str]]] = [
         for adapters in ([[0, 1]] if stage == 3 else [[0, None], [0, 1]])
     ),
     *(
-        (name, {"stage": stage}, "BucketMOOError", said)
+        (name, {"stage": stage}, kind, said)
         for stage in STAGES
-        for name, said in (
-            ("step_without_backward", ["without a resolved window", "engine.backward"]),
-            ("module_behind_the_engine", ["engine.backward"]),
-            ("gradient_from_elsewhere", ["without a resolved window", "engine.backward"]),
-            ("backward_after_the_boundary", ["call engine.step() first"]),
-            ("coalesced", ["coalesce_grad_reduction", "gradient_accumulation_steps"]),
+        for name, kind, said in (
+            ("step_without_backward", "BucketMOOError", ["without a resolved window", "engine.backward"]),
+            ("module_behind_the_engine", "LanguageError", ["(the engine), not a module inside of it"]),
+            ("gradient_from_elsewhere", "BucketMOOError", ["without a resolved window", "engine.backward"]),
+            ("backward_after_the_boundary", "BucketMOOError", ["call engine.step() first"]),
+            ("coalesced", "BucketMOOError", ["coalesce_grad_reduction", "gradient_accumulation_steps"]),
         )
     ),
     *(

@@ -39,8 +39,7 @@ ORDERS = (
 )
 IS_INSTALLED = """
 from deepspeed.runtime.engine import DeepSpeedEngine
-import wrapt
-assert isinstance(DeepSpeedEngine.__dict__["__init__"], wrapt.FunctionWrapper)
+assert hasattr(DeepSpeedEngine.__init__, "_bucket_moo_wrapper")
 """
 
 
