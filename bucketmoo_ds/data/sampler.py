@@ -52,8 +52,8 @@ class LanguageBatchSampler(Sampler[list[int]]):
 
     Args:
         dataset: a map-style dataset with a language column: a Hugging Face `Dataset`, or anything with `len` whose
-            rows are mappings. The column holds names, indices into `languages`, or a `ClassLabel`. Not needed where
-            `sample_languages` is given.
+            rows are mappings. The column holds names, indices into `languages`, or a `ClassLabel` in the order of
+            `languages`. Not needed where `sample_languages` is given.
         config: gives `languages`, `language_column`, `seed` and `ranks_per_node` where those are not given.
         languages: the K names, in the order of their indices.
         language_column: the column's name, `language` if nothing says otherwise.
