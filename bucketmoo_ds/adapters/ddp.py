@@ -98,7 +98,7 @@ def comm_hook(
         config,
         create_exchange(config, group),
         micro_steps=lambda: micro_steps,
-        local=once_a_window and micro_steps > 1,
+        once_a_window=once_a_window and micro_steps > 1,
         bucket_size=bucket_size,
         bucket_bytes=ddp.bucket_bytes_cap,
     )
@@ -174,7 +174,7 @@ class DDPAdapter(Whole):
                 "DDP's join(): a rank without data would take no part in resolving; give all ranks equally many "
                 "micro-batches (LanguageBatchSampler does) and leave join() out"
             )
-        if not self._reduces and (boundary or not self.moo.window.local):
+        if not self._reduces and (boundary or not self.moo.window.once_a_window):
             return LanguageError(
                 "the forward pass ran under no_sync(), which would mix the languages of a rank's micro-steps: leave it "
                 "out, or register with once_a_window=True, keep one language a rank and window, and use no_sync() for "

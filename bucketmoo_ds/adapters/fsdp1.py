@@ -280,7 +280,7 @@ class FSDP1Adapter(Sharded):
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """See `Adapter`. Ranks may differ in it."""
-        reduces, exchanges = self._model._sync_gradients, boundary or not self.moo.window.local
+        reduces, exchanges = self._model._sync_gradients, boundary or not self.moo.window.once_a_window
         if exchanges and not reduces:
             return LanguageError(
                 "this backward ran under no_sync(), which would mix the languages of a rank's micro-steps: leave it "

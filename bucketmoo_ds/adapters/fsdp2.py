@@ -331,7 +331,7 @@ class FSDP2Adapter(Sharded):
 
     def obstacle(self, boundary: bool) -> LanguageError | None:
         """See `Adapter`. Ranks may differ in it."""
-        if not self.moo.window.local and not all(group.own.reduce_grads for group in self._groups):
+        if not self.moo.window.once_a_window and not all(group.own.reduce_grads for group in self._groups):
             return LanguageError(
                 "set_requires_gradient_sync(False) mixes the languages of a rank's micro-steps: leave it out, or "
                 "register with once_a_window=True, which sets it, and keep one language a rank and window"
@@ -363,7 +363,7 @@ class FSDP2Adapter(Sharded):
 
     def begin(self, arriving: Tensor | None) -> None:
         """See `Adapter`."""
-        if self.moo.window.local:
+        if self.moo.window.once_a_window:
             self._model.set_requires_gradient_sync(self.micro.boundary)
         if self._replicas > 1:
             self._model.set_requires_all_reduce(False)

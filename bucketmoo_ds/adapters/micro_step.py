@@ -120,7 +120,7 @@ class MicroStep:
     @property
     def exchanges(self) -> bool:
         """Whether the present micro-step's gradients go to the other ranks."""
-        return self.boundary or not self.moo.window.local
+        return self.boundary or not self.moo.window.once_a_window
 
     @property
     def slot(self) -> Slot:
@@ -130,7 +130,7 @@ class MicroStep:
     @property
     def factor(self) -> float:
         """What this rank's gradients are multiplied by before it adds them up; 0 where they are no numbers."""
-        return self.moo.window.local_factor(self.moo.exchange.rank) if self.moo.window.local else 1.0
+        return self.moo.window.own_factor(self.moo.exchange.rank) if self.moo.window.once_a_window else 1.0
 
     @property
     def skipped(self) -> bool:

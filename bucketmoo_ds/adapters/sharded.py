@@ -51,7 +51,7 @@ class Sharded(Adapter):
             self._exchange,
             self.deliver,
             micro_steps=lambda: micro_steps,
-            local=once_a_window and micro_steps > 1,
+            once_a_window=once_a_window and micro_steps > 1,
             segments=[self.segments(bucket) for bucket in range(len(self._plan.buckets))],
             result_dtype=result_dtype,
             overlap=True,

@@ -63,7 +63,7 @@ def register(
         config,
         Exchange(),
         micro_steps=lambda: micro_steps,
-        local=False,
+        once_a_window=False,
         bucket_size=bucket_size,
     )
     session = Session(model, config, adapter, on_nonfinite)

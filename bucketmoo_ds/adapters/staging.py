@@ -146,7 +146,7 @@ class Gathering:
         """A micro-step begins."""
         micro, window = self._micro, self._micro.moo.window
         self._release.start()
-        if not window.local:
+        if not window.once_a_window:
             self._staging.start_window()
             self._leaves = True
             return

@@ -76,7 +76,7 @@ class Whole(Adapter):
         model: the model itself, without a wrapper.
         config: the settings.
         exchange: the ranks that hold the model.
-        micro_steps, local: see `BucketMOO`.
+        micro_steps, once_a_window: see `BucketMOO`.
         bucket_size: elements a bucket may hold; `None` for `bucket_bytes`.
         bucket_bytes: the same in bytes.
 
@@ -97,7 +97,7 @@ class Whole(Adapter):
         exchange: Exchange,
         *,
         micro_steps: Callable[[], int],
-        local: bool,
+        once_a_window: bool,
         bucket_size: int | None,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
@@ -121,7 +121,7 @@ class Whole(Adapter):
             exchange,
             self._deliver,
             micro_steps=micro_steps,
-            local=local,
+            once_a_window=once_a_window,
             result_dtype=self._dtype,
             overlap=exchange.world_size > 1,
             device=self.parameters[0].device,

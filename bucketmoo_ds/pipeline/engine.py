@@ -64,7 +64,7 @@ class BucketMOO:
         sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
         micro_steps: tells M, micro-steps between two optimizer steps, as the framework has it now; asked anew in every
             micro-step.
-        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (`once_a_window`).
+        once_a_window: whether gradients are exchanged once a window: each rank adds up its micro-steps until then.
         apart: whether it then keeps the sums of its languages apart, and hands over one after the other.
         segments: for each bucket the segments of this rank's shard; left out where shard j is the j-th slice of the
             bucket's parameters laid one after the other.
@@ -84,7 +84,7 @@ class BucketMOO:
         sink: Sink,
         *,
         micro_steps: Callable[[], int],
-        local: bool,
+        once_a_window: bool,
         apart: bool = False,
         segments: Sequence[Segments] | None = None,
         result_dtype: torch.dtype = torch.float32,
@@ -100,7 +100,7 @@ class BucketMOO:
                 f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'
             )
         self.backend = ops.choose_backend(config.backend, device)
-        self.window = Window(len(config.languages), config.weighting, local, apart)
+        self.window = Window(len(config.languages), config.weighting, once_a_window, apart)
         self.resolver = Resolver(config, plan, exchange, self.window, self.backend)
         self.record = Record(config, plan, speaks=exchange.rank == 0)
         self._micro_steps = micro_steps
@@ -112,7 +112,7 @@ class BucketMOO:
         self._contributions = Contributions([parameter.name for parameter in plan.parameters])
         self._cells = [plan.cells_of(bucket) for bucket in range(len(plan.buckets))]
         self._segments = segments or [self._shard_segments(bucket) for bucket in range(len(plan.buckets))]
-        settings = {**config.to_json(), "backend": self.backend, "local": local}
+        settings = {**config.to_json(), "backend": self.backend, "once_a_window": once_a_window}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._streams = self.streaming
         self._start_window()
@@ -240,7 +240,7 @@ class BucketMOO:
     @property
     def streaming(self) -> bool:
         """Whether a window that begins now is resolved as its buckets arrive."""
-        return choose_streaming(self.config, self.plan, exchanges=1 if self.window.local else self.micro_steps)
+        return choose_streaming(self.config, self.plan, exchanges=1 if self.window.once_a_window else self.micro_steps)
 
     @property
     def in_window(self) -> bool:
@@ -299,7 +299,7 @@ class BucketMOO:
         how = "flat all-to-all"
         if self._goes_by_node:
             how = f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
-        return f"exchange {how} {'once a window' if self.window.local else 'every micro-step'}"
+        return f"exchange {how} {'once a window' if self.window.once_a_window else 'every micro-step'}"
 
     # --- how it is done -----------------------------------------------------------------------------------------
 

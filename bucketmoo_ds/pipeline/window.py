@@ -23,7 +23,7 @@ class Window:
     Args:
         num_languages: K.
         weighting: `language` or `token`, see `BucketMOOConfig`.
-        local: whether each rank adds up its micro-steps before they are exchanged at the boundary (`once_a_window`).
+        once_a_window: whether gradients are exchanged once a window: each rank adds up its micro-steps until then.
         apart: whether it keeps the sums of its languages apart, and exchanges one after the other; else it must keep
             one language for the window.
 
@@ -36,10 +36,10 @@ class Window:
             the rank with the most of them.
     """
 
-    def __init__(self, num_languages: int, weighting: str, local: bool, apart: bool = False) -> None:
+    def __init__(self, num_languages: int, weighting: str, once_a_window: bool, apart: bool = False) -> None:
         self.num_languages = num_languages
         self.weighting = weighting
-        self.local = local
+        self.once_a_window = once_a_window
         self.apart = apart
         self.clear()
 
@@ -65,13 +65,13 @@ class Window:
                 self._first_slot.setdefault(slot.language, slot)
                 fed.setdefault(slot.language, slot)
         self.present = sorted(self._first_slot)
-        self.parts = max(1, *(len(fed) for fed in self._fed)) if self.local else 1
+        self.parts = max(1, *(len(fed) for fed in self._fed)) if self.once_a_window else 1
         self._sources = [self._sources_of(part) for part in range(self.parts)]
 
     def changed_language(self, slots: Sequence[Slot]) -> tuple[int, int] | None:
         """Returns the first rank whose language differs from its earlier micro-steps where that is not allowed, and
         that earlier language."""
-        if not self.local or self.apart or not self.latest:
+        if not self.once_a_window or self.apart or not self.latest:
             return None
         # Without a token so far, any of its slots tells.
         kept = [next(iter(fed), slot.language) for fed, slot in zip(self._fed, self.latest, strict=True)]
@@ -82,7 +82,7 @@ class Window:
         """Returns the languages that a rank has fed to this window, in the order in which they came."""
         return list(self._fed[rank])
 
-    def local_factor(self, rank: int) -> float:
+    def own_factor(self, rank: int) -> float:
         """Returns by what a rank's latest gradient is multiplied where it adds up micro-steps itself; 1 for its first
         gradient of the language, whose scale then holds for the sum, and 0 where it fed no token, so that its gradient
         is no number."""
@@ -110,7 +110,7 @@ class Window:
         return [self.reference_scale(language) * share(language) for language in self.present]
 
     def _sources_of(self, part: int) -> list[Slot]:
-        if not self.local:
+        if not self.once_a_window:
             return self.latest
         each = zip(self._fed, self.latest, strict=True)
         return [list(fed.values())[part] if part < len(fed) else Slot(now.language, 0, 0.0) for fed, now in each]

@@ -39,7 +39,13 @@ def _windows(device: str, mode: str, storage: str, seed: int) -> list[Tensor]:
     plan = plan_blocks([Parameter(f"p{index}", NUMEL) for index in range(BUCKETS)], NUMEL, "bucket")
     combined: dict[int, Tensor] = {}
     moo = BucketMOO(
-        config, plan, Exchange(), combined.__setitem__, micro_steps=lambda: LANGUAGES, local=False, device=device
+        config,
+        plan,
+        Exchange(),
+        combined.__setitem__,
+        micro_steps=lambda: LANGUAGES,
+        once_a_window=False,
+        device=device,
     )
     generator = torch.Generator().manual_seed(seed)
     found = []

@@ -113,7 +113,7 @@ def windows_of_nodes(draw: st.DrawFn) -> tuple[int, int, bool, list[list[list[tu
     micro-step, so that some micro-steps go by node and some do not; some ranks, and some nodes, have no target token.
     """
     world_size, inside = draw(st.sampled_from(NODES[:4]))
-    local, micro_steps = draw(st.booleans()), draw(st.integers(1, 3))
+    once_a_window, micro_steps = draw(st.booleans()), draw(st.integers(1, 3))
     tokens = st.sampled_from([0, 1, 5, 64, 64, 64, 300])
 
     def row() -> list[int]:
@@ -126,12 +126,12 @@ def windows_of_nodes(draw: st.DrawFn) -> tuple[int, int, bool, list[list[list[tu
     windows = []
     for _ in range(2):
         first = row()
-        rows = [first if local else row() for _ in range(micro_steps)]
+        rows = [first if once_a_window else row() for _ in range(micro_steps)]
         slots = [[(language, draw(tokens)) for language in languages] for languages in rows]
         if not any(count for each in slots for _, count in each):
             slots[0][0] = (slots[0][0][0], 7)
         windows.append(slots)
-    return world_size, inside, local, windows
+    return world_size, inside, once_a_window, windows
 
 
 @settings(deadline=None, max_examples=20)
@@ -145,12 +145,13 @@ def windows_of_nodes(draw: st.DrawFn) -> tuple[int, int, bool, list[list[list[tu
     overlap=st.booleans(),
 )
 def test_equals_the_reference(case: Any, seed: int, granularity: str, overlap: bool, **options: str) -> None:
-    world_size, inside, local, slots = case
+    world_size, inside, once_a_window, slots = case
     windows = [table(one, seed + number) for number, one in enumerate(slots)]
     chosen = config(granularity=granularity, **options)
 
     def body() -> Any:
-        return drive(Exchange(ranks_per_node=inside), windows, chosen, plan(granularity), local=local, overlap=overlap)
+        how = {"once_a_window": once_a_window, "overlap": overlap}
+        return drive(Exchange(ranks_per_node=inside), windows, chosen, plan(granularity), **how)
 
     outcomes = run_ranks(world_size, body)
     for outcome in outcomes:
@@ -160,7 +161,7 @@ def test_equals_the_reference(case: Any, seed: int, granularity: str, overlap: b
     moo = outcomes[0].moo
     by_node = [all(one_language(row, inside)) for window in slots for row in window]
     assert moo.counters["flat_micro_steps"] == by_node.count(False)
-    if not local:
+    if not once_a_window:
         assert ("all_to_all (nodes)" in moo.exchange.sent_bytes) == any(by_node)
         assert ("all_to_all" in moo.exchange.sent_bytes) == (not all(by_node))
 
@@ -182,7 +183,12 @@ def test_languages_mixed_in_a_node_are_refused_where_two_stages_were_asked_for()
 def test_two_stages_without_nodes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r'exchange = "two_stage".*use "auto"'):
         BucketMOO(
-            config(exchange="two_stage"), plan(), SimulatedExchange(0, 4), print, micro_steps=lambda: 1, local=False
+            config(exchange="two_stage"),
+            plan(),
+            SimulatedExchange(0, 4),
+            print,
+            micro_steps=lambda: 1,
+            once_a_window=False,
         )
 
 

@@ -81,7 +81,7 @@ def drive(
     settings: BucketMOOConfig,
     blocks: BlockPlan,
     *,
-    local: bool = False,
+    once_a_window: bool = False,
     overlap: bool = False,
     state: dict[str, Any] | None = None,
 ) -> Outcome:
@@ -93,7 +93,7 @@ def drive(
         exchange,
         lambda bucket, shard: found[-1].__setitem__(bucket, shard.clone()),
         micro_steps=lambda: len(windows[0]),
-        local=local,
+        once_a_window=once_a_window,
         overlap=overlap,
     )
     if state is not None:
@@ -106,12 +106,12 @@ def drive(
             micro, boundary = row[exchange.rank], step == len(window) - 1
             moo.begin_micro_step(slot_of(micro, len(window)), boundary)
             flats = [flat_of(micro, blocks, bucket, exchange) for bucket in range(len(blocks.buckets))]
-            if local:
-                factor = moo.window.local_factor(exchange.rank)
+            if once_a_window:
+                factor = moo.window.own_factor(exchange.rank)
                 flats = [flat if micro.target_tokens else torch.zeros_like(flat) for flat in flats]
                 flats = [flat * factor + (sums[bucket] if sums else 0.0) for bucket, flat in enumerate(flats)]
                 sums = flats
-            if boundary or not local:
+            if boundary or not once_a_window:
                 for bucket, flat in enumerate(flats):
                     moo.ingest(bucket, flat)
             moo.end_micro_step([True] * len(blocks.parameters))
@@ -200,17 +200,17 @@ def alone() -> Iterator[Exchange]:
 @st.composite
 def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]:
     """Whether ranks add up locally, and two windows of [M][W] slots; some micro-batches have no target token."""
-    local, micro_steps, world_size = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    once_a_window, micro_steps, world_size = draw(st.booleans()), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     tokens = st.sampled_from([0, 1, 5, 64, 64, 64, 300])
     windows = []
     for _ in range(2):
         first = [draw(st.integers(0, 3)) for _ in range(world_size)]
-        rows = [first if local else [draw(st.integers(0, 3)) for _ in first] for _ in range(micro_steps)]
+        rows = [first if once_a_window else [draw(st.integers(0, 3)) for _ in first] for _ in range(micro_steps)]
         slots = [[(language, draw(tokens)) for language in row] for row in rows]
         if not any(count for row in slots for _, count in row):
             slots[0][0] = (slots[0][0][0], 7)
         windows.append(slots)
-    return local, windows
+    return once_a_window, windows
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
@@ -227,10 +227,10 @@ def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]
 def test_equals_the_reference(
     aggregator: str, scenario: tuple, seed: int, granularity: str, overlap: bool, **options: str
 ) -> None:
-    local, slots = scenario
+    once_a_window, slots = scenario
     windows = [table(one, seed + number) for number, one in enumerate(slots)]
     chosen = config(aggregator=aggregator, granularity=granularity, **options)
-    outcomes = simulate(windows, chosen, plan(granularity), local=local, overlap=overlap)
+    outcomes = simulate(windows, chosen, plan(granularity), once_a_window=once_a_window, overlap=overlap)
     assert_equals_reference(outcomes, windows, chosen)
     for outcome in outcomes[1:]:
         for mine, first in zip(outcome.resolutions, outcomes[0].resolutions, strict=True):
@@ -288,7 +288,7 @@ def test_local_sums_whose_first_micro_batch_is_empty(mode: str, tokens: tuple[in
     """ZeRO-1: the language's first micro-batch with a token is on rank 1, so its scale is not rank 0's."""
     windows = [table([[(2, tokens[0]), (2, 11)], [(2, tokens[1]), (2, 50)]], seed=3)]
     chosen = config(mode=mode)
-    assert_equals_reference(simulate(windows, chosen, plan(), local=True), windows, chosen)
+    assert_equals_reference(simulate(windows, chosen, plan(), once_a_window=True), windows, chosen)
 
 
 @pytest.mark.parametrize("mode", ["streaming", "deferred"])
@@ -495,10 +495,10 @@ class TestBeginMicroStep:
             moo.begin_micro_step(Slot(rank, 1, 2.0), False)
             moo.begin_micro_step(Slot(1, 1, 2.0), True)
 
-        found = self.errors(body, micro_steps=2, local=True)
+        found = self.errors(body, micro_steps=2, once_a_window=True)
         assert found[0] == found[1]
         assert 'rank 0 went from language "l0" to "l1" within a window' in found[0]
-        assert self.errors(body, micro_steps=2, local=False) == ["NoneType: None"] * 2
+        assert self.errors(body, micro_steps=2, once_a_window=False) == ["NoneType: None"] * 2
 
     def test_window_without_a_target_token(self) -> None:
         def body(moo: BucketMOO, rank: int) -> None:
@@ -663,13 +663,18 @@ class TestChoices:
                      "deferred", "nothing to exchange", "backend "):
             assert part in line
         assert "\n" not in line
-        assert "streaming, nothing to exchange" in make(alone, micro_steps=3, local=True).describe()
+        assert "streaming, nothing to exchange" in make(alone, micro_steps=3, once_a_window=True).describe()
 
 
 def make(
-    exchange: Exchange, blocks: BlockPlan | None = None, *, micro_steps: int = 1, local: bool = False, **changes: Any
+    exchange: Exchange,
+    blocks: BlockPlan | None = None,
+    *,
+    micro_steps: int = 1,
+    once_a_window: bool = False,
+    **changes: Any,
 ) -> BucketMOO:
     return BucketMOO(
         config(**changes), blocks or plan(), exchange, lambda bucket, shard: None, micro_steps=lambda: micro_steps,
-        local=local,
+        once_a_window=once_a_window,
     )

@@ -33,7 +33,7 @@ class Life:
         wanted: M, which may change.
     """
 
-    def __init__(self, micro_steps: int, local: bool = False, exchange: Exchange | None = None) -> None:
+    def __init__(self, micro_steps: int, once_a_window: bool = False, exchange: Exchange | None = None) -> None:
         self.wanted = micro_steps
         self.tracker = LanguageTracker(CONFIG)
         self.moo = BucketMOO(
@@ -42,7 +42,7 @@ class Life:
             exchange or Exchange(),
             lambda bucket, shard: None,
             micro_steps=lambda: self.wanted,
-            local=local,
+            once_a_window=once_a_window,
         )
         self.micro = MicroStep(self.moo, self.tracker)
 
@@ -103,17 +103,17 @@ def test_a_window_that_is_not_finite_is_skipped_until_the_next() -> None:
         assert life.micro.skipped == bad
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_who_exchanges_and_by_what_factor(local: bool) -> None:
-    life = Life(3, local)
+@pytest.mark.parametrize("once_a_window", [False, True])
+def test_who_exchanges_and_by_what_factor(once_a_window: bool) -> None:
+    life = Life(3, once_a_window)
     factors, exchanges = [], []
     for tokens in (4, 0, 6):
         life.open("de", tokens)
         factors.append(life.micro.factor)
         exchanges.append(life.micro.exchanges)
         life.close()
-    assert exchanges == [not local, not local, True]
-    assert factors == ([1.0, 0.0, 1.5] if local else [1.0] * 3)
+    assert exchanges == [not once_a_window, not once_a_window, True]
+    assert factors == ([1.0, 0.0, 1.5] if once_a_window else [1.0] * 3)
 
 
 def refused_by_language(life: Life) -> None:
@@ -265,9 +265,9 @@ class Expected:
 class Lives(RuleBasedStateMachine):
     """Any calls in any order that a wrapper, a user or an error can make."""
 
-    @initialize(micro_steps=st.integers(1, 3), local=st.booleans())
-    def begin(self, micro_steps: int, local: bool) -> None:
-        self.life, self.expected = Life(micro_steps, local), Expected()
+    @initialize(micro_steps=st.integers(1, 3), once_a_window=st.booleans())
+    def begin(self, micro_steps: int, once_a_window: bool) -> None:
+        self.life, self.expected = Life(micro_steps, once_a_window), Expected()
 
     @precondition(lambda self: not self.expected.is_open)
     @rule(tokens=st.integers(1, 4))

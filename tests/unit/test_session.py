@@ -88,7 +88,7 @@ class Plain(Adapter):
 
     def begin(self, arriving: Tensor | None) -> None:
         self.began.append(arriving)
-        if not self.moo.window.local or self.micro.first:
+        if not self.moo.window.once_a_window or self.micro.first:
             self.sums = [torch.zeros_like(each) for each in self.parameters]
         if self.micro.first:
             for parameter in self.parameters:
@@ -133,7 +133,7 @@ def session_of(
     model: nn.Module,
     *,
     micro_steps: Any = 1,
-    local: bool = False,
+    once_a_window: bool = False,
     on_nonfinite: str = "drop",
     adapter: Plain | None = None,
     **changes: Any,
@@ -143,7 +143,7 @@ def session_of(
     steps = micro_steps if callable(micro_steps) else lambda: micro_steps
     sizes = [Parameter(name, parameter.numel()) for name, parameter in model.named_parameters()]
     plan = plan_blocks(sizes, 10**9, "bucket")
-    adapter.moo = BucketMOO(chosen, plan, Exchange(), adapter.sink, micro_steps=steps, local=local)
+    adapter.moo = BucketMOO(chosen, plan, Exchange(), adapter.sink, micro_steps=steps, once_a_window=once_a_window)
     return Session(model, chosen, adapter, on_nonfinite)
 
 
@@ -151,13 +151,13 @@ def gradient(model: Model) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["every", "once"])
+@pytest.mark.parametrize("once_a_window", [False, True], ids=["every", "once"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_mean_over_tokens_whatever_the_model_returns(kind: str, local: bool) -> None:
-    """Of several micro-batches of one language, with unequal numbers of tokens. With `local` the rank adds them up,
-    each times a factor."""
+def test_a_row_is_the_mean_over_tokens_whatever_the_model_returns(kind: str, once_a_window: bool) -> None:
+    """Of several micro-batches of one language, with unequal numbers of tokens. With `once_a_window` the rank adds them
+    up, each times a factor."""
     model, tokens = Model(kind), [7, 0, 2, 30]
-    session = session_of(model, micro_steps=len(tokens), local=local)
+    session = session_of(model, micro_steps=len(tokens), once_a_window=once_a_window)
     batches = [torch.randn(4, WIDTH) for _ in tokens]
     expected = torch.zeros(WIDTH * CLASSES + CLASSES, dtype=torch.float64)
     for inputs, count in zip(batches, tokens, strict=True):
@@ -172,12 +172,12 @@ def test_a_row_is_the_mean_over_tokens_whatever_the_model_returns(kind: str, loc
     assert session.last.target_tokens == (0, sum(tokens))
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["every", "once"])
+@pytest.mark.parametrize("once_a_window", [False, True], ids=["every", "once"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_model_returns_its_own_objects(kind: str, local: bool) -> None:
+def test_the_model_returns_its_own_objects(kind: str, once_a_window: bool) -> None:
     """Nothing is copied or wrapped, so that whatever can be done to it can still be done, in place too."""
     model = Model(kind)
-    session_of(model, micro_steps=2, local=local)
+    session_of(model, micro_steps=2, once_a_window=once_a_window)
     made: list[Any] = []
     make = model.make
     model.make = lambda loss, logits: made.append(make(loss, logits)) or made[-1]
@@ -185,11 +185,11 @@ def test_the_model_returns_its_own_objects(kind: str, local: bool) -> None:
     assert model(inputs, language="de") is made[0]
 
 
-@pytest.mark.parametrize("local", [False, True], ids=["every", "once"])
+@pytest.mark.parametrize("once_a_window", [False, True], ids=["every", "once"])
 @pytest.mark.parametrize("change", [lambda out: out.div_(2), lambda out: out.mul_(0.5), lambda out: out.sub_(out / 2)])
-def test_outputs_that_are_changed_in_place(change: Callable[[Tensor], Tensor], local: bool) -> None:
+def test_outputs_that_are_changed_in_place(change: Callable[[Tensor], Tensor], once_a_window: bool) -> None:
     model = Model("tensor")
-    session = session_of(model, micro_steps=2, local=local)
+    session = session_of(model, micro_steps=2, once_a_window=once_a_window)
     batches, losses = torch.randn(2, 4, WIDTH), []
     for inputs in batches:
         loss = change(model(inputs, language="de"))
@@ -228,7 +228,7 @@ def test_outputs_that_hide_their_tensors() -> None:
 def test_no_token_and_a_loss_of_nothing_over_nothing() -> None:
     """The gradient of 0/0 times a factor of 0 would be NaN, in the sum of all micro-steps."""
     model = Model("logits")
-    session = session_of(model, micro_steps=2, local=True)
+    session = session_of(model, micro_steps=2, once_a_window=True)
     for tokens in (0, 3):
         logits = model(torch.randn(4, WIDTH), language="de", target_tokens=tokens)
         (logits.sum() * tokens / torch.tensor(float(tokens))).backward()
@@ -274,7 +274,7 @@ def test_language_errors_come_out_of_backward(entries: dict[str, Any], said: str
 
 def test_a_language_that_changes_where_gradients_are_added_up() -> None:
     model = Model()
-    session_of(model, micro_steps=2, local=True)
+    session_of(model, micro_steps=2, once_a_window=True)
     model(torch.randn(4, WIDTH), language="de").backward()
     with pytest.raises(LanguageError, match=r'from language "de" to "fr" within a window.*keep one language'):
         model(torch.randn(4, WIDTH), language="fr").backward()
@@ -389,7 +389,14 @@ def test_arguments_out_of_range(arguments: dict[str, Any], said: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"languages": ("fr", "de")}, {"seed": 1}, {"micro_steps": 3}, {"local": True}, {"numel": 13}, {"name": "b"}],
+    [
+        {"languages": ("fr", "de")},
+        {"seed": 1},
+        {"micro_steps": 3},
+        {"once_a_window": True},
+        {"numel": 13},
+        {"name": "b"},
+    ],
     ids=str,
 )
 def test_ranks_that_differ_are_told_at_the_start(changes: dict[str, Any]) -> None:
@@ -397,8 +404,8 @@ def test_ranks_that_differ_are_told_at_the_start(changes: dict[str, Any]) -> Non
         mine = changes if exchange.rank == 1 else {}
         chosen = config(**{name: mine[name] for name in ("languages", "seed") if name in mine})
         plan = plan_blocks([Parameter(mine.get("name", "a"), mine.get("numel", 12))], 100, "bucket")
-        steps, local = mine.get("micro_steps", 2), mine.get("local", False)
-        BucketMOO(chosen, plan, exchange, print, micro_steps=lambda: steps, local=local).check_ranks()
+        steps, once_a_window = mine.get("micro_steps", 2), mine.get("once_a_window", False)
+        BucketMOO(chosen, plan, exchange, print, micro_steps=lambda: steps, once_a_window=once_a_window).check_ranks()
 
     for error in run_ranks(3, body):
         assert isinstance(error, DisagreementError)
@@ -409,7 +416,7 @@ def test_ranks_that_agree_start() -> None:
     plan = plan_blocks([Parameter("a", 12)], 100, "bucket")
 
     def body(exchange: Any) -> None:
-        BucketMOO(config(), plan, exchange, print, micro_steps=lambda: 1, local=False).check_ranks()
+        BucketMOO(config(), plan, exchange, print, micro_steps=lambda: 1, once_a_window=False).check_ranks()
 
     assert run_ranks(3, body) == [None] * 3
 

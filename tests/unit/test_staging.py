@@ -133,9 +133,11 @@ class Pipeline:
         micro_steps: the micro-step that is the boundary.
     """
 
-    def __init__(self, plan: BlockPlan, micro_steps: int, local: bool, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, plan: BlockPlan, micro_steps: int, once_a_window: bool, exchange: Exchange | None = None
+    ) -> None:
         self.plan, self.exchange, self.moo = plan, exchange or Exchange(), self
-        self.window, self.micro_steps = Window(3, "language", local, apart=local), micro_steps
+        self.window, self.micro_steps = Window(3, "language", once_a_window, apart=once_a_window), micro_steps
         self.left: list[tuple[int, int, Tensor]] = []
 
     def ingest(self, bucket: int, flat: Tensor, part: int) -> None:
@@ -154,7 +156,7 @@ class Pipeline:
 
     first = property(lambda self: self.window.micro_steps == 1)
     slot = property(lambda self: self.window.latest[self.exchange.rank])
-    factor = property(lambda self: self.window.local_factor(self.exchange.rank) if self.window.local else 1.0)
+    factor = property(lambda self: self.window.own_factor(self.exchange.rank) if self.window.once_a_window else 1.0)
 
 
 def gathering_of(pipeline: Any, wire: torch.dtype = torch.float32, chunks: int = 0) -> Gathering:
@@ -182,7 +184,7 @@ def test_each_micro_step_stands_alone(
     order at first, then in the one that the first exchange has shown."""
     plan = plan_of(numels)
     count = len(plan.buckets)
-    pipeline = Pipeline(plan, micro_steps=2, local=False)
+    pipeline = Pipeline(plan, micro_steps=2, once_a_window=False)
     gathering = gathering_of(pipeline, dtype, chunks)
     generator = torch.Generator().manual_seed(seed)
     order, learned = list(range(count)), False
@@ -214,7 +216,7 @@ def test_each_micro_step_stands_alone(
 
 def test_a_second_gradient_in_one_backward_is_added_while_its_bucket_waits() -> None:
     plan = plan_of([4, 4])
-    pipeline = Pipeline(plan, micro_steps=1, local=False)
+    pipeline = Pipeline(plan, micro_steps=1, once_a_window=False)
     gathering = gathering_of(pipeline)
     first, second, other = torch.randn(3, 4)
     pipeline.begin(ONE)
@@ -230,7 +232,7 @@ def test_a_second_gradient_in_one_backward_is_added_while_its_bucket_waits() -> 
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_gradient_after_its_bucket_left_is_an_error(ended: bool) -> None:
     plan = plan_of([9, 9])
-    pipeline = Pipeline(plan, micro_steps=1, local=False)
+    pipeline = Pipeline(plan, micro_steps=1, once_a_window=False)
     gathering = gathering_of(pipeline)
     pipeline.begin(ONE)
     gathering.begin()
@@ -265,7 +267,7 @@ def test_languages_are_added_up_apart(languages: list[list[int]], data: st.DataO
     values = [[[torch.randn(each.numel, generator=generator) for each in plan.parameters] for _ in row] for row in used]
 
     def body(exchange: SimulatedExchange) -> list[Any]:
-        pipeline, rank = Pipeline(plan, micro_steps, local=True, exchange=exchange), exchange.rank
+        pipeline, rank = Pipeline(plan, micro_steps, once_a_window=True, exchange=exchange), exchange.rank
         gathering, found = gathering_of(pipeline), []
         for _ in range(2):
             for step, row in enumerate(slots):

@@ -68,7 +68,7 @@ def test_rows_are_what_the_definition_says(case: tuple) -> None:
         scale = items / world_size if items is not None else float(micro_steps * tokens[step][rank])
         return Slot(languages[step][rank], tokens[step][rank], scale)
 
-    window = Window(count, weighting, local=how != "every", apart=how == "apart")
+    window = Window(count, weighting, once_a_window=how != "every", apart=how == "apart")
     stored: dict[int, Tensor] = {}
     zeros = torch.zeros(ELEMENTS, dtype=torch.float64)
     local_sums: list[dict[int, Tensor]] = [{} for _ in range(world_size)]
@@ -79,7 +79,7 @@ def test_rows_are_what_the_definition_says(case: tuple) -> None:
         if how != "every":
             for rank, gradient in enumerate(gradients):
                 of_rank, language = local_sums[rank], languages[step][rank]
-                of_rank[language] = of_rank.get(language, 0) + window.local_factor(rank) * gradient
+                of_rank[language] = of_rank.get(language, 0) + window.own_factor(rank) * gradient
             if step < micro_steps - 1:
                 continue
         for part in range(window.parts):
@@ -99,7 +99,7 @@ def test_rows_are_what_the_definition_says(case: tuple) -> None:
 
 
 def test_parts_are_as_many_as_the_rank_with_the_most_languages_has() -> None:
-    window = Window(3, "language", local=True, apart=True)
+    window = Window(3, "language", once_a_window=True, apart=True)
     window.add([Slot(0, 1, 1.0), Slot(1, 1, 1.0), Slot(2, 0, 0.0)])
     assert window.parts == 1
     window.add([Slot(1, 2, 2.0), Slot(1, 3, 3.0), Slot(2, 0, 0.0)])
@@ -116,14 +116,14 @@ def test_parts_are_as_many_as_the_rank_with_the_most_languages_has() -> None:
     slots=st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=1, max_size=4),
 )
 def test_equal_micro_batches_are_added_without_any_factor(tokens: int, slots: list[list[int]]) -> None:
-    window = Window(3, "language", local=False)
+    window = Window(3, "language", once_a_window=False)
     for row in slots:
         window.add([Slot(language, tokens, float(len(slots) * tokens)) for language in row])
         assert all(slot.scale / window.reference_scale(slot.language) == 1.0 for slot in window.sources())
 
 
 def test_absent_languages_are_left_out() -> None:
-    window = Window(4, "token", local=False)
+    window = Window(4, "token", once_a_window=False)
     window.add([Slot(3, 5, 5.0), Slot(1, 0, 0.0), Slot(0, 10, 10.0)])
     assert window.target_tokens == [10, 0, 0, 5]
     assert window.present == [0, 3]
@@ -132,12 +132,12 @@ def test_absent_languages_are_left_out() -> None:
     assert window.present == []
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_changed_language(local: bool) -> None:
-    window = Window(3, "language", local)
+@pytest.mark.parametrize("once_a_window", [False, True])
+def test_changed_language(once_a_window: bool) -> None:
+    window = Window(3, "language", once_a_window)
     window.add([Slot(0, 1, 1.0), Slot(1, 1, 1.0)])
     assert window.changed_language([Slot(0, 2, 2.0), Slot(1, 2, 2.0)]) is None
-    assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == ((1, 1) if local else None)
+    assert window.changed_language([Slot(0, 2, 2.0), Slot(2, 2, 2.0)]) == ((1, 1) if once_a_window else None)
     window.clear()
     assert window.changed_language([Slot(2, 2, 2.0), Slot(0, 2, 2.0)]) is None
 

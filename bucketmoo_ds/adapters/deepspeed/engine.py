@@ -129,7 +129,7 @@ class BucketMOOEngine(DeepSpeedEngine):
 
     def _backward_epilogue(self) -> None:
         super()._backward_epilogue()
-        self.reduction.end_local_micro_step()
+        self.reduction.end_unexchanged_micro_step()
 
     def zero_grad(self) -> None:
         """DeepSpeed's `zero_grad`. A window that is resolved is given up, and the next backward begins another."""

@@ -75,7 +75,7 @@ class StageReduction:
     def after_exchange(self) -> None:
         """The micro-step's gradients have gone to the other ranks."""
 
-    def end_local_micro_step(self) -> None:
+    def end_unexchanged_micro_step(self) -> None:
         """Backward has ended; where a rank adds up its micro-steps, nothing else has said so."""
         self._open_if_due()
         if self.micro.is_open and not self.micro.exchanges:
@@ -110,7 +110,8 @@ class ZeroReduction(StageReduction):
         plan, exchange: as in `BucketMOO`.
         layout: of the buckets in the exchange.
         index: for the `id` of each parameter its index in the plan.
-        local: whether each rank adds up the micro-steps of a window, each language apart, before they are exchanged.
+        once_a_window: whether each rank adds up the micro-steps of a window, each language apart, until they are
+            exchanged.
         device: where gradients are.
     """
 
@@ -122,7 +123,7 @@ class ZeroReduction(StageReduction):
         exchange: Exchange,
         layout: Layout,
         index: dict[int, int],
-        local: bool,
+        once_a_window: bool,
         device: torch.device,
     ) -> None:
         self.moo = BucketMOO(
@@ -131,8 +132,8 @@ class ZeroReduction(StageReduction):
             exchange,
             self.deliver,
             micro_steps=engine.gradient_accumulation_steps,
-            local=local,
-            apart=local,
+            once_a_window=once_a_window,
+            apart=once_a_window,
             segments=[layout.segments(bucket, exchange.rank) for bucket in range(len(plan.buckets))],
             result_dtype=optimizer.gradient_accumulation_dtype,
             overlap=bool(engine.zero_overlap_comm()),
@@ -141,7 +142,7 @@ class ZeroReduction(StageReduction):
         self.micro = MicroStep(self.moo, engine.language_tracker)
         # What is added up here is added up in the dtype that the user chose for that.
         wire = optimizer.communication_data_type
-        added_up = optimizer.gradient_accumulation_dtype if local else wire
+        added_up = optimizer.gradient_accumulation_dtype if once_a_window else wire
         self._gathering = Gathering(self.micro, layout, added_up, wire, device)
         self._index = index
         self._engine = engine

@@ -57,7 +57,7 @@ class ReplicatedReduction(Whole, StageReduction):
             engine.moo_config,
             exchange,
             micro_steps=engine.gradient_accumulation_steps,
-            local=False,
+            once_a_window=False,
             bucket_size=int(engine.zero_reduce_bucket_size()),
         )
         self._engine = engine

@@ -114,7 +114,7 @@ class PartitionReduction(ZeroReduction):
             exchange,
             layout=Consecutive(plan, shards),
             index=index,
-            local=not optimizer.partition_gradients,
+            once_a_window=not optimizer.partition_gradients,
             device=optimizer.bit16_groups[0][0].device,
         )
 

@@ -93,7 +93,7 @@ class ShardReduction(ZeroReduction):
             exchange,
             layout=self._layout,
             index=index,
-            local=False,
+            once_a_window=False,
             device=engine.device,
         )
 
