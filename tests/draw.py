@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+# Processes that share a run's tests draw the same ones.
 SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
+os.environ["BUCKETMOO_TEST_SEED"] = str(SEED)
 
 Case = dict[str, Any]
 Key = tuple[int, str]  # world size, name

@@ -147,7 +147,12 @@ def test_a_device_that_falls_back_says_why_and_loudly_where_it_will_be_slow(
     runs: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons = {"cuda": "nvcc is not there", "triton": "triton is not installed", "reference": ""} | {runs: ""}
-    monkeypatch.setattr(choice, "_load", lambda name: SimpleNamespace(unavailable=lambda device: reasons[name]))
+    real = choice._load
+
+    def fake(name: str) -> SimpleNamespace:
+        return SimpleNamespace(DEVICES=real(name).DEVICES, unavailable=lambda device: reasons[name])
+
+    monkeypatch.setattr(choice, "_load", fake)
     assert ops.choose_backend(device="cuda") == runs
     (line,) = (line for line in lines if "backend of the ops on cuda" in line)
     assert line.startswith("INFO" if runs == "cuda" else "WARNING")

@@ -90,7 +90,7 @@ def test_start_and_finish_deliver(case: tuple[int, int, list[Piece], list[list[i
         targets = [torch.full((size,), -1.0, dtype=torch.float64) for size in sizes[exchange.rank]]
         delivery = Delivery(exchange, pieces, shard_numel)
         received = delivery.start(padded[exchange.rank * shard_numel : (exchange.rank + 1) * shard_numel])
-        delivery.finish(received, targets)
+        delivery.finish(received.wait(), targets)
         return targets
 
     found = run_ranks(world_size, rank)

@@ -197,7 +197,7 @@ def test_a_second_backward_over_one_forward_pass() -> None:
     with session.language("de"):
         loss = square(model, batches()[0])
     loss.backward(retain_graph=True)
-    with pytest.raises(LanguageError, match="add losses over one forward pass up for one backward"):
+    with pytest.raises(LanguageError, match="add losses over one forward pass up for it"):
         loss.backward()
     session.abandon()
     window(session, model, batches())
