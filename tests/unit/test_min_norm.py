@@ -186,8 +186,8 @@ def test_every_language_descends(solver: Solver, rows: Tensor) -> None:
     weights, _ = solver(gram, everything(gram), 1.0)
     combined = (weights.unsqueeze(-1) * rows).sum(-2)
     least = (rows * combined.unsqueeze(-2)).sum(-1) - combined.square().sum(-1, keepdim=True)
-    # A multiplier may be violated by 1e-13 of the rows' sizes; the sums round to some 1e-15 of them. Weights add up to 1,
-    # so that each is rounded by 2^-52 of that, however small it is, and moves d by as much of the longest row.
+    # A multiplier may be violated by 1e-13 of the rows' sizes; the sums round to some 1e-15 of them. Weights add up to
+    # 1, so that each is rounded by 2^-52 of that, however small it is, and moves d by as much of the longest row.
     norms = rows.norm(dim=-1)
     parts = 5e-13 * norms * (weights * norms).sum(-1, keepdim=True) + 2.0**-52 * norms * norms.amax(-1, keepdim=True)
     assert float((least / parts).min()) >= -1
