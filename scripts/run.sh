@@ -33,6 +33,5 @@ fi
 
 case "$command" in
     quickstart) exec "$venv/bin/bucketmoo" quickstart "$@" ;;
-    # Tests mostly wait for processes that start: two files at a time.
-    test) exec "$venv/bin/pytest" -n 2 --dist loadfile -m "not slow and not nightly" "$@" ;;
+    test) exec "$venv/bin/pytest" -m "not slow and not nightly" "$@" ;;
 esac

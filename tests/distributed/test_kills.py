@@ -109,12 +109,15 @@ def test_killed_run_is_taken_up_with_the_same_bits(
     seen = []
     for rank, outcome in enumerate(killed):
         if rank in ranks:
-            assert outcome.status == -signal.SIGKILL, f"{explained}: {outcome.output[-2000:]}"
+            # Of several, one may hear of another's death before its own, and ends with an error.
+            ends = {-signal.SIGKILL} | ({1} if len(ranks) > 1 else set())
+            assert outcome.status in ends, f"{explained}: {outcome.output[-2000:]}"
             continue
         assert outcome.status == 1, f"{explained}: {outcome.result}, {outcome.output[-2000:]}"
         assert outcome.result["message"], explained
         assert outcome.result["seconds"] < TIME_LIMIT, f"{explained}: {outcome.result}"
         seen.append(outcome.result)
+    assert any(outcome.status == -signal.SIGKILL for outcome in killed), explained
     saved = latest(tmp_path)
     resumed = launch.launch("train_until_killed.py", WORLD_SIZE, arguments | death | {"ranks": []})
     for rank, outcome in enumerate(resumed):
