@@ -38,6 +38,7 @@ class Release:
         """Expects every bucket once more."""
         self._complete: dict[int, None] = {}  # in the order in which they came
         self._next = 0
+        self._left: set[int] = set()
         self.inside = None
 
     def is_complete(self, bucket: int) -> bool:
@@ -46,7 +47,7 @@ class Release:
 
     def has_left(self, bucket: int) -> bool:
         """Whether the bucket was handed on in this micro-step."""
-        return bucket in self._order[: self._next]
+        return bucket in self._left
 
     def complete(self, bucket: int) -> None:
         """The bucket is complete: it leaves, with those that waited for it, if it is its turn."""
@@ -66,6 +67,7 @@ class Release:
     def _leave(self) -> None:
         bucket = self._order[self._next]
         self._next += 1
+        self._left.add(bucket)
         self._hand_on(bucket)
 
     def _learn(self) -> None:
