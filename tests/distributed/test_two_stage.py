@@ -16,6 +16,7 @@ import launch
 import pytest
 import torch
 from distributed.not_finite import check_not_finite
+from distributed.tolerances import ROUNDING
 from draw import SEED, Case
 
 WORLD_SIZE, INSIDE = 4, 2
@@ -137,10 +138,9 @@ def tolerance(case: Case) -> float:
     """The largest error of a combined gradient, relative to the sum of the norms of its weighted rows.
 
     float32, as in test_fsdp2.py: 5e-7; nodes add no rounding but that of another order of sums. Where gradients travel
-    in bf16 a node's ranks scale theirs to one number of tokens, and add them up: each of that rounds by 2^-9, and the
-    parts may be twice as large as their sum.
+    in bf16 a node's two ranks scale theirs to one number of tokens, and add them up: three roundings.
     """
-    return 3 * 2.0**-9 if case.get("dtype") == "bf16" and "shard" not in case else 5e-7
+    return 3 * ROUNDING["bf16"] if case.get("dtype") == "bf16" and "shard" not in case else 5e-7
 
 
 every_case = pytest.mark.parametrize("name", CASES)
