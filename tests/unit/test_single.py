@@ -92,8 +92,8 @@ CASES: dict[str, Case] = {
 
 def tolerance(case: Case) -> float:
     """The largest error of a combined gradient, relative to the sum of the norms of its weighted rows: as in
-    test_reference_parity.py for float32. What is rounded to bf16 moves by 2^-8 of it at most: a row with each micro-batch, a bf16
-    gradient once."""
+    test_reference_parity.py for float32. What is rounded to bf16 moves by 2^-8 of it at most: a row with each
+    micro-batch, a bf16 gradient once."""
     if case.get("row_storage") == "bfloat16":
         return 3 * 2.0**-8  # micro-steps
     return 2.0**-8 + 5e-7 if "dtype" in case else 5e-7
