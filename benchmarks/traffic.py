@@ -37,7 +37,8 @@ _EXCHANGE = {
     "across": ("rows", "all_to_all (nodes)"),
     "all_to_all": ("combined", "all_to_all (combined)"),
     "all_gather": ("combined", "all_gather (combined)"),
-    "all_reduce": ("grams", "all_reduce (Grams)"),
+    "all_gather_grams": ("grams", "all_gather (Grams)"),
+    "all_to_all_grams": ("grams", "all_to_all (Grams)"),
     "_gather": ("control", "all_gather (control)"),
 }
 

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 
 from bucketmoo_ds.adapters.hooks import Hook
 from bucketmoo_ds.adapters.session import Session, unwrapped
-from bucketmoo_ds.adapters.sharded import Sharded
+from bucketmoo_ds.adapters.sharded import Sharded, stream_of
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
@@ -409,6 +409,8 @@ class FSDP1Adapter(Sharded):
         """See `Sharded`."""
         gradient = self._units[bucket].handle.sharded_grad  # what `.grad` is, or will be; parameters' are views of it
         if gradient is not None:  # what no rank used has no gradient, as without us
+            if combined.device.type != "cpu":  # FSDP1 may not be through with making it
+                stream_of(combined).wait_stream(self._units[bucket].module._post_backward_stream)
             gradient.copy_(combined[: gradient.numel()])
 
     def _empty(self, bucket: int, dtype: torch.dtype) -> Tensor:

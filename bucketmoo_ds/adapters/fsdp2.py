@@ -28,7 +28,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from bucketmoo_ds.adapters.hooks import Hook
 from bucketmoo_ds.adapters.session import Session, unwrapped
-from bucketmoo_ds.adapters.sharded import Sharded
+from bucketmoo_ds.adapters.sharded import Sharded, stream_of
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
@@ -447,14 +447,6 @@ class FSDP2Adapter(Sharded):
         """See `Sharded`."""
         return self._exchange.all_gather(shard, self._replica_group) if self._replicas > 1 else None
 
-    def write(self) -> None:
-        """See `Adapter`."""
-        super().write()
-        for group in self._groups:
-            for parameter in group.parameters:
-                if parameter.grad is None:  # nothing was delivered (a row was not finite), and FSDP2 made none
-                    parameter.grad = torch.zeros_like(parameter)
-
     def abandon(self) -> None:
         """See `Adapter`."""
         super().abandon()
@@ -466,6 +458,8 @@ class FSDP2Adapter(Sharded):
     def write_shard(self, bucket: int, shard: Tensor) -> None:
         """See `Sharded`."""
         group = self._groups[bucket]
+        if group.own._post_reduce_event is not None and shard.device.type != "cpu":  # FSDP2 is making `.grad`
+            stream_of(shard).wait_event(group.own._post_reduce_event)
         start = 0
         for parameter, padded in zip(group.parameters, group.padded, strict=True):
             if parameter.grad is None:  # FSDP2 makes none of what no forward pass has come to, and with replicas

@@ -31,7 +31,7 @@ class Sharded(Adapter):
     def __init__(self, plan: BlockPlan, exchange: Exchange) -> None:
         self._plan = plan
         self._exchange = exchange
-        self._arrived: dict[int, Tensor] = {}
+        self._arrived: dict[int, tuple[Tensor, Any]] = {}
         self._deliveries = Deliveries()
         self._release = Release(len(plan.buckets), exchange, self._leave)
         self._handles: list[Any] = []
@@ -107,7 +107,8 @@ class Sharded(Adapter):
             raise BucketMOOError(
                 f"{name}: got a second gradient in one backward, after the first was exchanged ({twice}"
             )
-        self._arrived[bucket] = flat
+        made = stream_of(flat).record_event() if flat.device.type != "cpu" else None
+        self._arrived[bucket] = flat, made
         self._release.complete(bucket)
 
     def deliver(self, bucket: int, shard: Tensor) -> None:
@@ -135,9 +136,12 @@ class Sharded(Adapter):
         return flat
 
     def _leave(self, bucket: int) -> None:
-        flat = self._arrived.pop(bucket, None)
-        if flat is None:
-            flat = self.absent(bucket)
-        elif flat.is_cuda:  # allocated on another stream than the one that exchanges it
-            flat.record_stream(torch.cuda.current_stream())
+        flat, made = self._arrived.pop(bucket, None) or (self.absent(bucket), None)
+        if made is not None:  # maybe on another stream of the wrapper's
+            stream_of(flat).wait_event(made)
         self.moo.ingest(bucket, self.by_rank(bucket, flat))
+
+
+def stream_of(tensor: Tensor) -> Any:
+    """Returns the current stream of an accelerator that a tensor lies on."""
+    return torch.get_device_module(tensor.device).current_stream(tensor.device)

@@ -6,7 +6,6 @@ A post-accumulate-grad hook takes every parameter's gradient as soon as it is th
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -107,13 +106,6 @@ class SingleAdapter(Whole):
         contributed = super().end()
         self._used = [before or now for before, now in zip(self._used, contributed, strict=True)]
         return contributed
-
-    def write(self) -> None:
-        """See `Adapter`. In a window that is not finite there are zeros, for the session to spoil or to drop."""
-        super().write()
-        for parameter, used in zip(self.parameters, self._used, strict=True):
-            if used and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
 
     def assign(self, index: int, combined: Tensor) -> None:
         """See `Whole`. A parameter that no micro-step of the window used has no gradient, as without us."""

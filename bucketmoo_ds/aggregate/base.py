@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Aggregator(ABC):
     A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`. It is registered with
     `@register("name")` and lives in a file of its own in this package, or anywhere that is imported before use.
     """
+
+    cheap: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,8 @@ from bucketmoo_ds.aggregate.base import Aggregator, register
 class Mean(Aggregator):
     """Gives each of the n unmasked languages of a block the weight 1/n."""
 
+    cheap = True
+
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
         return uniform(mask)

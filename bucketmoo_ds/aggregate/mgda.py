@@ -31,6 +31,7 @@ class MGDA(Aggregator):
             1/K or less is plain averaging and 1 no cap.
     """
 
+    cheap = True
     max_weight: float = 1.0
 
     def __post_init__(self) -> None:

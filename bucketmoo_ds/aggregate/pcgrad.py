@@ -20,6 +20,8 @@ class PCGrad(Aggregator):
     call share one order a language, which depends on the generator and K only, not on B.
     """
 
+    cheap = True
+
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
         num_blocks, num_languages = mask.shape

@@ -308,11 +308,12 @@ def _combined(setup: Setup) -> Sent:
 
 
 def _grams(setup: Setup, languages: int) -> Sent:
-    """What `Exchange.all_reduce` sends: an all-to-all of the parts, then an all-gather of their sums."""
-    part = -(-(setup.blocks or setup.buckets) * languages**2 // setup.world_size) * GRAM_BYTES
+    """What deferred resolution sends: each rank is told the Grams of its blocks, and tells them, summed, with the
+    weights. (Streaming, all ranks are told all of them.)"""
+    blocks = -(-(setup.blocks or setup.buckets) // setup.world_size) * GRAM_BYTES
     elsewhere = setup.world_size - setup.ranks_per_node
-    parts = Sent((setup.world_size - 1) * part, elsewhere * part)
-    return parts + _ring(setup, [range(setup.world_size)], part)
+    told = Sent((setup.world_size - 1) * blocks * languages**2, elsewhere * blocks * languages**2)
+    return told + _ring(setup, [range(setup.world_size)], blocks * languages * (languages + 1))
 
 
 def _ring(setup: Setup, groups: Sequence[Sequence[int]], piece: int) -> Sent:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bucketmoo_ds.comm.streams import SideStream
+
 # Shards start at multiples of this many elements, so that 16-byte loads stay aligned for every dtype of a gradient.
 ALIGNMENT = 8
 
@@ -59,6 +61,7 @@ class Exchange:
         if len(told) == 1 and self.world_size % ranks_per_node == 0:  # or nodes are not alike
             self.ranks_per_node = ranks_per_node
         self.nodes = self.world_size // self.ranks_per_node if self.ranks_per_node > 1 else 1
+        self._between: SideStream | None = None  # where the first of two stages is waited for
         if self.nodes > 1:
             self._inside, self._across = _node_groups(group, self.rank, self.ranks_per_node)
 
@@ -80,7 +83,7 @@ class Exchange:
         work = dist.all_to_all_single(received, flat, group=self.group, async_op=True)
         slice_bytes = flat.nbytes // self.world_size
         self._count("all_to_all", slice_bytes * (self.world_size - 1), slice_bytes * self._ranks_elsewhere)
-        return Received(received.view(self.world_size, -1), work, sent=flat)
+        return Received(received.view(self.world_size, -1), work, (flat,))
 
     def scatter_by_node(self, flat: Tensor) -> Received:
         """Starts the exchange of a bucket in two stages; what is received is `[nodes, S]`.
@@ -94,14 +97,20 @@ class Exchange:
         work = dist.reduce_scatter_single(summed, by_position.view(-1), group=self._inside, async_op=True)
         self._count("reduce_scatter (node)", summed.nbytes * (inside - 1), 0)
 
-        def across() -> Tensor:
+        def across() -> Received:
+            work.wait()
             received = torch.empty_like(summed)
-            dist.all_to_all_single(received, summed, group=self._across)
+            second = dist.all_to_all_single(received, summed, group=self._across, async_op=True)
             sent = summed.nbytes // self.nodes * (self.nodes - 1)
             self._count("all_to_all (nodes)", sent, sent)
-            return received.view(self.nodes, shard)
+            return Received(received.view(self.nodes, shard), second, (by_position, summed))
 
-        return Received(across, work, sent=by_position)
+        if flat.device.type == "cpu":
+            return Received(across)
+        if self._between is None:
+            self._between = SideStream(flat.device)
+        with self._between.beside():
+            return across()
 
     def all_gather(self, shard: Tensor, group: dist.ProcessGroup | None = None) -> Received:
         """Starts giving every rank of `group` (default: this exchange's) all shards `[S]`, rank by rank."""
@@ -115,30 +124,26 @@ class Exchange:
         first = self.rank // self.ranks_per_node * self.ranks_per_node
         elsewhere = len(set(members) - set(everyone[first : first + self.ranks_per_node]))
         self._count("all_gather (combined)", shard.nbytes * (len(members) - 1), shard.nbytes * elsewhere)
-        return Received(received, work, sent=shard)
+        return Received(received, work, (shard,))
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Returns the sum of `tensor` over the ranks: an all-reduce that adds in the order of the ranks.
-
-        The order inside a library's all-reduce depends on where an element lies in the buffer. Here every element is
-        added up alike by one rank: so all ranks get the same bytes, and the same bytes whether Grams are reduced one
-        by one or all at once. It sends what a ring all-reduce sends.
-        """
+    def all_gather_grams(self, own: Tensor) -> Tensor:
+        """Returns what every rank holds in place of `own`, rank by rank: `[W, *own.shape]`."""
+        everyone = own.new_empty(self.world_size, *own.shape)
         if self.world_size == 1:
-            return tensor
-        part = -(-tensor.numel() // self.world_size)
-        send = torch.nn.functional.pad(tensor.flatten(), (0, part * self.world_size - tensor.numel()))
-        received = torch.empty_like(send)
-        dist.all_to_all_single(received, send, group=self.group)
-        first, *others = received.view(self.world_size, part)
-        total = first.clone()
-        for other in others:
-            total += other
-        everyone = [torch.empty_like(total) for _ in range(self.world_size)]
-        dist.all_gather(everyone, total, group=self.group)
-        part_bytes = 2 * part * tensor.element_size()
-        self._count("all_reduce (Grams)", part_bytes * (self.world_size - 1), part_bytes * self._ranks_elsewhere)
-        return torch.cat(everyone)[: tensor.numel()].view_as(tensor)
+            return everyone.copy_(own)
+        dist.all_gather_single(everyone.view(-1), own.reshape(-1), group=self.group)
+        self._count("all_gather (Grams)", own.nbytes * (self.world_size - 1), own.nbytes * self._ranks_elsewhere)
+        return everyone
+
+    def all_to_all_grams(self, parts: Tensor) -> Tensor:
+        """Returns, rank by rank, the part that each has for this one: `[W, ...]` of `[W, ...]`."""
+        if self.world_size == 1:
+            return parts
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        part_bytes = parts.nbytes // self.world_size
+        self._count("all_to_all (Grams)", part_bytes * (self.world_size - 1), part_bytes * self._ranks_elsewhere)
+        return received
 
     def gather_numbers(self, numbers: Sequence[int]) -> list[list[int]]:
         """Returns the numbers (64-bit, signed) of every rank, rank by rank."""
@@ -160,7 +165,7 @@ class Exchange:
         away = sum(send_sizes) - send_sizes[self.rank]
         elsewhere = sum(send_sizes) - sum(send_sizes[node : node + self.ranks_per_node])
         self._count("all_to_all (combined)", away * send.element_size(), elsewhere * send.element_size())
-        return Received(received, work, sent=send)
+        return Received(received, work, (send,))
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         if self.world_size == 1:
@@ -181,23 +186,25 @@ class Exchange:
 
 @dataclasses.dataclass
 class Received:
-    """A collective under way: keeps the sent tensor alive until the received one may be read.
+    """A collective under way.
 
     Args:
-        result: the received tensor, or what makes it once the work is done.
+        result: the received tensor, or what starts the collective that makes it.
         work: the collective, or `None` where there is nothing to wait for.
-        sent: what the collective reads.
+        sent: what the collective reads: kept until it is through.
     """
 
-    result: Tensor | Callable[[], Tensor]
+    result: Tensor | Callable[[], Received]
     work: dist.Work | None = None
-    sent: Tensor | None = None
+    sent: tuple[Tensor, ...] = ()
 
     def wait(self) -> Tensor:
         """Returns the received tensor. On CUDA the current stream waits, not the host."""
+        if not isinstance(self.result, Tensor):
+            return self.result().wait()
         if self.work is not None:
             self.work.wait()
-        return self.result if isinstance(self.result, Tensor) else self.result()
+        return self.result
 
 
 def control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

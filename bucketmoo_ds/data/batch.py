@@ -28,6 +28,7 @@ from torch import nn
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.errors import LanguageError
+from bucketmoo_ds.transfer import ToHost
 
 TOKENS_KEY = "target_tokens"
 DIVISOR_KEY = "loss_divisor"
@@ -64,7 +65,8 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass.
+    """One forward pass. Numbers that lie on a device are on their way to the host (`ToHost`), and read when a backward
+    has come: a forward pass waits for nothing.
 
     Args:
         language: index of its language.
@@ -74,9 +76,9 @@ class MicroBatch:
     """
 
     language: int
-    target_tokens: int | None = None
-    loss_divisor: float | None = None
-    num_items: float | None = None
+    target_tokens: object = None
+    loss_divisor: object = None
+    num_items: object = None
 
 
 class StatedLoss(Protocol):
@@ -234,8 +236,10 @@ class LanguageTracker:
     def _normalisation(self, batches: Sequence[MicroBatch], world_size: int) -> tuple[int, float | None]:
         """Returns the target tokens of a micro-step, and what their summed loss is divided by; `None` for the mean."""
         stated = stated_loss()
-        counts = [batch.target_tokens for batch in batches if batch.target_tokens is not None]
-        tokens = sum(counts) if counts else self._count_labels(stated.entries) if stated is not None else None
+        told = [batch.target_tokens for batch in batches if batch.target_tokens is not None]
+        if not told and stated is not None:
+            told = [each for each in [self._count_labels(stated.entries)] if each is not None]
+        tokens = sum(map(_count, told)) if told else None
         items = _only("num_items_in_batch", [batch.num_items for batch in batches])
         divisor, source = _only(DIVISOR_KEY, [batch.loss_divisor for batch in batches]), DIVISOR_KEY
         if divisor is None and stated is not None:
@@ -278,18 +282,18 @@ class LanguageTracker:
         divisor = entries.loss_divisor if entries.loss_divisor is not None else default.loss_divisor
         return MicroBatch(
             indices.pop(),
-            self._count_labels(entries) if tokens is None else _count(tokens),
-            None if divisor is None else _number(DIVISOR_KEY, divisor),
-            None if entries.num_items is None else _number("num_items_in_batch", entries.num_items),
+            self._count_labels(entries) if tokens is None else _sent(tokens),
+            _sent(divisor),
+            _sent(entries.num_items),
         )
 
-    def _count_labels(self, entries: Entries) -> int | None:
+    def _count_labels(self, entries: Entries) -> ToHost | None:
         """Returns the target tokens among the labels; `None` where there are none that can be counted."""
         labels = entries.shift_labels if entries.shift_labels is not None else entries.labels
         if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
             return None
         shifted = self._shifted and labels.dim() > 1 and entries.shift_labels is None
-        return int(((labels[..., 1:] if shifted else labels) != IGNORED_LABEL).sum())
+        return ToHost(((labels[..., 1:] if shifted else labels) != IGNORED_LABEL).sum())
 
 
 @dataclasses.dataclass
@@ -321,15 +325,25 @@ def _checked(found: MicroBatch | LanguageError) -> MicroBatch:
     return found
 
 
-def _only(name: str, told: Sequence[float | None]) -> float | None:
+def _sent(value: object) -> object:
+    """Returns a value that may be a device's tensor, on its way to the host."""
+    return ToHost(value) if isinstance(value, torch.Tensor) else value
+
+
+def _read(value: object) -> Any:
+    return value.read() if isinstance(value, ToHost) else value
+
+
+def _only(name: str, told: Sequence[object]) -> float | None:
     """Returns the one number that the forward passes of a backward were told."""
-    different = sorted({number for number in told if number is not None})
+    different = sorted({_number(name, _read(number)) for number in told if number is not None})
     if len(different) > 1:
         raise LanguageError(f"one backward after forward passes with several {name} ({different}); expected one")
     return different[0] if different else None
 
 
-def _count(tokens: Any) -> int:
+def _count(told: object) -> int:
+    tokens = _read(told)
     count = tokens.sum().item() if hasattr(tokens, "sum") else tokens
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise LanguageError(f"{TOKENS_KEY} = {count!r}: expected a whole number, 0 or more")

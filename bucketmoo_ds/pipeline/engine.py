@@ -3,17 +3,20 @@
 An adapter drives it: `begin_micro_step`, `ingest` for every bucket (in one order, the same on all ranks),
 `end_micro_step`, and, at the boundary, `finish`. Each combined shard goes to the adapter's sink.
 
-*Streaming* resolves a bucket as soon as it has arrived and keeps nothing. *Deferred* keeps the rows of the window;
-`finish` then does one all-reduce of all Grams, one batched solve, and combines. With one exchange a window and blocks
-within buckets both take the same Grams of the same rows, and results are equal to the bit; but where gradients travel
-in 16 bits and a language comes from one rank, streaming takes the Gram of the 16-bit row instead of a float32 copy, and
-a fast backend adds it up in another order.
+*Streaming* resolves a bucket as soon as it has arrived and keeps nothing; small buckets wait for each other, so that
+their Grams travel together. *Deferred* keeps the rows of the window; `finish` then resolves all of them at once. With
+one exchange a window and blocks within buckets both take the same Grams of the same rows, and results are equal to the
+bit; but where gradients travel in 16 bits and a language comes from one rank, streaming takes the Gram of the 16-bit
+row instead of a float32 copy, and a fast backend adds it up in another order.
+
+On an accelerator nothing waits for the device until `finish` reads what was decided.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import struct
 from collections.abc import Callable, Container, Sequence
@@ -39,6 +42,10 @@ from bucketmoo_ds.plan.choices import choose_streaming
 
 Sink = Callable[[int, Tensor], None]
 
+# Elements. While streaming, buckets that have fewer together are resolved together: a collective of their Grams costs
+# about as much time as exchanging so many.
+TOGETHER = 1 << 20
+
 
 @dataclasses.dataclass
 class _Pending:
@@ -46,6 +53,14 @@ class _Pending:
     received: Received
     sources: list[Slot]
     last: bool  # of this bucket in the window
+
+
+class _Held(NamedTuple):
+    """A bucket that has arrived, to be resolved."""
+
+    bucket: int
+    rows: list[Tensor]  # [S] each
+    gram: Tensor  # [C, K', K'], this rank's part
 
 
 class _Incoming(NamedTuple):
@@ -61,7 +76,8 @@ class BucketMOO:
         config: the settings.
         plan: buckets and blocks.
         exchange: the group's collectives.
-        sink: called with (bucket, combined shard `[S]`) for every bucket of a window that is not skipped.
+        sink: called with (bucket, combined shard `[S]`) for every bucket of a window. Whether all its rows were finite
+            is known when `finish` returns.
         micro_steps: tells M, micro-steps between two optimizer steps, as the framework has it now; asked anew in every
             micro-step.
         once_a_window: whether gradients are exchanged once a window: each rank adds up its micro-steps until then.
@@ -101,11 +117,11 @@ class BucketMOO:
             )
         self.backend = ops.choose_backend(config.backend, device)
         self.window = Window(len(config.languages), config.weighting, once_a_window, apart)
-        self.resolver = Resolver(config, plan, exchange, self.window, self.backend)
+        self._device = torch.device(device)
+        self.resolver = Resolver(config, plan, exchange, self.window, self.backend, self._device)
         self.record = Record(config, plan, speaks=exchange.rank == 0)
         self._micro_steps = micro_steps
         self._sink = sink
-        self._device = torch.device(device)
         self._side = SideStream(self._device)
         self._depth = 1 if overlap else 0
         self._store = RowStore(config.row_storage)
@@ -153,6 +169,7 @@ class BucketMOO:
         error, mine = (str(slot), Slot(-1, 0, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
         slots = [Slot.from_numbers(numbers) for numbers in told]
+        self._side.follow()
         checks.check_languages(self.window, slots, self.config.languages)
         if not self.in_window:
             self._streams = self.streaming
@@ -169,10 +186,11 @@ class BucketMOO:
     def ingest(self, bucket: int, flat: Tensor, part: int = 0) -> None:
         """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot in `Window.sources(part)`.
 
-        `flat` belongs to the engine from here on.
+        `flat` belongs to the engine from here on. Its exchange waits for what has made it; those that are on their way
+        are received and resolved beside the kernels of backward that are queued by now.
         """
-        with self._side.after_current(flat):
-            self._pending.append(self._send(bucket, flat, part))
+        self._pending.append(self._send(bucket, flat, part))
+        with self._side.beside():
             self._receive(self._depth)
 
     def end_micro_step(self, contributed: Sequence[bool]) -> None:
@@ -181,8 +199,10 @@ class BucketMOO:
         Args:
             contributed: for each parameter of the plan, whether this rank had a gradient for it.
         """
-        with self._side.after_current():
+        self._side.follow()
+        with self._side.beside():
             self._receive(0)
+            self._resolve_held()
         self._contributions.add(contributed)
 
     def check_contributions(self) -> None:
@@ -200,23 +220,24 @@ class BucketMOO:
             gradient_scale: what losses were multiplied by (fp16's loss scale); the resolution's Grams are without it.
 
         Raises:
-            DisagreementError: on every rank, if the ranks had gradients of different parameters, or other weights.
+            DisagreementError: on every rank, if the ranks had gradients of different parameters.
             BucketMOOError: a bucket was not resolved.
         """
         self.check_contributions()
         self._check_complete(self._resolved if self._streams else self._grams)
-        if not self._streams:
-            with self._side.after_current():
+        self._side.follow()
+        with self._side.beside():
+            if not self._streams:
                 self._resolve_rows()
+            decided = self.resolver.decided()
         self._side.join()
-        self.resolver.check_ranks()
         resolution = Resolution(
             window=self.windows,
-            gram=self.resolver.gram / gradient_scale**2,
-            weights=self.resolver.weights,
+            gram=decided.gram / gradient_scale**2,
+            weights=decided.weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
-            nonfinite=tuple(self.resolver.nonfinite),
+            nonfinite=decided.nonfinite,
         )
         self.record.add(resolution)
         self._start_window()
@@ -240,7 +261,8 @@ class BucketMOO:
     @property
     def streaming(self) -> bool:
         """Whether a window that begins now is resolved as its buckets arrive."""
-        return choose_streaming(self.config, self.plan, exchanges=1 if self.window.once_a_window else self.micro_steps)
+        exchanges = 1 if self.window.once_a_window else self.micro_steps
+        return choose_streaming(self.config, self.plan, exchanges)
 
     @property
     def in_window(self) -> bool:
@@ -308,6 +330,7 @@ class BucketMOO:
         self._pending: collections.deque[_Pending] = collections.deque()
         self._grams: dict[int, Tensor] = {}
         self._resolved: set[int] = set()
+        self._held: list[_Held] = []
         self.window.clear()
         self.resolver.start_window()
         self._store.clear()
@@ -332,17 +355,22 @@ class BucketMOO:
             slices = pending.received.wait()
             if self._streams:
                 self._stream(pending.bucket, slices, pending.sources)
-                continue
-            incoming = self._incoming(slices, pending.sources)
-            if pending.last and self._store.is_float32_on_device:
-                languages = self.window.present
-                claim = self._store.claim(pending.bucket, languages, {each.language for each in incoming}, slices[0])
-                self._grams[pending.bucket] = self._accumulate_gram(pending.bucket, *claim, incoming)
-                continue
-            for gradient, language, scale in incoming:
-                self._store.add(pending.bucket, language, gradient, scale)
-            if pending.last:
-                self._grams[pending.bucket] = self._gram(pending.bucket, self._rows(pending.bucket))
+            else:
+                self._keep_rows(pending, slices)
+            self._side.keep(slices, *pending.received.sent)
+
+    def _keep_rows(self, pending: _Pending, slices: Tensor) -> None:
+        """Adds what has come to the rows of the window, and takes their Grams if it was the last of it."""
+        bucket, incoming = pending.bucket, self._incoming(slices, pending.sources)
+        if pending.last and self._store.is_float32_on_device:
+            languages = self.window.present
+            claim = self._store.claim(bucket, languages, {each.language for each in incoming}, slices[0])
+            self._grams[bucket] = self._accumulate_gram(bucket, *claim, incoming)
+            return
+        for gradient, language, scale in incoming:
+            self._store.add(bucket, language, gradient, scale)
+        if pending.last:
+            self._grams[bucket] = self._gram(bucket, self._rows(bucket))
 
     def _incoming(self, slices: Tensor, sources: list[Slot]) -> list[_Incoming]:
         return [
@@ -359,15 +387,28 @@ class BucketMOO:
         else:
             rows = [torch.empty_like(slices[0], dtype=torch.float32) for _ in self.window.present]
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), incoming)
-        weights = self.resolver.resolve(gram, self._cells[bucket], self.record.generator())
-        self._combine(bucket, rows, weights)
+        self._held.append(_Held(bucket, rows, gram))
+        if sum(self.plan.buckets[each.bucket].numel for each in self._held) >= TOGETHER:
+            self._resolve_held()
+
+    def _resolve_held(self) -> None:
+        """Resolves the buckets that wait for each other."""
+        held, self._held = self._held, []
+        if not held:
+            return
+        cells = [self._cells[each.bucket] for each in held]
+        partial = torch.cat([each.gram for each in held])
+        weights = self.resolver.resolve_some(partial, list(itertools.chain(*cells)), self.record.generator())
+        for each, of_bucket in zip(held, weights.split(list(map(len, cells))), strict=True):
+            self._combine(each.bucket, each.rows, of_bucket)
+            self._side.keep(*each.rows)
 
     def _resolve_rows(self) -> None:
         """Resolves the stored rows of all buckets at once."""
         buckets = range(len(self.plan.buckets))
         partial = torch.cat([self._grams[bucket] for bucket in buckets])
-        weights = self.resolver.resolve(partial, range(len(self.plan.cell_block)), self.record.generator())
-        for bucket, of_bucket in zip(buckets, weights.split([len(cells) for cells in self._cells]), strict=True):
+        weights = self.resolver.resolve_all(partial, self.record.generator())
+        for bucket, of_bucket in zip(buckets, weights.split(list(map(len, self._cells))), strict=True):
             self._combine(bucket, self._rows(bucket), of_bucket)
 
     def _rows(self, bucket: int) -> list[Tensor]:
@@ -395,11 +436,10 @@ class BucketMOO:
         return ops.gram(rows, segments.spans, segments.cells, segments.num_cells, backend=self.backend)
 
     def _combine(self, bucket: int, rows: list[Tensor], weights: Tensor) -> None:
-        if not self.resolver.nonfinite:
-            segments = self._segments[bucket]
-            out = torch.empty_like(rows[0], dtype=self.result_dtype)
-            ops.combine(rows, weights, segments.spans, segments.cells, out, backend=self.backend)
-            self._sink(bucket, out)
+        segments = self._segments[bucket]
+        out = torch.empty_like(rows[0], dtype=self.result_dtype)
+        ops.combine(rows, weights, segments.spans, segments.cells, out, backend=self.backend)
+        self._sink(bucket, out)
         self._resolved.add(bucket)
 
     def _merged(self, sources: list[Slot]) -> list[Slot] | None:

@@ -1,39 +1,61 @@
-"""From the partial Grams of a window's cells to the weights of its rows: the sum over ranks, and the rule."""
+"""From the partial Grams of a window's cells to the weights of its rows: the sum over ranks, and the rule.
+
+All of it stays on the device of the Grams. What was decided goes to the host once a window, when `decided` is called.
+
+While *streaming* every rank is told the Grams of some buckets by all ranks, and solves them: one collective.
+*Deferred*, each block belongs to one rank, block b to rank b mod W, which is told its Grams, solves it, and tells all
+ranks its weights: two collectives a window, a W-th of the work, and weights that are alike on all ranks whatever their
+CPUs are.
+Grams are added up in the order of the ranks either way, so that both give the same bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bucketmoo_ds import aggregate, ops
-from bucketmoo_ds.comm.agreement import check_equal
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.choices import create_aggregator
+from bucketmoo_ds.transfer import ToHost, to_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What was decided in a window, on the host; see `Resolution`."""
+
+    gram: Tensor
+    weights: Tensor
+    nonfinite: tuple[tuple[str, str], ...]
 
 
 class Resolver:
-    """Decides the weights of a window, all cells at once or a bucket's cells at a time.
+    """Decides the weights of a window, all cells at once or some buckets' cells at a time.
 
     Args:
         config, plan, exchange: as in `BucketMOO`.
         window: the slots, which say what a stored row counts.
         backend: of the ops that rules use.
-
-    Attributes:
-        gram, weights: what was decided in this window so far, as in `Resolution`.
-        nonfinite: (language, bucket) names whose row was not finite.
+        device: where Grams are.
 
     Raises:
         ConfigError: an unknown aggregator or option.
     """
 
     def __init__(
-        self, config: BucketMOOConfig, plan: BlockPlan, exchange: Exchange, window: Window, backend: str
+        self,
+        config: BucketMOOConfig,
+        plan: BlockPlan,
+        exchange: Exchange,
+        window: Window,
+        backend: str,
+        device: torch.device,
     ) -> None:
         self.aggregator = create_aggregator(config)
         self._config = config
@@ -41,60 +63,111 @@ class Resolver:
         self._exchange = exchange
         self._window = window
         self._backend = backend
+        self._device = device
+        cells = torch.tensor(plan.cell_block)
+        # Where a block has several cells, those of each one after the other, to be added up.
+        self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
+        self._cells_a_block = to_device(cells.bincount(minlength=len(plan.blocks)), torch.int64, device)
+        self._cell_block = to_device(cells, torch.int64, device)
         self.start_window()
 
     def start_window(self) -> None:
         """Forgets what was decided."""
-        blocks, languages = len(self._plan.blocks), len(self._config.languages)
-        self.gram = torch.zeros(blocks, languages, languages, dtype=torch.float64)
-        self.weights = torch.zeros(blocks, languages, dtype=torch.float64)
-        self.nonfinite: list[tuple[str, str]] = []
+        self._blocks: list[int] = []
+        self._decided: list[tuple[Tensor, Tensor]] = []  # Grams and weights of these blocks
+        self._partial: Tensor | None = None
+        self._coefficients: Tensor | None = None
 
-    def resolve(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Decides the weights of the blocks of some cells.
+    def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Decides the weights of some blocks that have one cell each, on every rank.
 
         Args:
             partial: `[C, K', K']` float64, this rank's part of the Grams of the stored rows of the K' present
                 languages.
-            cells: the numbers of the C cells; a block's cells come in one call.
+            cells: the numbers of the C cells.
             generator: see `aggregate.solve`.
 
         Returns:
             `[C, K']` float64: what the stored rows of each cell are multiplied by.
         """
-        coefficients = torch.tensor(self._window.coefficients(), dtype=torch.float64)
-        gram = self._exchange.all_reduce(partial).cpu() * torch.outer(coefficients, coefficients)
-        self._note_nonfinite(gram, cells)
-        blocks = torch.tensor([self._plan.cell_block[cell] for cell in cells])
-        used, position = blocks.unique(return_inverse=True)
-        summed = torch.zeros(len(used), *gram.shape[1:], dtype=torch.float64).index_add_(0, position, gram)
+        gram, weights = self._solve(_summed(self._exchange.all_gather_grams(partial)), generator)
+        self._blocks += [self._plan.cell_block[cell] for cell in cells]
+        self._decided.append((gram, weights))
+        return weights * self.coefficients
+
+    def resolve_all(self, partial: Tensor, generator: torch.Generator) -> Tensor:
+        """Decides the weights of all blocks, each on the rank that it belongs to; see `resolve_some`."""
+        blocks, world_size, count = len(self._plan.blocks), self._exchange.world_size, partial.shape[-1]
+        self._partial = partial
+        by_block = partial[self._cells_by_block]
+        if self._plan.spans_buckets:
+            by_block = torch.segment_reduce(by_block, "sum", lengths=self._cells_a_block, axis=0, unsafe=True)
+        a_rank = -(-blocks // world_size)
+        dealt = by_block.new_zeros(a_rank * world_size, count, count)
+        dealt[:blocks] = by_block
+        parts = dealt.view(a_rank, world_size, count, count).transpose(0, 1).contiguous()
+        own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), generator)
+        both = torch.cat([own_gram, own_weights.unsqueeze(-1)], dim=-1)
+        everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, count, count + 1)[:blocks]
+        gram, weights = everyone[..., :-1], everyone[..., -1]
+        self._blocks += range(blocks)
+        self._decided.append((gram, weights))
+        return (weights * self.coefficients)[self._cell_block]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """`[K']` float64 on the device: see `Window.coefficients`."""
+        if self._coefficients is None:
+            self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
+        return self._coefficients
+
+    def decided(self) -> Decided:
+        """Returns what was decided in this window. The host waits here, and nowhere else."""
+        blocks, languages = len(self._plan.blocks), len(self._config.languages)
+        present = torch.tensor(self._window.present)
+        on_device = torch.cat([torch.cat([gram, weights.unsqueeze(-1)], dim=-1) for gram, weights in self._decided])
+        both = ToHost(on_device).read()
+        order = torch.tensor(self._blocks)
+        gram = torch.zeros(blocks, languages, languages, dtype=torch.float64)
+        weights = torch.zeros(blocks, languages, dtype=torch.float64)
+        gram[order[:, None, None], present[:, None], present] = both[..., :-1]
+        weights[order[:, None], present] = both[..., -1]
+        return Decided(gram, weights, tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite()))))
+
+    def _solve(self, summed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        gram = summed * torch.outer(self.coefficients, self.coefficients)
         with ops.using(self._backend):
             weights = aggregate.solve(
-                summed,
-                torch.ones(summed.shape[:2], dtype=torch.bool),
+                gram,
+                torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device),
                 self.aggregator,
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 generator=generator,
             )
-        present = torch.tensor(self._window.present)
-        self.gram[used[:, None, None], present[:, None], present] = summed
-        self.weights[used[:, None], present] = weights
-        return (weights * coefficients)[position]
+        return gram, weights
 
-    def check_ranks(self) -> None:
-        """Compares the weights of all ranks.
+    def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
+        """Names the (language, bucket) pairs whose row is not finite.
 
-        Raises:
-            DisagreementError: on every rank, if they differ.
+        Args:
+            finite: `[B, K]` bool, of the Grams of blocks: the same on all ranks.
         """
-        message = "the ranks reached different weights from the same Grams"
-        check_equal(self._exchange, self.weights.numpy().tobytes(), message)
+        if finite.all():
+            return
+        suspects = ~finite[list(self._plan.cell_block)]
+        if self._partial is not None and self._plan.spans_buckets:  # each rank knows in part which bucket it is
+            present = self._window.present
+            own = ~self._partial.diagonal(dim1=1, dim2=2).isfinite()
+            told = torch.tensor(self._exchange.gather_numbers(own.flatten().tolist())).any(0).view(-1, len(present))
+            narrowed = suspects.clone()
+            narrowed[:, present] &= told
+            suspects = narrowed if narrowed.any() else suspects  # a sum of finite parts may overflow
+        for cell, language in suspects.nonzero().tolist():
+            yield self._config.languages[language], self._plan.buckets[self._plan.cell_bucket[cell]].name
 
-    def _note_nonfinite(self, gram: Tensor, cells: Sequence[int]) -> None:
-        bad = ~torch.isfinite(gram.diagonal(dim1=1, dim2=2))
-        for cell, index in bad.nonzero().tolist():
-            language = self._config.languages[self._window.present[index]]
-            where = (language, self._plan.buckets[self._plan.cell_bucket[cells[cell]]].name)
-            if where not in self.nonfinite:
-                self.nonfinite.append(where)
+
+def _summed(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, added up in its order, which is that of the ranks: so that all ranks have the
+    same bits, one kernel whatever their number."""
+    return parts[0] if len(parts) == 1 else parts.cumsum(0)[-1]

@@ -61,7 +61,8 @@ def create_exchange(config: BucketMOOConfig, group: dist.ProcessGroup | None) ->
 
 
 def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -> bool:
-    """Returns whether buckets are resolved as they arrive: with one exchange a window and no block across buckets.
+    """Returns whether buckets are resolved as they arrive: with one exchange a window and no block across buckets, and
+    unless `streaming` is asked for, by a rule that is solved while the next bucket is exchanged.
 
     Raises:
         ConfigError: `streaming` was asked for where it cannot be.
@@ -71,6 +72,8 @@ def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -
         obstacle = f"a window has {exchanges} exchanges (gradient_accumulation_steps)"
     elif plan.spans_buckets:
         obstacle = f'blocks of granularity "{config.granularity}" span several buckets'
-    if config.mode == "streaming" and obstacle:
-        raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
-    return config.mode != "deferred" and not obstacle
+    if config.mode == "streaming":
+        if obstacle:
+            raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
+        return True
+    return config.mode == "auto" and not obstacle and create_aggregator(config).cheap

@@ -46,16 +46,18 @@ class SimulatedExchange(Exchange):
     def scatter(self, flat: Tensor) -> Received:
         slices = [other.view(self.world_size, -1)[self.rank] for other in self._swap(flat.clone())]
         flat.fill_(float("nan"))  # whoever still reads what was sent is found out
-        return Received(torch.stack(slices), sent=flat)
+        return Received(torch.stack(slices), sent=(flat,))
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        everyone = self._swap(tensor.clone())
-        return tensor.copy_(torch.stack(everyone).sum(0))
+    def all_gather_grams(self, own: Tensor) -> Tensor:
+        return torch.stack(self._swap(own.clone()))
+
+    def all_to_all_grams(self, parts: Tensor) -> Tensor:
+        return torch.stack([theirs[self.rank] for theirs in self._swap(parts.clone())])
 
     def all_to_all(self, send: Tensor, send_sizes: list[int], receive_sizes: list[int]) -> Received:
         parts = [data.split(sizes)[self.rank] for data, sizes in self._swap((send.clone(), send_sizes))]
         assert [part.numel() for part in parts] == receive_sizes
-        return Received(torch.cat(parts), sent=send)
+        return Received(torch.cat(parts), sent=(send,))
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         return [tensor.clone() for tensor in self._swap(mine.clone())]

@@ -64,7 +64,8 @@ def test_what_leaves_the_node_is_counted(world_size: int, inside: int) -> None:
         before = dict(exchange.sent_between_nodes)
         exchange.scatter(torch.zeros(world_size * 8)).wait()
         exchange.all_gather(torch.zeros(8)).wait()
-        exchange.all_reduce(torch.zeros(2, 3, 3, dtype=torch.float64))
+        exchange.all_gather_grams(torch.zeros(2, 3, 3, dtype=torch.float64))
+        exchange.all_to_all_grams(torch.zeros(world_size, 5, 3, 3, dtype=torch.float64))
         exchange.all_to_all(torch.zeros(world_size), [1] * world_size, [1] * world_size).wait()
         exchange.gather_numbers([1, 2])
         return {name: sent - before.get(name, 0) for name, sent in exchange.sent_between_nodes.items()}
@@ -74,7 +75,8 @@ def test_what_leaves_the_node_is_counted(world_size: int, inside: int) -> None:
         assert found == {
             "all_to_all": 8 * 4 * elsewhere,
             "all_gather (combined)": 8 * 4 * elsewhere,
-            "all_reduce (Grams)": 2 * 8 * -(-18 // world_size) * elsewhere,
+            "all_gather (Grams)": 18 * 8 * elsewhere,
+            "all_to_all (Grams)": 45 * 8 * elsewhere,
             "all_to_all (combined)": 4 * elsewhere,
             "all_gather (control)": 2 * 8 * elsewhere,
         }

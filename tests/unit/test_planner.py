@@ -229,14 +229,16 @@ def test_ddp_gathers_combined_shards(world_size: int, per_node: int) -> None:
 @pytest.mark.parametrize("languages", [2, 5])
 @pytest.mark.parametrize(("world_size", "per_node"), CLUSTERS)
 def test_grams(world_size: int, per_node: int, languages: int) -> None:
-    """The all-reduce of `Exchange`: parts to their ranks, sums to everyone."""
+    """Each rank's blocks to it from everyone, and their sums, with the weights, to everyone."""
     blocks = 7 * per_node
     found = make(
         world_size=world_size, ranks_per_node=per_node, languages=languages, blocks=blocks, micro_steps=languages
     )
-    wire = Wire(world_size, per_node, math.ceil(blocks * languages**2 / world_size), itemsize=8)
+    a_rank = math.ceil(blocks / world_size)
+    wire = Wire(world_size, per_node, a_rank * languages**2, itemsize=8)
     run_flat(wire)
-    wire.ring_all_gather(list(range(world_size)), {rank: wire.gradients[rank][0] for rank in range(world_size)})
+    decided = np.zeros(a_rank * languages * (languages + 1))
+    wire.ring_all_gather(list(range(world_size)), dict.fromkeys(range(world_size), decided))
     sums = [sum(counter.values()) / world_size for counter in (wire.total, wire.between)]
     assert [found.flat.grams.total, found.flat.grams.between_nodes] == [round(each) for each in sums]
 

@@ -107,9 +107,7 @@ def _tiles(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int)
     # Half a megabyte of all rows keeps a block of threads busy; a shard gives every multiprocessor several tiles.
     longest = (1 << 19) // (len(rows) * rows[0].element_size())
     tile = max(1024, min(longest, elements // (8 * multiprocessors))) // 1024 * 1024
-    return tiles_on_device(
-        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, max(tile, 1024), device
-    )
+    return tiles_on_device(spans, cells, num_cells, elements, max(tile, 1024), device)
 
 
 @functools.cache

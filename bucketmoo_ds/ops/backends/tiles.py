@@ -1,15 +1,20 @@
 """How the backends of a GPU cut a shard into pieces of work: tiles of elements, and runs of tiles.
 
 Tiles are sorted by cell, and their order is that of the sums, so that these are the same from run to run. Segments
-stay the same from step to step: their tables are made, and copied to the device, once (`tiles_on_device`).
+stay the same from step to step: their tables are made, and copied to the device, once (`kept`).
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from bucketmoo_ds.transfer import to_device
+
+T = TypeVar("T")
 
 
 def tile_table(
@@ -73,21 +78,27 @@ def run_table(table: Tensor, num_cells: int, parts: int) -> tuple[Tensor, Tensor
     return torch.stack([begin, end, table[begin, 2]], dim=1), first
 
 
-# Segments stay the same from step to step; their tables are copied to the device once.
-@functools.lru_cache(maxsize=256)
+def kept(spans: Tensor, cells: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """Returns what `make` gives for these segments and this key: made once, and kept as long as `spans` lives, for the
+    segments of a bucket stay the same from step to step."""
+    plans = spans.__dict__.setdefault("_bucket_moo_plans", {})
+    versions = spans._version, cells._version
+    if key not in plans or plans[key][0] is not cells or plans[key][1] != versions:
+        plans[key] = cells, versions, make()
+    plan: T = plans[key][2]
+    return plan
+
+
 def tiles_on_device(
-    spans: bytes, cells: bytes, num_cells: int, elements: int, tile: int, device: torch.device
+    spans: Tensor, cells: Tensor, num_cells: int, elements: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns `tile_table` on a device, of spans and cells as bytes (`Tensor.numpy().tobytes()`)."""
-    table, first, inside = tile_table(*segments_of(spans, cells), num_cells, elements, tile)
-    return table.to(device), first.to(device), inside
+    """Returns `tile_table` on a device, kept with the segments."""
 
+    def make() -> tuple[Tensor, Tensor, int]:
+        table, first, inside = tile_table(spans, cells, num_cells, elements, tile)
+        return to_device(table, torch.int64, device), to_device(first, torch.int64, device), inside
 
-def segments_of(spans: bytes, cells: bytes) -> tuple[Tensor, Tensor]:
-    """Returns the `[n, 2]` spans and the `[n]` cells that these bytes are."""
-    owners = torch.frombuffer(bytearray(cells), dtype=torch.int64) if cells else torch.empty(0, dtype=torch.int64)
-    segments = torch.frombuffer(bytearray(spans), dtype=torch.int64) if spans else torch.empty(0, dtype=torch.int64)
-    return segments.view(-1, 2), owners
+    return kept(spans, cells, (num_cells, elements, tile, device), make)
 
 
 # What a tile costs apart from its elements, in elements: a few reads that wait for each other.

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, run_table, segments_of, tile_table
+from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, kept, run_table, tile_table
+from bucketmoo_ds.transfer import to_device
 
 __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
 
@@ -181,33 +182,34 @@ def _plan(
     longest = (FLOAT32_TILE_BYTES if rows[0].dtype == torch.float32 else TILE_BYTES) // size
     tile = max(256, min(longest, elements // runs)) // MULTIPLE * MULTIPLE
     shift = _shift(all_of)
-    return _plan_on_device(
-        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, tile, runs, shift, device
+    return kept(
+        spans,
+        cells,
+        (num_cells, elements, tile, runs, shift, device),
+        lambda: _plan_on_device(spans, cells, num_cells, elements, tile, runs, shift, device),
     )
 
 
-# Segments stay the same from step to step; their tables are copied to the device once.
-@functools.lru_cache(maxsize=256)
 def _plan_on_device(
-    spans: bytes, cells: bytes, num_cells: int, elements: int, tile: int, parts: int, shift: int | None,
+    spans: Tensor, cells: Tensor, num_cells: int, elements: int, tile: int, parts: int, shift: int | None,
     device: torch.device,
 ) -> _Plan:  # fmt: skip
-    segments = segments_of(spans, cells)
     if shift is None:
-        tables = [(False, tile_table(*segments, num_cells, elements, tile)[0])]
+        tables = [(False, tile_table(spans, cells, num_cells, elements, tile)[0])]
     else:
-        aligned, ragged = aligned_tile_tables(*segments, num_cells, elements, tile, MULTIPLE, shift)
+        aligned, ragged = aligned_tile_tables(spans, cells, num_cells, elements, tile, MULTIPLE, shift)
         tables = [(True, aligned[0]), (False, ragged[0])]
     works, firsts, slots = [], [], 0
     for is_aligned, table in tables:
         if len(table) == 0 and len(tables) > 1:
             continue
         runs, first = run_table(table, num_cells, parts)
-        works.append(_Work(is_aligned, table.to(device), runs.to(device), int(first[-1]), slots))
+        tiles, of_tiles = (to_device(each, torch.int64, device) for each in (table, runs))
+        works.append(_Work(is_aligned, tiles, of_tiles, int(first[-1]), slots))
         firsts.append(first + slots)
         slots += int(first[-1])
     first = torch.stack(firsts) if firsts else torch.zeros(0, num_cells + 1, dtype=torch.int64)
-    return _Plan(tuple(works), first.to(device), slots)
+    return _Plan(tuple(works), to_device(first, torch.int64, device), slots)
 
 
 def _partials(rows: Sequence[Tensor], plan: _Plan) -> Tensor:
@@ -235,10 +237,8 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
-# Rows stay where they are from step to step as well.
-@functools.lru_cache(maxsize=256)
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).to(device)
+    return to_device(numbers, torch.int64, device)
 
 
 @functools.cache
