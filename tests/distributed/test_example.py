@@ -7,12 +7,12 @@ from pathlib import Path
 
 import launch
 import pytest
+from draw import some
 
 WRAPPERS = {"fsdp2": 2, "fsdp1": 2, "ddp": 2, "deepspeed": 2, "single": 1}
 LANGUAGES = ["--languages", "de", "fr", "ko"]
 RULE = ["--aggregator", "upgrad"]
 
-every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
 class _Whole(dict[str, dict[int, str]]):
@@ -28,7 +28,7 @@ def whole() -> _Whole:
     return _Whole()
 
 
-@every_wrapper
+@pytest.mark.parametrize("wrapper", some([(wrapper,) for wrapper in WRAPPERS], 2))
 def test_saved_run_goes_on_as_if_it_had_not_stopped(wrapper: str, whole: _Whole, tmp_path: Path) -> None:
     """The loss that rank 0 prints, and the weights, to all printed digits."""
     assert list(whole[wrapper]) == [0, 1, 2, 3]
@@ -38,7 +38,8 @@ def test_saved_run_goes_on_as_if_it_had_not_stopped(wrapper: str, whole: _Whole,
     assert list(second) == [2, 3]
 
 
-@pytest.mark.parametrize("wrapper", ["fsdp2", "deepspeed", "single"])  # bf16 of the others: test_fsdp1.py, test_ddp.py
+# bf16 of the others: test_wrapper_parity.py
+@pytest.mark.parametrize("wrapper", some([("fsdp2",), ("deepspeed",), ("single",)], 1))
 def test_bf16_is_close_to_fp32(wrapper: str, whole: _Whole) -> None:
     """The first losses, of which bfloat16's rounding is a few 2^-8; at 5.5, the last printed digits of one differ."""
     bf16 = steps(wrapper, *LANGUAGES, *RULE, "--steps", "2", "--dtype", "bf16")

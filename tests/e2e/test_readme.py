@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from draw import some
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -40,7 +41,7 @@ def test_deepspeed_example_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrap", "processes"), [("with_fsdp2", 2), ("with_fsdp1", 2), ("with_ddp", 2), ("alone", 1)]
+    ("wrap", "processes"), some([("with_fsdp2", 2), ("with_fsdp1", 2), ("with_ddp", 2), ("alone", 1)], 2)
 )
 def test_wrapper_example_trains(wrap: str, processes: int, tmp_path: Path) -> None:
     example = next(block for block in BLOCKS if "def with_fsdp2" in block)

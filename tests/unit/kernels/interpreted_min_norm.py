@@ -33,7 +33,7 @@ def generator() -> torch.Generator:
             for kind in KINDS
             for sizes in ((2, 0.6), (3, 1.0), (8, 1.0), (8, 0.3), (17, 1.0), (24, 0.1))
         ],
-        10,
+        6,
     ),
 )
 def test_the_answer_is_optimal_and_that_of_the_reference(
