@@ -164,12 +164,13 @@ def test_positions_have_64_bits() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_table_of_addresses_is_made_once() -> None:
-    rows: list[Tensor] = [torch.randn(10) for _ in range(3)]
-    addresses = tuple(row.data_ptr() for row in rows)
-    table = backend._table(addresses, torch.device("cpu"))
-    assert table.tolist() == list(addresses)
-    assert backend._table(addresses, torch.device("cpu")) is table
+def test_tiles_are_cut_once_a_bucket() -> None:
+    """However many buckets there are, and wherever the rows of a step lie."""
+    buckets = [(torch.tensor([[0, length]]), torch.tensor([0])) for length in range(100, 500)]
+    first = [backend._plan(rows, rows, *each, 1) for each in buckets for rows in [[torch.randn(600)]]]
+    assert [backend._plan([torch.randn(600)], [torch.randn(600)], *each, 1) for each in buckets] == first
+    buckets[0][0][0, 1] = 50
+    assert backend._plan([torch.randn(600)], [torch.randn(600)], *buckets[0], 1) is not first[0], "other segments"
 
 
 def _sums(made: launch.Launch) -> list[str]:
