@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class MGDA(Aggregator):
         max_weight: no weight is larger, in (0, 1]; in a block of n languages the larger of it and 1/n holds, so that
             1/K or less is plain averaging and 1 no cap.
     """
+
+    cheap: ClassVar[bool] = True
 
     max_weight: float = 1.0
 
