@@ -44,10 +44,9 @@ def positive_semidefinite(cosines: Tensor, nonzero: Tensor) -> Tensor:
     Returns:
         `[B, K, K]` float64: the same where it is semidefinite, lifted by at most twice what it lacks elsewhere.
     """
-    power = torch.zeros_like(cosines[:, 0, 0])
+    least = torch.full_like(cosines[:, :1, 0], ROUNDING)
     for step in (32, 16, 8, 4, 2, 1):  # bisection for the least power of two that will do
-        lift = torch.where(nonzero, ROUNDING * torch.exp2(power + (step - 1)).unsqueeze(-1), 1.0)
-        failed = torch.linalg.cholesky_ex(cosines + torch.diag_embed(lift)).info > 0
-        power = torch.where(failed, power + step, power)
-    lift = torch.where(power > 0.0, ROUNDING * torch.exp2(power), 0.0)
-    return cosines + torch.diag_embed(lift.unsqueeze(-1) * nonzero)
+        tried = torch.where(nonzero, least * 2.0 ** (step - 1), 1.0)
+        failed = torch.linalg.cholesky_ex(cosines + torch.diag_embed(tried)).info > 0
+        least = torch.where(failed.unsqueeze(-1), least * 2.0**step, least)
+    return cosines + torch.diag_embed(torch.where(nonzero & (least > ROUNDING), least, 0.0))

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import ops
-from bucketmoo_ds.aggregate._scaling import ZERO_ROW, unit_rows
+from bucketmoo_ds.aggregate._scaling import positive_semidefinite, unit_rows
 from bucketmoo_ds.aggregate.base import Aggregator, register
 
 # The length of the row that is projected, beside the others' 1: a power of two, so that scaling takes no digits, and as
-# short as a row may be that does not count as zero.
+# short as a row may be that does not count as zero (1e-15 of the longest).
 SHORT = 2.0**-49
-assert SHORT > ZERO_ROW
 # Entries of the Grams that are worked on at once, 32 MB, so that many blocks of many languages fit into memory.
 AT_ONCE = 1 << 22
 
@@ -42,6 +41,7 @@ class UPGrad(Aggregator):
         """See `Aggregator.weights`."""
         # The cone knows directions only: the unit rows are projected, and the projections scaled back.
         cosines, norms, nonzero = unit_rows(gram, mask)
+        cosines = positive_semidefinite(cosines, nonzero)  # else some v would go on shortening the row for ever
         languages = gram.shape[-1]
         own = torch.eye(languages, dtype=torch.bool, device=gram.device)
         at_once = max(1, AT_ONCE // languages**2)
