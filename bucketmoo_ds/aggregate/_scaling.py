@@ -19,29 +19,34 @@ def unit_rows(gram: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mask: `[B, K]` bool, the languages that count.
 
     Returns:
-        cosines: `[B, K, K]` float64, positive semidefinite, 0 in the rows and columns of other languages.
+        cosines: `[B, K, K]` float64, 0 in the rows and columns of other languages. A Gram that was summed in float32
+            may have eigenvalues of about -1e-7, and so have they.
         norms: `[B, K]` float64, divided by the block's largest; exactly 0 where the row is zero or masked.
         nonzero: `[B, K]` bool, unmasked and not zero.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    norms = torch.where(mask, diagonal, torch.zeros_like(diagonal)).clamp(min=0.0).sqrt()
+    norms = torch.where(mask, diagonal, 0.0).clamp(min=0.0).sqrt()
     largest = norms.amax(-1, keepdim=True)
     nonzero = norms > ZERO_ROW * largest
-    divisor = torch.where(nonzero, norms, torch.ones_like(norms))
+    divisor = torch.where(nonzero, norms, 1.0)
     both = nonzero.unsqueeze(-1) & nonzero.unsqueeze(-2)
-    cosines = torch.where(both, gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), torch.zeros_like(gram))
-    relative = torch.where(nonzero, norms / torch.where(largest > 0, largest, torch.ones_like(largest)), 0.0)
-    return _positive_semidefinite(cosines, nonzero), relative, nonzero
+    cosines = torch.where(both, gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), 0.0)
+    return cosines, torch.where(nonzero, norms / torch.where(largest > 0.0, largest, 1.0), 0.0), nonzero
 
 
-def _positive_semidefinite(cosines: Tensor, nonzero: Tensor) -> Tensor:
+def positive_semidefinite(cosines: Tensor, nonzero: Tensor) -> Tensor:
     """Lifts the diagonal by what a Gram summed in float32 lacks: such a Gram of dependent rows has eigenvalues of
-    about -1e-7, and no convex problem belongs to it."""
-    identity = torch.eye(cosines.shape[-1], dtype=cosines.dtype, device=cosines.device)
-    probe = cosines + torch.diag_embed(torch.where(nonzero, ROUNDING, 1.0).to(cosines.dtype))
-    failed = torch.linalg.cholesky_ex(probe).info > 0
-    if not bool(failed.any()):
-        return cosines
-    lift = torch.zeros_like(cosines[:, 0, 0])
-    lift[failed] = -torch.linalg.eigvalsh(cosines[failed])[:, 0].clamp(max=0.0)
-    return cosines + lift[:, None, None] * identity * nonzero.unsqueeze(-1)
+    about -1e-7, and no convex problem belongs to it.
+
+    Args:
+        cosines, nonzero: as `unit_rows` returns them.
+
+    Returns:
+        `[B, K, K]` float64: the same where it is semidefinite, lifted by at most twice what it lacks elsewhere.
+    """
+    least = torch.full_like(cosines[:, :1, 0], ROUNDING)
+    for step in (32, 16, 8, 4, 2, 1):  # bisection for the least power of two that will do
+        tried = torch.where(nonzero, least * 2.0 ** (step - 1), 1.0)
+        failed = torch.linalg.cholesky_ex(cosines + torch.diag_embed(tried)).info > 0
+        least = torch.where(failed.unsqueeze(-1), least * 2.0**step, least)
+    return cosines + torch.diag_embed(torch.where(nonzero & (least > ROUNDING), least, 0.0))

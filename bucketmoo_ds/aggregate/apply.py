@@ -64,12 +64,14 @@ def solve(
     gram = torch.where(pairs, gram, 0.0)
     finite = gram.isfinite().flatten(1).all(-1)
     hard = finite & (mask.sum(-1) > 1)
-    result = uniform(mask)
-    # A rule that draws random numbers must draw as many on each call, whatever the data: it is called even for nothing.
-    result[hard] = _apply(gram[hard], mask[hard], aggregator, normalize, generator)
+    # Every block is shown to the rule: to pick some out would be a question to the device, and a rule that draws random
+    # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
+    easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
+    shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
+    result = _apply(shown, counted, aggregator, normalize, generator)
     if rescale == "mean":
-        result[hard] = _to_norm_of_mean(result[hard], gram[hard], mask[hard])
-    return result
+        result = _to_norm_of_mean(result, shown, counted)
+    return torch.where(hard.unsqueeze(-1), result, uniform(mask))
 
 
 def weights(

@@ -18,6 +18,10 @@ class Aggregator(ABC):
 
     A subclass is a frozen dataclass: its fields are its options, checked in `__post_init__`. It is registered with
     `@register("name")` and lives in a file of its own in this package, or anywhere that is imported before use.
+
+    Attributes:
+        cheap: whether to solve one block takes no more than about a millisecond. Such a rule resolves buckets one by
+            one as they arrive (streaming); for any other, all blocks of a window are solved in one call at its end.
     """
 
     cheap: ClassVar[bool] = False
@@ -25,6 +29,12 @@ class Aggregator(ABC):
     @abstractmethod
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """Returns the weights of every block, all blocks at once.
+
+        The built-in rules stay on the device of the Gram and never ask it a question: a fixed number of steps, and no
+        `.item()`, `bool(tensor)`, boolean indexing or copy to the host. One that does works too, but on an accelerator
+        each question waits for all that was queued before.
+
+        A block's weights depend on nothing but the block: neither on the others of the call nor on their number.
 
         Args:
             gram: `[B, K, K]` float64, symmetric positive semidefinite up to rounding, finite, and 0 in the rows and

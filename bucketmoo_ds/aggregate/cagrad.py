@@ -7,13 +7,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.aggregate._scaling import unit_rows
-from bucketmoo_ds.aggregate._second_order_cone import minimize_linear_plus_norm
+from bucketmoo_ds import ops
+from bucketmoo_ds.aggregate._scaling import positive_semidefinite, unit_rows
 from bucketmoo_ds.aggregate.base import Aggregator, check_number, register
 from bucketmoo_ds.aggregate.mean import uniform
 
 # A mean row shorter than this times the longest row is 0: the ball has no inside and d is 0 whatever the weights.
 ZERO_MEAN = 1e-12
+# A sum shorter than this times the sum of the norms of its parts is 0: its square has only rounding left.
+CANCELLED = 1e-8
+# Min-norm problems between the ends of the search; rows of norms 1e-3 to 1e3 need up to 20 for all digits, most 10.
+TRIALS = 24
 
 
 @register("cagrad")
@@ -28,7 +32,8 @@ class CAGrad(Aggregator):
 
     Args:
         c: radius of the ball relative to the mean row, from 0 (plain averaging) to below 1.
-        norm_eps: g_w counts as 0 when its norm is below this times the sum of the norms of its parts w_i g_i.
+        norm_eps: g_w counts as 0 when its norm is below this times the sum of the norms of its parts w_i g_i, and in
+            any case where rounding is all that is left of it (1e-8 of them).
     """
 
     c: float = 0.5
@@ -44,21 +49,90 @@ class CAGrad(Aggregator):
         if self.c == 0.0:
             return mean
         cosines, norms, nonzero = unit_rows(gram, mask)
-        # In unit rows, and with g_0 scaled to norm 1, the optimality conditions are those of a point on a sphere:
-        # with x = c g_w / ||g_w||, <g_i, g_0 + x> is equal for the languages in g_w and no smaller for the others.
-        to_mean = (cosines * (mean * norms).unsqueeze(-2)).sum(-1)
-        mean_norm = (mean * norms * to_mean).sum(-1, keepdim=True).clamp(min=0.0).sqrt()
-        moves = mean_norm.squeeze(-1) > ZERO_MEAN
-        to_mean = to_mean / torch.where(moves.unsqueeze(-1), mean_norm, 1.0)
-        shortest = torch.where(nonzero, norms, torch.inf).amin(-1, keepdim=True)
-        price = torch.where(nonzero, shortest / norms, 0.0)
-        x = torch.zeros_like(mean)
-        x[moves] = minimize_linear_plus_norm(
-            cosines[moves], to_mean[moves], nonzero[moves], price[moves], float(self.c)
-        )
-        weights = mean + mean_norm * torch.where(nonzero, x / norms, 0.0)
+        cosines = positive_semidefinite(cosines, nonzero)
+        gram = cosines * norms.unsqueeze(-1) * norms.unsqueeze(-2)
+        to_mean = _times(gram, mean)
+        mean_norm = _dot(mean, to_mean).clamp(min=0.0).sqrt()
+        moves = mean_norm > ZERO_MEAN
+        mean_norm = torch.where(moves, mean_norm, 1.0)
+        vanishing = max(float(self.norm_eps), CANCELLED)
+        shortest = torch.where(moves, torch.where(nonzero, norms, torch.inf).amin(-1, keepdim=True), 1.0)
+
+        hull = _Hull(gram, nonzero, to_mean / (self.c * mean_norm), float(self.c))
+        w = _search(hull, (vanishing * shortest).log())
+        length = hull.square(w).sqrt()
+        weights = mean + self.c * mean_norm / length * w
         # A zero row is the better g_w, unless some language does worse than standing still in the whole ball.
-        improves = (to_mean * x).sum(-1) + self.c**2 > 0.0
-        stationary = (self.c < self.norm_eps * x.sum(-1)) | ((mask & ~nonzero).any(-1) & improves)
-        weights = torch.where(stationary.unsqueeze(-1), 0.0, weights)
-        return torch.where(moves.unsqueeze(-1), weights, mean)
+        improves = _dot(w, to_mean) + self.c * mean_norm * length > 0.0
+        stationary = (length <= vanishing * _dot(w, norms)) | ((mask & ~nonzero).any(-1, keepdim=True) & improves)
+        return torch.where(moves, torch.where(stationary, 0.0, weights), mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hull:
+    """The hull of the rows, and the mean row beside it.
+
+    With r = `c ||g_0||`, `r ||g_w||` is the least of `r (||g_w||^2 / t + t) / 2` over lengths t > 0. So for a given t,
+    with s = t / r, g_w minimises `||g_w + s g_0||`: it belongs to the shortest vector in the hull of the rows
+    `g_i + s g_0`. The best t is `||g_w||` itself.
+    """
+
+    gram: Tensor  # [B, K, K], the longest row has norm 1
+    on: Tensor  # [B, K] bool, the rows of the hull
+    side: Tensor  # [B, K], <g_i, g_0> / r
+    c: float
+
+    def point(self, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the weights `[B, K]` of g_w for the lengths t `[B, 1]`, and `log(||g_w|| / t)` `[B, 1]`."""
+        t = log_t.exp()
+        side = t * self.side
+        square = (t / self.c).square()
+        w = ops.min_norm(self.gram + (side.unsqueeze(-1) + side.unsqueeze(-2) + square.unsqueeze(-1)), self.on)[0]
+        return w, 0.5 * self.square(w).log() - log_t
+
+    def square(self, w: Tensor) -> Tensor:
+        """Returns `||g_w||^2` `[B, 1]`, never 0."""
+        return _dot(w, _times(self.gram, w)).clamp(min=torch.finfo(w.dtype).tiny)
+
+
+def _search(hull: _Hull, least: Tensor) -> Tensor:
+    """Returns the weights of the g_w whose norm is the t that it belongs to; where that t is below the least `[B, 1]`
+    (a logarithm, too), of the g_w that belongs to the least.
+
+    `||g_w||` does not fall as t grows, and `||g_w|| / t` does not grow. So over log t, `log(||g_w|| / t)` has a slope
+    from -1 to 0: from where it is positive, its root is at least that much to the right, and likewise to the left.
+    Within these bounds regula falsi finds it (the Illinois variant: Dowell & Jarratt, BIT 11, 1971).
+    """
+    most = torch.zeros_like(least)  # no point of the hull is longer than its longest row
+    (at_least, above), (at_most, below) = hull.point(least), hull.point(most)
+    inside = above > 0.0
+    ends = torch.cat([least, torch.where(inside, most, least)], dim=-1)
+    # Where the root is not inside, no value is nearer to 0 than these.
+    tiny = torch.finfo(least.dtype).tiny
+    values = torch.cat([above.where(inside, tiny), below.where(inside, -tiny)], dim=-1)
+    w = torch.where(inside & (-below < above), at_most, at_least)
+    # As regula falsi sees them: the value of an end that stays where it is for a second time is halved.
+    seen, factor = values, torch.ones_like(values)
+    for _ in range(TRIALS):
+        low, high = (ends + values).unbind(-1)
+        share = seen[:, :1] / (seen[:, :1] - seen[:, 1:])
+        trial = torch.lerp(ends[:, :1], ends[:, 1:], share)
+        trial = torch.minimum(torch.maximum(trial, low.unsqueeze(-1)), high.unsqueeze(-1))
+        found, value = hull.point(trial)
+        w = torch.where(value.abs() < values.abs().amin(-1, keepdim=True), found, w)
+        positive = value > 0.0
+        moved = torch.cat([positive, ~positive], dim=-1)
+        ends, values = torch.where(moved, trial, ends), torch.where(moved, value, values)
+        seen = torch.where(moved, value, seen * factor)
+        factor = 0.5 + 0.5 * moved
+    return w
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Returns the product of each `[K, K]` with its `[K]`, summed in one fixed way whatever the batch."""
+    return (matrix * vector.unsqueeze(-2)).sum(-1)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the inner products `[B, 1]` of two batches of vectors."""
+    return (left * right).sum(-1, keepdim=True)

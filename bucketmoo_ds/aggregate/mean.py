@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from bucketmoo_ds.aggregate.base import Aggregator, register
 class Mean(Aggregator):
     """Gives each of the n unmasked languages of a block the weight 1/n."""
 
-    cheap = True
+    cheap: ClassVar[bool] = True
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class MGDA(Aggregator):
             1/K or less is plain averaging and 1 no cap.
     """
 
-    cheap = True
+    cheap: ClassVar[bool] = True
+
     max_weight: float = 1.0
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,22 +21,31 @@ class PCGrad(Aggregator):
     call share one order a language, which depends on the generator and K only, not on B.
     """
 
-    cheap = True
+    cheap: ClassVar[bool] = True
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
-        num_blocks, num_languages = mask.shape
-        device = generator.device
-        draw = (torch.randperm(num_languages, generator=generator, device=device) for _ in range(num_languages))
-        order = torch.stack(list(draw)).to(gram.device)
-        each = torch.arange(num_languages, device=gram.device)
+        num_languages = mask.shape[-1]
         squares = gram.diagonal(dim1=-2, dim2=-1)
         usable = mask & (squares > 0.0)
         divisor = torch.where(usable, squares, 1.0)
+        each = torch.arange(num_languages, device=gram.device)
         # projected[b, i] holds the weights, over the rows of block b, of what is left of row i.
-        projected = torch.eye(num_languages, dtype=gram.dtype, device=gram.device).repeat(num_blocks, 1, 1)
-        for others in order.T:
-            product = (projected * gram[:, others]).sum(-1)
-            conflict = usable[:, others] & (product < 0.0) & (others != each)
-            projected[:, each, others] -= torch.where(conflict, product / divisor[:, others], 0.0)
+        projected = torch.eye(num_languages, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        for others in _orders(num_languages, generator, gram.device).T:
+            product = (projected * gram.index_select(1, others)).sum(-1)
+            conflict = usable.index_select(1, others) & (product < 0.0) & (others != each)
+            part = torch.where(conflict, product / divisor.index_select(1, others), 0.0)
+            projected = torch.where(others.unsqueeze(-1) == each, projected - part.unsqueeze(-1), projected)
         return (projected * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
+
+
+def _orders(num_languages: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Returns an order of all languages for each, `[K, K]` int64, drawn where the generator is."""
+    draws = [
+        torch.randperm(num_languages, generator=generator, device=generator.device) for _ in range(num_languages)
+    ]
+    orders = torch.stack(draws)
+    if orders.device.type == "cpu" and device.type != "cpu":
+        orders = orders.pin_memory()  # a copy from pageable memory would wait for the device
+    return orders.to(device, non_blocking=True)

@@ -156,19 +156,44 @@ def test_pcgrad_with_a_masked_language_ignores_it(rows: Tensor, seed: int) -> No
 
 
 @settings(deadline=None, max_examples=30)
-@given(rows(kinds=PLAIN), st.sampled_from(RULES), seeds)
-def test_all_blocks_at_once_equal_one_at_a_time(rows: Tensor, rule: str, seed: int) -> None:
+@given(rows(most=12), st.sampled_from(RULES), st.sampled_from(("none", "unit")), seeds)
+def test_a_block_gets_the_same_bits_alone_and_among_any_others(
+    rows: Tensor, rule: str, normalize: str, seed: int
+) -> None:
+    """However many threads share the blocks out: blocks are resolved one by one on one rank, all at once on another."""
     gram = gram_of(rows)
-    together = weights(gram, rule, seed=seed)
-    alone = torch.stack([weights(block, rule, seed=seed) for block in gram])
-    assert combined_error(rows, together, alone) <= SAME
+    degenerate = torch.stack([gram[0] * float("nan"), gram[0] * 0.0, torch.ones_like(gram[0]), -gram[0]])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        mask = torch.ones(8, rows.shape[1], dtype=torch.bool)
+        mask[7, 1:] = False
+        generator = torch.Generator().manual_seed(seed)
+        blocks = torch.cat([degenerate, gram])
+        together = solve(blocks, mask, create(rule), normalize=normalize, generator=generator)
+    finally:
+        torch.set_num_threads(threads)
+    for block in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        one = slice(block, block + 1)
+        alone = solve(blocks[one], mask[one], create(rule), normalize=normalize, generator=generator)
+        assert torch.equal(together[one], alone), block
 
 
-@settings(deadline=None, max_examples=30)
-@given(rows(), st.sampled_from(RULES), seeds)
-def test_the_same_call_gives_the_same_bits(rows: Tensor, rule: str, seed: int) -> None:
-    gram = gram_of(rows)
-    assert torch.equal(weights(gram, rule, seed=seed), weights(gram.clone(), rule, seed=seed))
+@settings(deadline=None, max_examples=15)
+@given(rows(kinds=("rank deficient", "duplicate rows", "common direction")))
+def test_a_gram_summed_in_float32_is_solved_as_well_as_it_is_known(rows: Tensor) -> None:
+    """Where rows are dependent it has eigenvalues of about -1e-7, and no convex problem belongs to it."""
+    exact = gram_of(rows)
+    rounded = gram_of(rows.float()).double()
+    norms = rows.norm(dim=-1)
+    w = weights(rounded, "upgrad")
+    parts = norms * (w * norms).sum(-1, keepdim=True)
+    # A sum of K + 3 products, each rounded by 2^-24 of its norms.
+    assert float((times(exact, w) / parts).min()) >= -1e-6
+    gains = [times(exact, weights(gram, "cagrad")).amin(-1) for gram in (exact, rounded)]
+    # g_w counts as 0 from 1e-4 of its parts; in a Gram that is off by 1e-7 they seem about 3e-4 longer or shorter.
+    assert float(((gains[0] - gains[1]) / exact.diagonal(dim1=-2, dim2=-1).sum(-1)).abs().max()) <= 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
