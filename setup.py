@@ -48,18 +48,21 @@ setup(
     packages=[
         *find_packages(include=["bucketmoo_ds", "bucketmoo_ds.*"]),
         "bucketmoo_ds.kernels",
+        "bucketmoo_ds.csrc.common",
         "bucketmoo_ds.csrc.cpu",
         "bucketmoo_ds.csrc.cuda",
     ],
     package_dir={
         "bucketmoo_ds": "bucketmoo_ds",
         "bucketmoo_ds.kernels": "kernels",
+        "bucketmoo_ds.csrc.common": "csrc/common",
         "bucketmoo_ds.csrc.cpu": "csrc/cpu",
         "bucketmoo_ds.csrc.cuda": "csrc/cuda",
     },
     package_data={
         "bucketmoo_ds": ["py.typed"],
         "bucketmoo_ds.apps.monitor": ["*.html"],
+        "bucketmoo_ds.csrc.common": ["*.h"],
         "bucketmoo_ds.csrc.cpu": ["*.h", "*.cpp"],
         "bucketmoo_ds.csrc.cuda": ["*.h", "*.cpp", "*.cu", "*.cuh"],
     },

@@ -14,6 +14,7 @@ OPTIMAL = tl.constexpr(min_norm.OPTIMAL)
 ABOUT_AS_BAD = tl.constexpr(min_norm.ABOUT_AS_BAD)
 TIED = tl.constexpr(min_norm.TIED)
 ROUNDING = tl.constexpr(min_norm.ROUNDING)
+LIFT = tl.constexpr(min_norm.LIFT)
 # Each takes three digits off the error that a ridge of 1e-13 lets rounding make, as there; but an inverse errs in all
 # directions, and not only among equal rows, so that more are needed.
 REFINEMENTS = tl.constexpr(5)
@@ -75,15 +76,10 @@ def two(matrix, squares, on, mass, cap, row, ROWS: tl.constexpr):
 def active_set(matrix, norms, on, mass, cap, row, ROWS: tl.constexpr):
     divisor = tl.where(on, norms, 1.0)
     cosines = matrix / (divisor[:, None] * divisor[None, :])
-    cosines = tl.minimum(tl.maximum(cosines, -1.0), 1.0)
     cosines = tl.where(on[:, None] & on[None, :], cosines, 0.0)
     price = tl.where(on, tl.min(tl.where(on, norms, INFINITY)) / divisor, 0.0)
     upper = tl.where(only_if(cap < mass, on), cap / tl.where(on, price, 1.0), INFINITY)
-    ridge = tl.full([], RIDGE / 4.0, tl.float64)
-    pivot = 0.0 * ridge
-    while pivot < 0.5 * ridge:
-        ridge *= 4.0
-        _, pivot = inverse(cosines, ridge, on, row, ROWS)
+    _, ridge = inverse(cosines, tl.full([], RIDGE, tl.float64), on, mass > 0.0, row, ROWS)
 
     v = tl.zeros([ROWS], tl.float64)
     free = on
@@ -92,10 +88,11 @@ def active_set(matrix, norms, on, mass, cap, row, ROWS: tl.constexpr):
     shortest = tl.full([], INFINITY, tl.float64)
     bold = mass > 0.0
     going = mass > 0.0
+    about_v = mass < 0.0
     steps = 0
-    while going and steps < 8 * ROWS + 32:
+    while going and steps < 24 * ROWS + 96:
         steps += 1
-        target, level = among_free(cosines, ridge, price, mass, v, free, row, ROWS)
+        target, level, ridge = among_free(cosines, ridge, about_v, price, mass, v, free, row, ROWS)
         # A single free row has no choice: what it is out of its bounds is rounding.
         several = only_if(count_of(free) > 1.0, free)
         below = several & (target < 0.0)
@@ -110,49 +107,67 @@ def active_set(matrix, norms, on, mass, cap, row, ROWS: tl.constexpr):
         moved_free = free & (held == 0)
         moved_at_cap = at_cap | (held & above)
 
-        gradient = times(cosines, moved) + ridge * moved
+        gradient = times(cosines, moved) + tl.where(about_v, 0.0, ridge) * moved
         square = tl.sum(gradient * moved)
         failed = bold & (stopped == 0) & (square >= shortest)
-        share = tl.where(bold, ABOUT_AS_BAD, 1.0)
         released_free, released_at_cap, better = released(
-            price, on, mass, cap, moved, moved_free, moved_at_cap, gradient, level, share, row, ROWS
+            price, on, mass, cap, moved, moved_free, moved_at_cap, gradient, level, bold, row, ROWS
         )
+        unsettled = about_v & (ridge * tl.max(tl.abs(moved - v)) > OPTIMAL * tl.sum(moved))
+        optimal = (stopped | failed | unsettled | better) == 0
+        begins = optimal & (about_v == 0) & (ridge > RIDGE)
+        stays = stopped | unsettled | begins
         v = tl.where(failed, before_v, moved)
-        free = tl.where(stopped, moved_free, tl.where(failed, before_free, released_free))
-        at_cap = tl.where(stopped, moved_at_cap, tl.where(failed, before_at_cap, released_at_cap))
-        accepted = (stopped | failed) == 0
+        free = tl.where(stays, moved_free, tl.where(failed, before_free, released_free))
+        at_cap = tl.where(stays, moved_at_cap, tl.where(failed, before_at_cap, released_at_cap))
+        accepted = (stopped | failed | optimal) == 0
         before_v = tl.where(accepted, v, before_v)
         before_free = tl.where(accepted, free, before_free)
         before_at_cap = tl.where(accepted, at_cap, before_at_cap)
         shortest = tl.where(accepted, square, shortest)
-        bold = bold & (failed == 0)
-        going = stopped | failed | better
+        bold = bold & ((failed | begins) == 0)
+        about_v = about_v | begins
+        going = (optimal == 0) | begins
     result = price * v
     return tl.minimum(result * (mass / tl.sum(result)), cap)
 
 
 @triton.jit
-def among_free(cosines, ridge, price, mass, v, free, row, ROWS: tl.constexpr):
-    """Returns the best lengths of the free rows beside the others' v, 0 for these, and their level."""
-    inverted, _ = inverse(cosines, ridge, free, row, ROWS)
+def among_free(cosines, ridge, about_v, price, mass, v, free, row, ROWS: tl.constexpr):
+    """Returns the best lengths of the free rows beside the others' v, 0 for these, their level, and the ridge."""
     held = tl.where(free, 0.0, v)
-    right_ahead = tl.where(free, price, 0.0)
-    right_back = tl.where(free, times(cosines, held), 0.0)
+    paid = tl.where(free, price, 0.0)
+    lift = tl.where(about_v, LIFT / tl.sum(paid * paid), 0.0)
+    ridge = tl.where(about_v, tl.maximum(ridge / 64.0, RIDGE), ridge)
+    inverted, ridge = inverse(cosines + lift * paid[:, None] * paid[None, :], ridge, free, about_v, row, ROWS)
+    pull = tl.where(free, times(cosines, held) - tl.where(about_v, ridge, 0.0) * v, 0.0)
     ahead = tl.zeros([ROWS], tl.float64)
     back = tl.zeros([ROWS], tl.float64)
     for _ in range(1 + REFINEMENTS):
-        ahead += times(inverted, tl.where(free, right_ahead - times(cosines, ahead) - ridge * ahead, 0.0))
-        back += times(inverted, tl.where(free, right_back - times(cosines, back) - ridge * back, 0.0))
+        product = times(cosines, ahead) + lift * tl.sum(paid * ahead) * paid
+        ahead += times(inverted, tl.where(free, paid - product - ridge * ahead, 0.0))
+        product = times(cosines, back) + lift * tl.sum(paid * back) * paid
+        back += times(inverted, tl.where(free, pull - product - ridge * back, 0.0))
     rest = mass - tl.sum(price * held)
     level = (rest + tl.sum(price * back)) / tl.sum(price * ahead)
-    return level * ahead - back, level
+    return level * ahead - back, level - lift * rest, ridge
 
 
 @triton.jit
-def inverse(cosines, ridge, on, row, ROWS: tl.constexpr):
-    """Returns the inverse of the cosines of the rows `on`, with the ridge, 0 elsewhere; and the smallest pivot, which
-    is that of Cholesky."""
-    matrix = tl.where(on[:, None] & on[None, :], cosines, 0.0)
+def inverse(given, ridge, on, may_grow, row, ROWS: tl.constexpr):
+    """Returns the inverse of the matrix of the rows `on`, with the ridge, 0 elsewhere, and the ridge: if it `may_grow`,
+    it is so much larger than given that at least half of it is left on the diagonal of Cholesky's factor."""
+    matrix, left = inverse_of(given, ridge, on, row, ROWS)
+    while may_grow & (left < 0.5 * ridge):
+        ridge *= 4.0
+        matrix, left = inverse_of(given, ridge, on, row, ROWS)
+    return matrix, ridge
+
+
+@triton.jit
+def inverse_of(given, ridge, on, row, ROWS: tl.constexpr):
+    """Returns the inverse, and the smallest pivot, which is that of Cholesky."""
+    matrix = tl.where(on[:, None] & on[None, :], given, 0.0)
     matrix += tl.where((row[:, None] == row[None, :]) & on[:, None], ridge, 0.0)
     smallest = tl.full([], INFINITY, tl.float64)
     for index in range(ROWS):
@@ -191,9 +206,9 @@ def first_at_bounds(v, free, target, upper, below, above, row, ROWS: tl.constexp
 
 
 @triton.jit
-def released(price, on, mass, cap, v, free, at_cap, gradient, level, share, row, ROWS: tl.constexpr):
-    """Frees the rows on either side that violate optimality by at least `share` of the side's worst; returns the free
-    rows, those at their cap, and whether any violates it."""
+def released(price, on, mass, cap, v, free, at_cap, gradient, level, bold, row, ROWS: tl.constexpr):
+    """Frees the rows on either side that violate optimality most, or boldly about as much; returns the free rows, those
+    at their cap, and whether any violates it."""
     # Where the only free row is at a bound as well, it is held too, and the level is that at which the worst pair of a
     # row at its cap and a row at 0 violates optimality alike.
     weight = price * v
@@ -212,6 +227,7 @@ def released(price, on, mass, cap, v, free, at_cap, gradient, level, share, row,
     slack = gradient - tl.where(corner, pair, level) * price
     violation = tl.maximum(tl.where(at_cap, slack, tl.where(at_zero, -slack, 0.0)), 0.0)
     better = (optimal == 0) & (tl.max(violation) > OPTIMAL * tl.sum(v))
+    share = tl.where(bold, ABOUT_AS_BAD, 1.0)
     worst_at_cap = tl.max(tl.where(at_cap, violation, 0.0))
     worst_at_zero = tl.max(tl.where(at_zero, violation, 0.0))
     rows = (violation > 0.0) & (violation >= share * tl.where(at_cap, worst_at_cap, worst_at_zero))

@@ -83,6 +83,7 @@ class Library:
     Attributes:
         name: of the library.
         folder: where its sources lie.
+        common: where the headers lie that it shares with the other one.
         commands: for each source the command that compiles it, without input and output.
         link: the command that links them, and what to link them with.
         compiler: what compiles them; its `--version` tells one from another.
@@ -90,6 +91,7 @@ class Library:
 
     name: str
     folder: Path
+    common: Path
     commands: Mapping[str, tuple[str, ...]]
     link: tuple[tuple[str, ...], tuple[str, ...]]
     compiler: tuple[str, ...]
@@ -147,7 +149,9 @@ def _cpu() -> Library:
         sources |= _X86_SOURCES
     torch = _torch_folder()
     commands = {name: (*compiler, *_CXX_FLAGS, f"-I{torch}/include", *flags) for name, flags in sources.items()}
-    return Library("cpu", _sources("cpu"), commands, ((*compiler, "-shared"), _linked(torch)), compiler)
+    return Library(
+        "cpu", _sources("cpu"), _sources("common"), commands, ((*compiler, "-shared"), _linked(torch)), compiler
+    )
 
 
 def _cuda() -> Library:
@@ -165,7 +169,7 @@ def _cuda() -> Library:
     device = (nvcc, f"-ccbin={behind}", *NVCC_FLAGS, _PTX_FLAG, include)
     commands = {name: device if name.endswith(".cu") else host for name in CUDA_SOURCES}
     link = (nvcc, f"-ccbin={behind}", "-shared", "-cudart=static")
-    return Library("cuda", _sources("cuda"), commands, (link, _linked(torch)), (nvcc,))
+    return Library("cuda", _sources("cuda"), _sources("common"), commands, (link, _linked(torch)), (nvcc,))
 
 
 def _linked(torch: Path) -> tuple[str, ...]:
@@ -173,7 +177,7 @@ def _linked(torch: Path) -> tuple[str, ...]:
 
 
 def _sources(name: str) -> Path:
-    """Returns the folder of a library's sources: in the package where it is installed, beside it in a checkout."""
+    """Returns a folder of sources: in the package where it is installed, beside it in a checkout."""
     for folder in (_PACKAGE / "csrc" / name, _PACKAGE.parent / "csrc" / name):
         if folder.is_dir():
             return folder
@@ -241,7 +245,7 @@ def _fingerprint(library: Library) -> str:
     except OSError as error:
         raise BuildError(f"{library.compiler[0]} does not start ({error}): name another compiler with CXX") from error
     made_of = hashlib.sha256(version + repr((sorted(library.commands.items()), library.link)).encode())
-    for path in sorted(library.folder.iterdir()):
+    for path in (*sorted(library.folder.iterdir()), *sorted(library.common.iterdir())):
         if path.is_file():
             made_of.update(path.name.encode() + b"\0" + path.read_bytes())
     return made_of.hexdigest()[:16]

@@ -6,10 +6,11 @@ namespace {
 
 __global__ void __launch_bounds__(kWarp) min_norm_kernel(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite) {
-  MinNorm solver(shared_memory(), rows);
+  WarpMinNorm solver(shared_memory(), rows);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    solver.solve(
-        gram + block * rows * rows, mask + block * rows, rows, max_weight, weights + block * rows, finite + block);
+    const bool is_finite =
+        solver.solve(gram + block * rows * rows, mask + block * rows, max_weight, weights + block * rows);
+    if (OneWarp::lane() == 0) finite[block] = is_finite;
   }
 }
 
@@ -19,8 +20,9 @@ void min_norm(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite,
     void* stream) {
   if (blocks == 0) return;
-  launch("min_norm", min_norm_kernel, {blocks < (1 << 20) ? blocks : 1 << 20, kWarp, min_norm_bytes(rows)}, stream,
-         gram, mask, blocks, rows, max_weight, weights, finite);
+  launch("min_norm", min_norm_kernel,
+         {blocks < (1 << 20) ? blocks : 1 << 20, kWarp, WarpMinNorm::scratch_bytes(rows)}, stream, gram, mask, blocks,
+         rows, max_weight, weights, finite);
 }
 
 }  // namespace bucketmoo

@@ -36,12 +36,13 @@ __global__ void __launch_bounds__(Gram::kThreads, Gram::kResident)
   grid_barrier();
   const int warp = threadIdx.x / kWarp;
   if (warp < problem.solvers) {
-    MinNorm solver(shared + warp * min_norm_bytes(rows.count), rows.count);
+    WarpMinNorm solver(shared + warp * WarpMinNorm::scratch_bytes(rows.count), rows.count);
     for (int64_t cell = blockIdx.x + int64_t{gridDim.x} * warp; cell < tiles.cells;
          cell += int64_t{gridDim.x} * problem.solvers) {
-      solver.solve(
-          problem.gram + cell * rows.count * rows.count, problem.mask + cell * rows.count, rows.count,
-          problem.max_weight, problem.weights + cell * rows.count, problem.finite + cell);
+      const bool finite = solver.solve(
+          problem.gram + cell * rows.count * rows.count, problem.mask + cell * rows.count, problem.max_weight,
+          problem.weights + cell * rows.count);
+      if (OneWarp::lane() == 0) problem.finite[cell] = finite;
     }
   }
   grid_barrier();
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(Gram::kThreads, Gram::kResident)
 
 template <class Gram>
 Layout resolve_layout(const Rows& rows, const Tiles& tiles) {
-  const int least = std::max<int>(min_norm_bytes(rows.count), sizeof(Chosen<double>));
+  const int least = std::max<int>(WarpMinNorm::scratch_bytes(rows.count), sizeof(Chosen<double>));
   return layout_of<Gram>(tiles, resolve_kernel<Gram>, "resolve", least);
 }
 
@@ -63,7 +64,8 @@ int64_t resolve_parts(const Rows& rows, const Tiles& tiles) {
 template <class Gram>
 void launch_resolve(Resolve problem, void* stream) {
   const Layout layout = resolve_layout<Gram>(problem.rows, problem.tiles);
-  problem.solvers = std::min(layout.threads / kWarp, layout.shared_bytes / min_norm_bytes(problem.rows.count));
+  problem.solvers =
+      std::min(layout.threads / kWarp, layout.shared_bytes / WarpMinNorm::scratch_bytes(problem.rows.count));
   launch("resolve", resolve_kernel<Gram>, {layout.parts, layout.threads, layout.shared_bytes, true}, stream, problem);
 }
 

@@ -36,8 +36,11 @@ def compiled(command: Sequence[str], name: str, depends_on: Iterable[Path]) -> C
     """
     folder = _cache() / _fingerprint(command, depends_on)
     made, report = folder / name, folder / f"{name}.txt"
-    if not report.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of two files of tests that need it, run side by side, one compiles.
+    with build._locked(folder / f"{name}.lock"):
+        if report.exists():
+            return made, report.read_text()
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             file = Path(temporary) / name
             done = subprocess.run([*command, "-o", str(file)], capture_output=True, text=True, check=False)

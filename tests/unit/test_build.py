@@ -234,18 +234,21 @@ def test_without_locks_each_builds(tmp_path: Path, quick_build: list[str], monke
 
 def test_other_sources_or_flags_are_another_library(tmp_path: Path) -> None:
     library = build._cpu()
-    same, other = tmp_path / "same", tmp_path / "other"
+    same, other, common = tmp_path / "same", tmp_path / "other", tmp_path / "common"
     for folder in (same, other):
         shutil.copytree(library.folder, folder)
-    with (other / "kernels_impl.h").open("a") as file:
-        file.write("\n")
+    shutil.copytree(library.common, common)
+    for header in (other / "kernels_impl.h", common / "min_norm.h"):
+        with header.open("a") as file:
+            file.write("\n")
 
     def fingerprint(folder: Path, **changes: object) -> str:
         return build._fingerprint(build.Library(**{**vars(library), "folder": folder, **changes}))
 
     assert fingerprint(same) == build._fingerprint(library), "wherever they lie"
     commands = {name: (*command, "-g") for name, command in library.commands.items()}
-    assert len({fingerprint(same), fingerprint(other), fingerprint(same, commands=commands)}) == 3
+    changed = fingerprint(other), fingerprint(same, common=common), fingerprint(same, commands=commands)
+    assert len({fingerprint(same), *changed}) == 4
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets to choose from are on x86-64")

@@ -18,6 +18,16 @@ def test_kernels_belong_to_the_package_and_not_to_the_top_level(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
+def test_every_folder_of_sources_belongs_to_the_package(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}"]
+    subprocess.run(command, cwd=root, capture_output=True, check=True)
+    listed = next(tmp_path.glob("*.egg-info/SOURCES.txt")).read_text().splitlines()
+    sources = {path.relative_to(root).as_posix() for path in root.glob("csrc/*/*") if path.suffix != ".md"}
+    assert any(path.startswith("csrc/common/") for path in sources)
+    assert sources <= set(listed)
+
+
 def test_import_is_light(tmp_path: Path) -> None:
     """DeepSpeed takes seconds to import, so that importing this package must not."""
     code = "import sys, bucketmoo_ds\nassert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"

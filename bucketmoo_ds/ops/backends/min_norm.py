@@ -16,7 +16,13 @@ Programming 11, 1976, with upper bounds; Nocedal & Wright, Numerical Optimizatio
   goes towards the solution of the free rows no further than the first bound, whose rows are held: the combined row
   only gets shorter, so that no set of free rows comes twice.
 
-A ridge on the diagonal keeps Cholesky alive on dependent rows, and shares weight evenly among equal ones.
+A ridge on the diagonal keeps Cholesky alive on dependent rows, and shares weight evenly among equal ones. The Gram of
+dependent rows that was summed in float32 has eigenvalues of about -1e-7, and the ridge that makes it definite is so
+much larger that the answer is that of another problem. From there v goes on with the ridge about itself instead of
+about 0 (proximal steps: Rockafellar, SIAM J. Control and Optimization 14, 1976): `(C t)_i + ridge (t - v)_i = level *
+price_i` makes the combined row shorter, whatever the ridge, and rests where the given Gram's own conditions of the
+first order hold. The ridge is then the smallest that the free rows alone take. They change only in directions that
+keep the weights' sum, which counts with a factor, `LIFT`, so that the ridge need not make the other direction definite.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ OPTIMAL = 1e-13  # of the sum of the lengths: what may be left of a violation; r
 ABOUT_AS_BAD = 0.5  # of the worst violation: such rows become free together, equal rows among them
 TIED = 1e-6  # rows that reach their bounds this close together are held together
 ROUNDING = 1e-15  # of a weight at a bound
+LIFT = 16.0  # of the squared sum of the free rows' weights, relative to their prices: about as large as cosines are
 REFINEMENTS = 2  # each takes three digits off the error that a ridge of 1e-13 lets rounding make among equal rows
 
 
@@ -80,10 +87,11 @@ def _active_set(gram: Tensor, norms: Tensor, on: Tensor, mass: Tensor, cap: Tens
     """Returns the weights `[N, K]` of the rows `on`, of sum `mass` `[N, 1]`, each at most `cap` `[N, 1]`."""
     problem = _Problem.of(gram, norms, on, mass, cap)
     state = _State(torch.zeros_like(norms), on, torch.zeros_like(on))
-    before, shortest = state, torch.full_like(mass, torch.inf)
+    before, shortest, ridge = state, torch.full_like(mass, torch.inf), problem.ridge
     bold = going = torch.ones_like(mass, dtype=torch.bool)
-    for _ in range(8 * gram.shape[-1] + 32):
-        target, level = _among_free(problem, state)
+    about_v = torch.zeros_like(bold)
+    for _ in range(24 * gram.shape[-1] + 96):
+        target, level, ridge = _among_free(problem, state, ridge, about_v)
         # A single free row has no choice: what it is out of its bounds is rounding.
         several = state.free & (_count(state.free) > 1.0)
         below, above = several & (target < 0.0), several & (target > problem.upper)
@@ -96,17 +104,22 @@ def _active_set(gram: Tensor, norms: Tensor, on: Tensor, mass: Tensor, cap: Tens
         v = torch.where(held, torch.where(below, 0.0, problem.upper), v)
         moved = _State(v, state.free & ~held, state.at_cap | (held & above))
 
-        gradient = _times(problem.cosines, v) + problem.ridge * v
+        gradient = _times(problem.cosines, v) + torch.where(about_v, 0.0, ridge) * v
         square = (gradient * v).sum(-1, keepdim=True)
         failed = ~stopped & bold & (square >= shortest)
         released, better = _released(problem, moved, gradient, level, torch.where(bold, ABOUT_AS_BAD, 1.0))
+        # Of free rows, the ridge about v leaves as much of a violation as it moves them by.
+        farthest = (v - state.v).abs().amax(-1, keepdim=True)
+        unsettled = about_v & (ridge * farthest > OPTIMAL * v.sum(-1, keepdim=True))
+        optimal = ~stopped & ~failed & ~unsettled & ~better
+        begins = optimal & ~about_v & (ridge > RIDGE)
 
-        accepted = going & ~stopped & ~failed
-        next_state = _either(stopped, moved, _either(failed, before, released))
+        accepted = going & ~stopped & ~failed & ~optimal
+        next_state = _either(stopped | unsettled | begins, moved, _either(failed, before, released))
         state = _either(going, next_state, state)
         before, shortest = _either(accepted, state, before), torch.where(accepted, square, shortest)
-        bold = bold & ~failed
-        going = going & (stopped | failed | better)
+        bold, about_v = bold & ~failed & ~begins, about_v | (going & begins)
+        going = going & (~optimal | begins)
         if not bool(going.any()):
             break
     weights = problem.price * state.v
@@ -116,7 +129,7 @@ def _active_set(gram: Tensor, norms: Tensor, on: Tensor, mass: Tensor, cap: Tens
 
 class _Problem(NamedTuple):
     cosines: Tensor  # [N, K, K], 0 where a row is not `on`
-    ridge: Tensor  # [N, 1]
+    ridge: Tensor  # [N, 1], which makes them definite
     price: Tensor  # [N, K]
     upper: Tensor  # [N, K], the largest v
     on: Tensor  # [N, K]
@@ -126,15 +139,11 @@ class _Problem(NamedTuple):
     @classmethod
     def of(cls, gram: Tensor, norms: Tensor, on: Tensor, mass: Tensor, cap: Tensor) -> _Problem:
         divisor = torch.where(on, norms, 1.0)
-        cosines = (gram / (divisor.unsqueeze(-1) * divisor.unsqueeze(-2))).clamp(-1.0, 1.0)
+        cosines = gram / (divisor.unsqueeze(-1) * divisor.unsqueeze(-2))
         cosines = torch.where(on.unsqueeze(-1) & on.unsqueeze(-2), cosines, 0.0)
         price = torch.where(on, torch.where(on, norms, torch.inf).amin(-1, keepdim=True) / divisor, 0.0)
         upper = torch.where(on & (cap < mass), cap / torch.where(on, price, 1.0), torch.inf)
-        # A Gram of dependent rows summed in float32 has eigenvalues of about -1e-7, and no convex program belongs to
-        # it: the ridge is as much larger as makes it definite.
-        ridge = torch.full_like(mass, RIDGE)
-        while bool((failed := _cholesky(cosines, ridge, on)[1]).any()):
-            ridge[failed] *= 4.0
+        _, ridge = _cholesky(cosines, torch.full_like(mass, RIDGE), on, torch.ones_like(mass, dtype=torch.bool))
         return cls(cosines, ridge, price, upper, on, mass, cap)
 
 
@@ -148,24 +157,36 @@ def _either(condition: Tensor, one: _State, other: _State) -> _State:
     return _State(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
 
 
-def _among_free(problem: _Problem, state: _State) -> tuple[Tensor, Tensor]:
+def _among_free(
+    problem: _Problem, state: _State, ridge: Tensor, about_v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the best lengths `[N, K]` of the free rows beside the others' v (0 for these), without regard to their
-    bounds, and their level `[N, 1]`."""
-    cosines, ridge, price, *_ = problem
+    bounds, their level `[N, 1]`, and the ridge; about v it is chosen anew, not far from where it was."""
+    cosines, _, price, *_ = problem
     held = torch.where(state.free, 0.0, state.v)
-    free = state.free.unsqueeze(-1)
-    right = torch.stack([price, _times(cosines, held)], dim=-1) * free
-    factor, _ = _cholesky(cosines, ridge, state.free)
+    paid = price * state.free
+    lift = torch.where(about_v, LIFT / paid.square().sum(-1, keepdim=True), 0.0)
+    lifted = cosines + (lift * price).unsqueeze(-1) * price.unsqueeze(-2)
+    ridge = torch.where(about_v, (ridge / 64.0).clamp(min=RIDGE), ridge)
+    factor, ridge = _cholesky(lifted, ridge, state.free, about_v)
+    pull = _times(cosines, held) - torch.where(about_v, ridge, 0.0) * state.v
+    right = torch.stack([paid, pull * state.free], dim=-1)
     solution = torch.zeros_like(right)
     for _ in range(1 + REFINEMENTS):
         # Column by column, so that equal rows have equal residuals to the bit.
-        product = torch.stack([_times(cosines, column) for column in solution.unbind(-1)], dim=-1)
-        residual = (right - product - ridge.unsqueeze(-1) * solution) * free
+        product = torch.stack(
+            [
+                _times(cosines, column) + lift * paid * (paid * column).sum(-1, keepdim=True)
+                for column in solution.unbind(-1)
+            ],
+            dim=-1,
+        )
+        residual = (right - product - ridge.unsqueeze(-1) * solution) * state.free.unsqueeze(-1)
         solution = solution + torch.cholesky_solve(residual, factor)
-    ahead, back = (solution * free).unbind(-1)
+    ahead, back = (solution * state.free.unsqueeze(-1)).unbind(-1)
     rest = problem.mass - (price * held).sum(-1, keepdim=True)
     level = (rest + (price * back).sum(-1, keepdim=True)) / (price * ahead).sum(-1, keepdim=True)
-    return level * ahead - back, level
+    return level * ahead - back, level - lift * rest, ridge
 
 
 def _outside(problem: _Problem, target: Tensor, below: Tensor, above: Tensor) -> Tensor:
@@ -217,12 +238,18 @@ def _released(
     return _State(state.v, free | released, at_cap & ~released), better
 
 
-def _cholesky(cosines: Tensor, ridge: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the factor of the cosines of the rows `on`, with the ridge, and where less than half of that is left."""
+def _cholesky(matrix: Tensor, ridge: Tensor, on: Tensor, may_grow: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the factor of the matrices of the rows `on`, with the ridge, and the ridge: where it `may_grow` it is so
+    much larger than given that at least half of it is left on the factor's diagonal."""
     pairs = on.unsqueeze(-1) & on.unsqueeze(-2)
-    lifted = torch.where(pairs, cosines, 0.0) + torch.diag_embed(torch.where(on, ridge, 1.0))
-    factor, info = torch.linalg.cholesky_ex(lifted)
-    return factor, (info > 0) | (factor.diagonal(dim1=-2, dim2=-1).square() < 0.5 * ridge).any(-1)
+    matrix = torch.where(pairs, matrix, 0.0)
+    while True:
+        factor, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed(torch.where(on, ridge, 1.0)))
+        left = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1, keepdim=True)
+        grows = may_grow & ~((info.unsqueeze(-1) == 0) & (left >= 0.5 * ridge))
+        if not bool(grows.any()):
+            return factor, ridge
+        ridge = torch.where(grows, 4.0 * ridge, ridge)
 
 
 def _count(rows: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 // As much of CUDA as the kernels in csrc/cuda use, on one thread of the CPU, for tests where no GPU is: every CUDA
-// thread is a fiber, and barriers, shuffles and the tensor-core instruction are meetings of fibers. Shared memory is
-// poisoned before each block; a barrier that not all threads reach is an error. It shows that indices, barriers and
-// arithmetic are right, and nothing about speed, memory ordering or the rounding inside of a tensor core.
+// thread is a fiber, and barriers, shuffles and the tensor-core instruction are meetings of fibers. Between meetings
+// threads run in an order that is drawn, as blocks and warps do, so that what needs a barrier and has none comes out
+// wrong. Shared memory is poisoned before each block; a barrier that not all threads reach is an error. It shows that
+// indices, barriers and arithmetic are right, and nothing about speed, memory ordering or the rounding inside of a tensor
+// core.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -14,6 +17,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -85,6 +90,14 @@ inline jmp_buf scheduler;
 inline Meeting grid;
 inline std::function<void()> body;
 inline int64_t progress;  // meetings kept and fibers ended
+inline std::minstd_rand order;  // who runs next
+
+inline std::vector<unsigned> shuffled(unsigned count) {
+  std::vector<unsigned> result(count);
+  std::iota(result.begin(), result.end(), 0u);
+  std::shuffle(result.begin(), result.end(), order);
+  return result;
+}
 
 inline void meet(Meeting& meeting) {
   const int generation = meeting.generation;
@@ -120,6 +133,34 @@ inline void enter() {
   _longjmp(scheduler, 1);
 }
 
+inline bool waits(const Fiber& fiber) {
+  return fiber.done || (fiber.awaited != nullptr && fiber.awaited->generation == fiber.generation);
+}
+
+// Lets a fiber run until it waits or ends.
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx.x = fiber.thread;
+  blockIdx.x = fiber.block_index;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
+// Lets the 32 fibers of a warp run, in one of 512 orders; and mostly once more, if that let some go on: a warp may be far
+// ahead of the others.
+inline void resume_warp(Fiber* warp) {
+  for (int64_t before = -1; before != progress && order() % 4 != 0;) {
+    before = progress;
+    const unsigned first = order() % 32, stride = order() % 16 * 2 + 1;
+    for (unsigned turn = 0; turn < 32; ++turn) {
+      Fiber& fiber = warp[(first + turn * stride) % 32];
+      if (!waits(fiber)) resume(fiber);
+    }
+  }
+}
+
 // Runs the blocks [first, last) side by side.
 inline void run(const char* name, unsigned first, unsigned last, unsigned threads, int shared_bytes) {
   constexpr size_t kStack = 1 << 15;
@@ -149,21 +190,11 @@ inline void run(const char* name, unsigned first, unsigned last, unsigned thread
     makecontext(&fiber.context, enter, 0);
   }
   for (bool running = true; running;) {
-    running = false;
-    const int64_t before = progress;
-    for (auto& fiber : fibers) {
-      if (fiber.done) continue;
-      running = true;
-      if (fiber.awaited != nullptr && fiber.awaited->generation == fiber.generation) continue;
-      current = &fiber;
-      threadIdx.x = fiber.thread;
-      blockIdx.x = fiber.block_index;
-      if (_setjmp(scheduler) != 0) continue;
-      if (fiber.started) _longjmp(fiber.resume, 1);
-      fiber.started = true;
-      setcontext(&fiber.context);
+    for (unsigned warp : shuffled(fibers.size() / 32)) resume_warp(&fibers[32 * warp]);
+    running = std::any_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return !fiber.done; });
+    if (running && std::all_of(fibers.begin(), fibers.end(), waits)) {
+      throw std::runtime_error(std::string(name) + ": a barrier that not all reach");
     }
-    if (running && progress == before) throw std::runtime_error(std::string(name) + ": a barrier that not all reach");
   }
 }
 
@@ -221,8 +252,8 @@ void launch(
   gridDim.x = static_cast<unsigned>(shape.blocks);
   blockDim.x = static_cast<unsigned>(shape.threads);
   const unsigned together = shape.cooperative ? gridDim.x : 1;
-  for (unsigned first = 0; first < gridDim.x; first += together) {
-    emulator::run(name, first, first + together, blockDim.x, shape.shared_bytes);
+  for (unsigned index : emulator::shuffled(gridDim.x / together)) {
+    emulator::run(name, index * together, (index + 1) * together, blockDim.x, shape.shared_bytes);
   }
 }
 

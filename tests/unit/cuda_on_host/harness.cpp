@@ -39,6 +39,8 @@ void set_device(int multiprocessors, int shared_bytes, int64_t l2_bytes) {
   emulated_device = {multiprocessors, shared_bytes, l2_bytes};
 }
 
+void set_order(uint32_t seed) { emulator::order.seed(seed); }
+
 const char* run_gram(void** data, int count, int dtype, const Tiles* tiles, double* result) {
   return guarded([&] {
     const Rows rows = rows_of(data, count, dtype);
