@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, register
+from bucketmoo_ds.transfer import to_device
 
 
 @register("pcgrad")
@@ -45,7 +46,4 @@ def _orders(num_languages: int, generator: torch.Generator, device: torch.device
     draws = [
         torch.randperm(num_languages, generator=generator, device=generator.device) for _ in range(num_languages)
     ]
-    orders = torch.stack(draws)
-    if orders.device.type == "cpu" and device.type != "cpu":
-        orders = orders.pin_memory()  # a copy from pageable memory would wait for the device
-    return orders.to(device, non_blocking=True)
+    return to_device(torch.stack(draws), torch.int64, device)

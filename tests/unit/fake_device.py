@@ -127,8 +127,12 @@ class FakeDevice(TorchDispatchMode):
         stays = goes or (bool(given) and (target is None or goes))
         if not stays or (name == "copy_" and not isinstance(args[0], OnDevice)):
             return result
-        known = {id(each.numbers): each for each in given}
-        return pytree.tree_map_only(Tensor, lambda each: known[id(each)] if id(each) in known else OnDevice(each), result)
+        known = {id(each.numbers): each for each in given}  # what is written in place, or returned as it is
+
+        def back(numbers: Tensor) -> Tensor:
+            return known[id(numbers)] if id(numbers) in known else OnDevice(numbers)
+
+        return pytree.tree_map_only(Tensor, back, result)
 
     def _note(self, name: str, args: Any, kwargs: dict[str, Any], given: list[OnDevice], target: Any) -> None:
         if kwargs.pop("pin_memory", False):
@@ -141,7 +145,8 @@ class FakeDevice(TorchDispatchMode):
         if name in READS or _by_boolean(name, args) or (target is not None and torch.device(target).type == "cpu"):
             self.reads[name] += 1
         elif into_host:
-            self.reads["copy_"] += not (len(args) > 2 and args[2])
+            if not (len(args) > 2 and args[2]):  # non_blocking
+                self.reads["copy_"] += 1
         elif name not in VIEWS:
             self.kernels[name] += 1
 

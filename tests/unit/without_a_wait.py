@@ -1,7 +1,7 @@
 """How often a window makes the host wait for the device, and what it queues there, on a device that counts.
 
-A window of 70 buckets, as a model of 8 billion parameters has; ranks that all send what this one sends, so that any
-number of them fits into one process. The host waits once a window: `finish` reads what was decided.
+Ranks all send what this one sends, so that any number of them fits into one process. The host waits once a window:
+`finish` reads what was decided.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
 install()
 
-BUCKETS, NUMEL, LANGUAGES = 70, 96, 4
+NUMEL, LANGUAGES = 96, 4
 AGGREGATORS = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
 
 
@@ -57,8 +57,8 @@ class Echo(Exchange):
         return [mine] * self.world_size
 
 
-def make(exchange: Exchange, micro_steps: int = 1, **changes: Any) -> BucketMOO:
-    parameters = [Parameter(f"layers.{index}.weight", NUMEL) for index in range(BUCKETS)]
+def make(exchange: Exchange, micro_steps: int = 1, buckets: int = 7, **changes: Any) -> BucketMOO:
+    parameters = [Parameter(f"layers.{index}.weight", NUMEL) for index in range(buckets)]
     names = [f"l{index}" for index in range(LANGUAGES)]
     config = BucketMOOConfig(**{"languages": names, "backend": "reference"} | changes)
     plan = plan_blocks(parameters, NUMEL, config.granularity)
@@ -78,10 +78,10 @@ def run_window(moo: BucketMOO, micro_steps: int) -> None:
             if len(mine) > len(slot.to_numbers()) else mine for slot in told
         ]  # fmt: skip
         moo.begin_micro_step(told[0], micro_step + 1 == micro_steps)
-        for bucket in range(BUCKETS):
+        for bucket in range(len(moo.plan.buckets)):
             flat = torch.randn(world_size * moo.exchange.shard_numel(NUMEL))
             moo.ingest(bucket, OnDevice(flat))
-        moo.end_micro_step([True] * BUCKETS)
+        moo.end_micro_step([True] * len(moo.plan.parameters))
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +93,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("aggregator", "mode", "granularity"),
     [
-        *itertools.product(AGGREGATORS, ("streaming", "deferred"), ("bucket",)),
+        *itertools.product(AGGREGATORS, ("streaming",), ("bucket",)),
         *itertools.product(AGGREGATORS, ("deferred",), ("model",)),
     ],
 )
-@pytest.mark.parametrize("scaling", [{}, {"normalize": "unit", "rescale": "mean"}])
 def test_the_host_waits_once_a_window(
-    aggregator: str, mode: str, granularity: str, scaling: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    aggregator: str, mode: str, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "TOGETHER", 5 * NUMEL)
+    monkeypatch.setattr(engine, "TOGETHER", 3 * NUMEL)
     micro_steps = 1 if mode == "streaming" else 2
+    scaling = {"normalize": "unit", "rescale": "mean"} if mode == "streaming" else {}
     with FakeDevice() as device:
         moo = make(Echo(8), micro_steps, aggregator=aggregator, mode=mode, granularity=granularity, **scaling)
         run_window(moo, micro_steps)
@@ -145,19 +145,18 @@ def test_tokens_are_counted_without_a_wait() -> None:
     assert (slot.target_tokens, slot.scale) == (2 + 7, 20 / 2)
 
 
-# What a window of 70 buckets queues on the device and between ranks; docs/performance.md quotes it. One bucket costs
-# its exchange, a few kernels, and a share of a collective of Grams.
+# What a window of 70 buckets queues on the device and between ranks, as a model of 8 billion parameters has: its
+# exchange, a few kernels, and a share of a collective of Grams.
 @pytest.mark.parametrize("world_size", [8, 64, 1024])
-@pytest.mark.parametrize(("mode", "collectives", "kernels"), [("streaming", 70 + 14, 30), ("deferred", 70 + 2, 5)])
+@pytest.mark.parametrize(("mode", "collectives", "kernels"), [("streaming", 70 + 14, 9), ("deferred", 70 + 2, 4)])
 def test_counted_launches_and_collectives(
     world_size: int, mode: str, collectives: int, kernels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "TOGETHER", 5 * NUMEL)
     exchange = Echo(world_size)
     with FakeDevice() as device:
-        moo = make(exchange, aggregator="mgda", mode=mode)
+        moo = make(exchange, buckets=70, aggregator="mgda", mode=mode)
         run_window(moo, 1)
         moo.finish()
-        print(world_size, mode, device.kernels.total(), device.kernels)
     assert sum(exchange.collectives.values()) <= collectives
-    assert device.kernels.total() <= kernels * BUCKETS
+    assert device.kernels.total() <= kernels * 70

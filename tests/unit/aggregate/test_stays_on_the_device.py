@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bucketmoo_ds import transfer
 from bucketmoo_ds.aggregate import Aggregator, create, solve
 from bucketmoo_ds.aggregate.apply import NORMALIZE, RESCALE
 
@@ -54,8 +55,10 @@ class Watch(TorchDispatchMode):
     [*((rule, "none", "none") for rule in RULES), *itertools.product(["mean"], NORMALIZE, RESCALE)],
 )
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[Tensor] = []
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    pinned: list[torch.Size] = []
+    monkeypatch.setattr(
+        transfer, "_pinned", lambda shape, dtype: (pinned.append(shape), torch.empty(shape, dtype=dtype))[1]
+    )
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
     mask = torch.empty(3, 4, dtype=torch.bool, device="meta")
     with Watch() as watch:

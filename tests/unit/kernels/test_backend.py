@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bucketmoo_ds import ops
 from bucketmoo_ds.errors import ConfigError
