@@ -18,6 +18,8 @@ ZERO_MEAN = 1e-12
 CANCELLED = 1e-8
 # Min-norm problems between the ends of the search; rows of norms 1e-3 to 1e3 need up to 20 for all digits, most 10.
 TRIALS = 24
+# What may be left of log(||g_w|| / t): rounding leaves about 1e-15.
+FOUND = 1e-13
 
 
 @register("cagrad")
@@ -82,12 +84,14 @@ class _Hull:
     side: Tensor  # [B, K], <g_i, g_0> / r
     c: float
 
-    def point(self, log_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the weights `[B, K]` of g_w for the lengths t `[B, 1]`, and `log(||g_w|| / t)` `[B, 1]`."""
+    def point(self, log_t: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the weights `[B, K]` of g_w for the lengths t `[B, 1]`, and `log(||g_w|| / t)` `[B, 1]`; nothing of
+        meaning, and in no time, for blocks that are not `going` `[B, 1]`."""
         t = log_t.exp()
         side = t * self.side
         square = (t / self.c).square()
-        w = ops.min_norm(self.gram + (side.unsqueeze(-1) + side.unsqueeze(-2) + square.unsqueeze(-1)), self.on)[0]
+        gram = self.gram + (side.unsqueeze(-1) + side.unsqueeze(-2) + square.unsqueeze(-1))
+        w = ops.min_norm(gram, self.on & going)[0]
         return w, 0.5 * self.square(w).log() - log_t
 
     def square(self, w: Tensor) -> Tensor:
@@ -104,22 +108,22 @@ def _search(hull: _Hull, least: Tensor) -> Tensor:
     Within these bounds regula falsi finds it (the Illinois variant: Dowell & Jarratt, BIT 11, 1971).
     """
     most = torch.zeros_like(least)  # no point of the hull is longer than its longest row
-    (at_least, above), (at_most, below) = hull.point(least), hull.point(most)
-    inside = above > 0.0
-    ends = torch.cat([least, torch.where(inside, most, least)], dim=-1)
-    # Where the root is not inside, no value is nearer to 0 than these.
-    tiny = torch.finfo(least.dtype).tiny
-    values = torch.cat([above.where(inside, tiny), below.where(inside, -tiny)], dim=-1)
-    w = torch.where(inside & (-below < above), at_most, at_least)
+    all_blocks = torch.ones_like(least, dtype=torch.bool)
+    (at_least, above), (at_most, below) = hull.point(least, all_blocks), hull.point(most, all_blocks)
+    w = torch.where((above > 0.0) & (-below < above), at_most, at_least)
+    ends, values = torch.cat([least, most], dim=-1), torch.cat([above, below], dim=-1)
     # As regula falsi sees them: the value of an end that stays where it is for a second time is halved.
     seen, factor = values, torch.ones_like(values)
+    going = above > 0.0
     for _ in range(TRIALS):
+        nearest = values.abs().amin(-1, keepdim=True)
+        going = going & (nearest > FOUND)
         low, high = (ends + values).unbind(-1)
         share = seen[:, :1] / (seen[:, :1] - seen[:, 1:])
         trial = torch.lerp(ends[:, :1], ends[:, 1:], share)
         trial = torch.minimum(torch.maximum(trial, low.unsqueeze(-1)), high.unsqueeze(-1))
-        found, value = hull.point(trial)
-        w = torch.where(value.abs() < values.abs().amin(-1, keepdim=True), found, w)
+        found, value = hull.point(trial, going)
+        w = torch.where(going & (value.abs() < nearest), found, w)
         positive = value > 0.0
         moved = torch.cat([positive, ~positive], dim=-1)
         ends, values = torch.where(moved, trial, ends), torch.where(moved, value, values)

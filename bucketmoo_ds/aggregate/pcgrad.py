@@ -32,12 +32,13 @@ class PCGrad(Aggregator):
         divisor = torch.where(usable, squares, 1.0)
         each = torch.arange(num_languages, device=gram.device)
         # projected[b, i] holds the weights, over the rows of block b, of what is left of row i.
-        projected = torch.eye(num_languages, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        projected = torch.eye(num_languages, dtype=gram.dtype, device=gram.device).repeat(len(gram), 1, 1)
         for others in _orders(num_languages, generator, gram.device).T:
             product = (projected * gram.index_select(1, others)).sum(-1)
             conflict = usable.index_select(1, others) & (product < 0.0) & (others != each)
             part = torch.where(conflict, product / divisor.index_select(1, others), 0.0)
-            projected = torch.where(others.unsqueeze(-1) == each, projected - part.unsqueeze(-1), projected)
+            index = others[:, None].expand(len(gram), -1, 1)
+            projected.scatter_(-1, index, projected.gather(-1, index) - part.unsqueeze(-1))
         return (projected * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ class UPGrad(Aggregator):
     their v: that shortest vector is the one of the hull of `SHORT g_i` and the other g_j, but for a factor. The op's
     ridge makes the smallest v the solution where any number of them is as good (a Pareto-stationary block).
     """
-
-    cheap: ClassVar[bool] = True
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
