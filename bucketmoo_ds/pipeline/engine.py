@@ -51,7 +51,7 @@ TOGETHER = 1 << 20
 class _Pending:
     bucket: int
     received: Received
-    sources: list[Slot]
+    arriving: _Arriving
     last: bool  # of this bucket in the window
 
 
@@ -63,10 +63,18 @@ class _Held(NamedTuple):
     gram: Tensor  # [C, K', K'], this rank's part
 
 
-class _Incoming(NamedTuple):
-    gradient: Tensor  # [S]
-    language: int
-    scale: float
+class _Arriving(NamedTuple):
+    """What the slices of a bucket are in a micro-step: those that hold a gradient, in the order of their languages."""
+
+    places: list[int]  # among the slices
+    languages: list[int]
+    rows: list[int]  # of each language among those present
+    scales: list[float]  # in units of the row
+
+    @property
+    def one_each(self) -> bool:
+        """Whether they are the rows: each language comes from one rank, in the units of its row."""
+        return self.rows == list(range(len(self.rows))) and all(scale == 1.0 for scale in self.scales)
 
 
 class BucketMOO:
@@ -182,6 +190,7 @@ class BucketMOO:
             self._streams = self._streams and self.window.parts == 1
         parts = range(self.window.parts)
         self._by_node = [self._merged(self.window.sources(part)) for part in parts]
+        self._of_part = [self._arriving(part) for part in parts]
 
     def ingest(self, bucket: int, flat: Tensor, part: int = 0) -> None:
         """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot in `Window.sources(part)`.
@@ -337,16 +346,17 @@ class BucketMOO:
         self._contributions.clear()
 
     def _send(self, bucket: int, flat: Tensor, part: int) -> _Pending:
-        sources, last = self.window.sources(part), self._boundary and part == self.window.parts - 1
+        last = self._boundary and part == self.window.parts - 1
         by_node = self._by_node[part]
         if by_node is None:
-            return _Pending(bucket, self.exchange.scatter(flat), sources, last)
-        mine, of_node = sources[self.exchange.rank], by_node[self.exchange.rank // self.exchange.ranks_per_node]
+            return _Pending(bucket, self.exchange.scatter(flat), self._of_part[part], last)
+        mine = self.window.sources(part)[self.exchange.rank]
+        of_node = by_node[self.exchange.rank // self.exchange.ranks_per_node]
         if mine.target_tokens == 0:
             flat.zero_()
         elif mine.scale != of_node.scale:
             flat.mul_(mine.scale / of_node.scale)
-        return _Pending(bucket, self.exchange.scatter_by_node(flat), by_node, last)
+        return _Pending(bucket, self.exchange.scatter_by_node(flat), self._of_part[part], last)
 
     def _receive(self, depth: int) -> None:
         """Takes in arrived buckets until at most `depth` are under way. The order is the same on every rank."""
@@ -354,39 +364,43 @@ class BucketMOO:
             pending = self._pending.popleft()
             slices = pending.received.wait()
             if self._streams:
-                self._stream(pending.bucket, slices, pending.sources)
+                self._stream(pending.bucket, slices, pending.arriving)
             else:
                 self._keep_rows(pending, slices)
             self._side.keep(slices, *pending.received.sent)
 
     def _keep_rows(self, pending: _Pending, slices: Tensor) -> None:
         """Adds what has come to the rows of the window, and takes their Grams if it was the last of it."""
-        bucket, incoming = pending.bucket, self._incoming(slices, pending.sources)
+        bucket, arriving = pending.bucket, pending.arriving
         if pending.last and self._store.is_float32_on_device:
-            languages = self.window.present
-            claim = self._store.claim(bucket, languages, {each.language for each in incoming}, slices[0])
-            self._grams[bucket] = self._accumulate_gram(bucket, *claim, incoming)
+            claim = self._store.claim(bucket, self.window.present, set(arriving.languages), slices[0])
+            self._grams[bucket] = self._accumulate_gram(bucket, *claim, slices, arriving)
             return
-        for gradient, language, scale in incoming:
-            self._store.add(bucket, language, gradient, scale)
+        for place, language, scale in zip(arriving.places, arriving.languages, arriving.scales, strict=True):
+            self._store.add(bucket, language, slices[place], scale)
         if pending.last:
             self._grams[bucket] = self._gram(bucket, self._rows(bucket))
 
-    def _incoming(self, slices: Tensor, sources: list[Slot]) -> list[_Incoming]:
-        return [
-            _Incoming(piece, slot.language, slot.scale / self.window.reference_scale(slot.language))
-            for piece, slot in zip(slices, sources, strict=True)
-            if slot.target_tokens > 0
-        ]
+    def _arriving(self, part: int) -> _Arriving:
+        """Of the slots that exchange this part, by rank or by node."""
+        window = self.window
+        slots = enumerate(self._by_node[part] or window.sources(part))
+        fed = sorted(((slot.language, place, slot.scale) for place, slot in slots if slot.target_tokens > 0))
+        row_of = {language: row for row, language in enumerate(window.present)}
+        return _Arriving(
+            places=[place for _, place, _ in fed],
+            languages=[language for language, _, _ in fed],
+            rows=[row_of[language] for language, _, _ in fed],
+            scales=[scale / window.reference_scale(language) for language, _, scale in fed],
+        )
 
-    def _stream(self, bucket: int, slices: Tensor, sources: list[Slot]) -> None:
-        incoming = sorted(self._incoming(slices, sources), key=lambda each: each.language)
-        if len(incoming) == len(self.window.present) and all(each.scale == 1.0 for each in incoming):
-            rows = [each.gradient for each in incoming]  # each language comes from one rank: no copy
+    def _stream(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
+        if arriving.one_each:
+            rows = [slices[place] for place in arriving.places]  # no copy
             gram = self._gram(bucket, rows)
         else:
             rows = [torch.empty_like(slices[0], dtype=torch.float32) for _ in self.window.present]
-            gram = self._accumulate_gram(bucket, rows, [True] * len(rows), incoming)
+            gram = self._accumulate_gram(bucket, rows, [True] * len(rows), slices, arriving)
         self._held.append(_Held(bucket, rows, gram))
         if sum(self.plan.buckets[each.bucket].numel for each in self._held) >= TOGETHER:
             self._resolve_held()
@@ -415,15 +429,16 @@ class BucketMOO:
         """The stored rows of the present languages, on the device."""
         return [row.to(self._device) for row in self._store.rows(bucket, self.window.present)]
 
-    def _accumulate_gram(self, bucket: int, rows: list[Tensor], fresh: list[bool], incoming: list[_Incoming]) -> Tensor:
+    def _accumulate_gram(
+        self, bucket: int, rows: list[Tensor], fresh: list[bool], slices: Tensor, arriving: _Arriving
+    ) -> Tensor:
         """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
-        segments = self._segments[bucket]
-        row_of = {language: row for row, language in enumerate(self.window.present)}
+        segments, pieces = self._segments[bucket], slices.unbind()
         return ops.accumulate_gram(
             rows,
-            [each.gradient for each in incoming],
-            [row_of[each.language] for each in incoming],
-            [each.scale for each in incoming],
+            [pieces[place] for place in arriving.places],
+            arriving.rows,
+            arriving.scales,
             fresh,
             segments.spans,
             segments.cells,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops.backends.segments import kept
+
 MAX_ROWS = 64  # that a backend takes; more go to it in groups (bucketmoo_ds.ops.groups)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -16,8 +18,12 @@ def check_rows(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: 
     _check(len(rows) >= 1, "no rows: expected at least one")
     first = rows[0]
     _check(first.dtype in DTYPES, f"rows of {first.dtype}: expected one of {', '.join(map(str, DTYPES))}")
-    for index, row in enumerate(rows):
-        _check_like(f"row {index}", row, first)
+    _check_like("row", rows, first, first.dtype)
+    elements = first.numel()
+    kept(spans, cells, ("fits", elements, num_cells), lambda: _check_segments(spans, cells, num_cells, elements))
+
+
+def _check_segments(spans: Tensor, cells: Tensor, num_cells: int, elements: int) -> None:
     for name, table, shape in (("spans", spans, (len(cells), 2)), ("cells", cells, (len(cells),))):
         fits = table.dtype == torch.int64 and table.device.type == "cpu" and tuple(table.shape) == shape
         _check(
@@ -31,7 +37,7 @@ def check_rows(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: 
     ends = starts + lengths
     ascending = bool((starts[1:] >= ends[:-1]).all()) and int(starts[0]) >= 0 and int(lengths.min()) >= 0
     _check(ascending, "spans: expected ascending segments of length 0 or more, none overlapping")
-    _check(int(ends[-1]) <= first.numel(), f"spans: end at {int(ends[-1])}, beyond the rows' {first.numel()} elements")
+    _check(int(ends[-1]) <= elements, f"spans: end at {int(ends[-1])}, beyond the rows' {elements} elements")
     low, high = (int(bound) for bound in cells.aminmax())
     _check(low >= 0 and high < num_cells, f"cells: {low} to {high}: expected 0 to {num_cells - 1}")
 
@@ -50,10 +56,11 @@ def check_incoming(
         f"{len(incoming)} incoming gradients, {len(targets)} targets, {len(scales)} scales: expected as many",
     )
     _check(len(fresh) == len(rows), f"fresh: {len(fresh)} values: expected one for each of the {len(rows)} rows")
-    for index, gradient in enumerate(incoming):
-        _check_like(f"incoming gradient {index}", gradient, rows[0], dtype=incoming[0].dtype)
-    _check(all(0 <= target < len(rows) for target in targets), f"targets: expected 0 to {len(rows) - 1}")
-    void = [row for row in range(len(rows)) if fresh[row] and row not in targets]
+    if incoming:
+        _check_like("incoming gradient", incoming, rows[0], incoming[0].dtype)
+    given = set(targets)
+    _check(given <= set(range(len(rows))), f"targets: expected 0 to {len(rows) - 1}")
+    void = [row for row in range(len(rows)) if fresh[row] and row not in given]
     _check(not void, f"fresh: row {void[0] if void else ''} is void and has no incoming gradient")
 
 
@@ -64,7 +71,7 @@ def check_combine(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
     if weights.dtype != torch.bool:
         _check(weights.dtype == torch.float64, f"weights: {weights.dtype}: expected torch.float64")
     _check(out.dtype in DTYPES, f"out: {out.dtype}: expected one of {', '.join(map(str, DTYPES))}")
-    _check_like("out", out, rows[0], dtype=out.dtype)
+    _check_like("out", [out], rows[0], out.dtype)
     begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
     for index, row in enumerate(rows):
         apart = row.data_ptr() + row.nbytes <= begin or end <= row.data_ptr()
@@ -89,17 +96,16 @@ def check_min_norm(gram: Tensor | None, mask: Tensor, max_weight: float) -> None
         )
 
 
-def _check_like(name: str, tensor: Tensor, first: Tensor, dtype: torch.dtype | None = None) -> None:
-    expected = first.dtype if dtype is None else dtype
-    _check(
-        tensor.dtype == expected
-        and tensor.dim() == 1
-        and tensor.numel() == first.numel()
-        and tensor.device == first.device
-        and tensor.is_contiguous(),
-        f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}: "
-        f"expected contiguous {expected} [{first.numel()}] on {first.device}",
-    )
+def _check_like(name: str, tensors: Sequence[Tensor], first: Tensor, dtype: torch.dtype) -> None:
+    numel, device = first.numel(), first.device
+    for index, each in enumerate(tensors):
+        like = each.dtype == dtype and each.numel() == numel and each.device == device
+        if not (like and each.dim() == 1 and each.is_contiguous()):
+            number = f" {index}" if len(tensors) > 1 else ""
+            raise ValueError(
+                f"{name}{number}: {each.dtype} {list(each.shape)} on {each.device}: "
+                f"expected contiguous {dtype} [{numel}] on {device}"
+            )
 
 
 def _check(condition: bool, message: str) -> None:

@@ -1,20 +1,16 @@
 """How the backends of a GPU cut a shard into pieces of work: tiles of elements, and runs of tiles.
 
 Tiles are sorted by cell, and their order is that of the sums, so that these are the same from run to run. Segments
-stay the same from step to step: their tables are made, and copied to the device, once (`kept`).
+stay the same from step to step: their tables are made, and copied to the device, once (`segments.kept`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops.backends.segments import kept
 from bucketmoo_ds.transfer import to_device
-
-T = TypeVar("T")
 
 
 def tile_table(
@@ -76,17 +72,6 @@ def run_table(table: Tensor, num_cells: int, parts: int) -> tuple[Tensor, Tensor
     end = torch.cat([begin[1:], torch.tensor([len(table)])])
     first = torch.searchsorted(owners[begin], torch.arange(num_cells + 1))
     return torch.stack([begin, end, table[begin, 2]], dim=1), first
-
-
-def kept(spans: Tensor, cells: Tensor, key: Hashable, make: Callable[[], T]) -> T:
-    """Returns what `make` gives for these segments and this key: made once, and kept as long as `spans` lives, for the
-    segments of a bucket stay the same from step to step."""
-    plans = spans.__dict__.setdefault("_bucket_moo_plans", {})
-    versions = spans._version, cells._version
-    if key not in plans or plans[key][0] is not cells or plans[key][1] != versions:
-        plans[key] = cells, versions, make()
-    plan: T = plans[key][2]
-    return plan
 
 
 def tiles_on_device(

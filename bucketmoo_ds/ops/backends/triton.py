@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, kept, run_table, tile_table
+from bucketmoo_ds.ops.backends.segments import kept
+from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, run_table, tile_table
 from bucketmoo_ds.transfer import to_device
 
 __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
