@@ -34,11 +34,15 @@ class Adapter(Stays):
     Attributes:
         moo: the pipeline.
         arrive: to be called with a parameter whose gradient comes, before anything is done with it; the session sets
-            it.
+            it, and the next two.
+        settle: to be called where what comes of a micro-step has to be there before backward is over.
+        spoil: to be called then, when `.grad` is made.
     """
 
     moo: BucketMOO
     arrive: Callable[..., None]
+    settle: Callable[[], None]
+    spoil: Callable[[], None]
 
     def bind(self, micro: MicroStep) -> None:
         """Is told where the run stands: once, by whoever drives the adapter."""
@@ -120,7 +124,7 @@ class Session(Stays):
             model.register_forward_hook(Hook(self._after_forward)),
             register_optimizer_step_pre_hook(weak(self._before_optimizer_step)),
         ]
-        adapter.arrive = self._arrive
+        adapter.arrive, adapter.settle, adapter.spoil = self._arrive, self._settle, self._spoil
         switched_on.note(self)
         show_by_default()
         if moo.exchange.rank == 0:
@@ -247,20 +251,25 @@ class Session(Stays):
             after_backward(self._end)
 
     def _end(self) -> None:
+        if self._micro.is_open:
+            self._settle()
+            self._spoil()
+
+    def _settle(self) -> None:
         if not self._micro.is_open:
             return
         self._micro.close(self._adapter.end())
         if self._micro.boundary:
             self._micro.resolve()
             self._adapter.write()
-            if self.skipped:
-                self._spoil()
 
     @property
     def _parameters(self) -> Sequence[Tensor]:
         return self._adapter.optimized(self._registered)
 
     def _spoil(self) -> None:
+        if not (self._micro.unused and self.skipped):
+            return
         for parameter in self._parameters:
             if self._drop:
                 parameter.grad = None

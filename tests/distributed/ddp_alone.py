@@ -61,20 +61,31 @@ def failing_hook() -> None:
     run.micro_step()
 
 
-def rebuilt_buckets(cap: float) -> dict[str, Any]:
-    """The adapter is used before the head, but registered after it: DDP's first buckets are not its later ones."""
+def buckets(how: dict[str, Any]) -> dict[str, Any]:
+    """The adapter is used before the head, but registered after it. Some buckets are whole slices, and one is not."""
     torch.manual_seed(SEED)
-    model = DistributedDataParallel(toy.ToyLM(adapters=1), bucket_cap_mb=cap)
+    model = DistributedDataParallel(toy.ToyLM(adapters=1), bucket_cap_mb=2 / 1024, **how)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
-    session, hook = bucketmoo_ds.ddp.comm_hook(model, config(), micro_steps=2, bucket_size=700)
+    session, hook = bucketmoo_ds.ddp.comm_hook(model, config(), micro_steps=2)
     layouts: list[list[list[str]]] = []
+    sent: list[int] = []
+    kept: list[int] = []
 
     def recorded(state, bucket):  # DDP does not read annotations that are text, as they are in this file
         if bucket.index() == 0:
             layouts.append([])
         layouts[-1].append([names[parameter] for parameter in bucket.parameters()])
+        if bucket.buffer().numel() % (8 * worker.WORLD_SIZE) == 0:
+            kept.append(bucket.buffer().data_ptr())
         return hook(state, bucket)
 
+    scatter = session.moo.exchange.scatter
+
+    def noted(flat: Tensor) -> Any:
+        sent.append(flat.data_ptr())
+        return scatter(flat)
+
+    session.moo.exchange.scatter = noted  # type: ignore[method-assign]
     model.register_comm_hook(session, recorded)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(SEED + worker.RANK)
@@ -84,16 +95,19 @@ def rebuilt_buckets(cap: float) -> dict[str, Any]:
             (model(**batch, language=LANGUAGES[language]) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"layouts": layouts, "parameters": worker.checksum(model.parameters())}
+    plan = session.moo.plan
+    planned = [[plan.parameters[index].name for index in bucket.parameters] for bucket in plan.buckets]
+    return {"layouts": layouts, "planned": planned, "copied": not kept or bool(set(kept) - set(sent))}
 
 
-def gradients_of_unused(adapters: Sequence[int | None]) -> list[dict[str, str]]:
-    """With `find_unused_parameters`, rank r uses adapter `adapters[r]`: which parameters have a gradient, and whether
-    it is zero, after each micro-step of a window."""
-    run = Run("ddp", module=lambda: toy.ToyLM(adapters=3), how={"find_unused_parameters": True}, micro_steps=2)
+def gradients_of_unused(adapters: Sequence[Sequence[int]], how: dict[str, Any]) -> list[dict[str, str]]:
+    """With `find_unused_parameters`, rank r uses adapter `adapters[m][r]` in micro-step m: which parameters have a
+    gradient, and whether it is zero, after each micro-step of a window."""
+    how = how | {"find_unused_parameters": True}
+    run = Run("ddp", module=lambda: toy.ToyLM(adapters=3), how=how, micro_steps=2)
     found = []
-    for _ in range(2):
-        run.micro_step(adapter=adapters[worker.RANK])
+    for used in adapters:
+        run.micro_step(adapter=used[worker.RANK])
         found.append(
             {
                 name: "none" if each.grad is None else "zero" if not bool(each.grad.any()) else "some"
@@ -113,10 +127,13 @@ def bucket_views() -> bool:
     return len({gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}) == 1
 
 
-def frozen_after_wrapping() -> bool:
+def frozen_and_unfrozen_after_wrapping() -> bool:
+    """And before register."""
     torch.manual_seed(SEED)
     module = toy.ToyLM()
-    model = DistributedDataParallel(module, find_unused_parameters=True)
+    module.layers[0].requires_grad_(False)
+    model = DistributedDataParallel(module)
+    module.layers[0].requires_grad_(True)
     module.layers[1].requires_grad_(False)
     session = bucketmoo_ds.ddp.register(model, config())
     with session.language(worker.RANK % 2):
@@ -155,9 +172,9 @@ SCENARIOS: tuple[Callable[..., Any], ...] = (
     joined,
     hidden_output,
     failing_hook,
-    rebuilt_buckets,
+    buckets,
     gradients_of_unused,
     bucket_views,
-    frozen_after_wrapping,
+    frozen_and_unfrozen_after_wrapping,
     recomputed_layer,
 )

@@ -199,7 +199,7 @@ SOMEWHERE: dict[Key, Case] = {
 
 ONCE: Case = {"micro_steps": 3, "once_a_window": True}
 SAME_BITS: dict[str, list[Case]] = {
-    "ddp-one": [{}, {}, {"mode": "deferred"}, {"bucket_view": True}, {"find_unused": True}],
+    "ddp-one": [{}, {}, {"mode": "deferred"}, {"bucket_view": True}],
     "ddp-once": [ONCE | how for how in ({}, {"no_sync": True}, {"no_sync": True, "bucket_view": True})]
     + [ONCE | {"static_graph": True}],
     "fsdp1-one": [{}, {}, {"mode": "deferred"}, {"strategy": "SHARD_GRAD_OP"}],

@@ -43,7 +43,6 @@ REFUSED: dict[str, dict[str, list[str]]] = {
         "delayed": ['"head.weight"', "delay_all_reduce_named_params"],
         "sparse": ['"embed"', "sparse = True"],
         "tensor_parallel": ['"0.weight" is sharded', "tensor parallelism"],
-        "no_bucket": ["bucket_size = 0"],
     },
     "fsdp1": {
         "no_fsdp": ["ToyLM is no FullyShardedDataParallel module", "bucketmoo_ds.fsdp2"],
@@ -233,10 +232,14 @@ EVENTS = [
 ]
 
 # What one wrapper alone has.
-UNUSED = {"name": "gradients_of_unused", "adapters": [0, 1]}
-REBUILT = [{"name": "rebuilt_buckets", "cap": cap} for cap in (25.0, 2 / 1024)]
+UNUSED = [
+    {"name": "gradients_of_unused", "adapters": adapters, "how": {"gradient_as_bucket_view": view}}
+    for adapters in ([[0, 1]] * 2, [[0, 1], [0, 0]])
+    for view in (False, True)
+]
+BUCKETS = [{"name": "buckets", "how": how} for how in ({}, {"static_graph": True}, {"find_unused_parameters": True})]
 REENTRANT = [{"name": "recomputed_layer", "reentrant": reentrant} for reentrant in (False, True)]
-PROPERTIES = [{"name": name} for name in ("bucket_views", "frozen_after_wrapping")]
+PROPERTIES = [{"name": name} for name in ("bucket_views", "frozen_and_unfrozen_after_wrapping")]
 BETWEEN = [{"name": "between_micro_steps"} | way for way in FSDP1_WAYS]
 UNUSED_UNITS = [{"name": "unused"} | way for way in FSDP1_WAYS]
 BLOCKS = [{"name": "block_names", "use_orig_params": orig_params} for orig_params in (True, False)]
@@ -261,8 +264,8 @@ SCENARIOS: list[Case] = [
     *ZEROING,
     *itertools.chain(*SAME_STEP.values()),
     *EVENTS,
-    UNUSED,
-    *REBUILT,
+    *UNUSED,
+    *BUCKETS,
     *REENTRANT,
     *PROPERTIES,
     *BETWEEN,
@@ -366,23 +369,26 @@ def test_process_groups_train_apart(wrapper: str) -> None:
 # --- DDP alone ----------------------------------------------------------------------------------------------------
 
 
-def test_buckets_that_ddp_rebuilds_make_no_difference(outcomes: list[list[Any]]) -> None:
-    one, several = (results(outcomes, scenario) for scenario in REBUILT)
-    for ranks in (one, several):
-        for result in ranks:
-            first, *later = result["layouts"]
-            assert len(later) == 3
-            assert all(layout == later[0] != first for layout in later), "DDP did not rebuild"
-    assert len(one[0]["layouts"][-1]) == 1 < len(several[0]["layouts"][-1])
-    assert len({result["parameters"] for result in one + several}) == 1
+@pytest.mark.parametrize("case", BUCKETS, ids=name_of)
+def test_buckets_are_ddps_own_and_stay(outcomes: list[list[Any]], case: Case) -> None:
+    """Though gradients come in another order, in the first backward and later."""
+    for result in results(outcomes, case):
+        first, *later = result["layouts"]
+        assert len(later) == 3
+        assert all(layout == first for layout in later), "DDP filled its buckets anew"
+        assert [sorted(bucket) for bucket in first] == [sorted(bucket) for bucket in result["planned"]]
+        assert len(first) > 1
+        assert not result["copied"]
 
 
 def test_only_parameters_that_no_rank_used_have_no_gradient(outcomes: list[list[Any]]) -> None:
-    """As in plain DDP; between micro-steps the others are zero, so that the next gradient is added to nothing."""
-    for between, boundary in results(outcomes, UNUSED):
-        for name, gradient in boundary.items():
-            assert gradient == ("none" if name.startswith("adapters.2.") else "some"), name
-            assert between[name] == ("none" if name.startswith("adapters.2.") else "zero"), name
+    """As in plain DDP; between micro-steps nobody has, so that the next gradient is added to nothing. A window whose
+    micro-steps use different parameters has them all."""
+    for scenario in UNUSED:
+        for between, boundary in results(outcomes, scenario):
+            assert set(between.values()) == {"none"}
+            for name, gradient in boundary.items():
+                assert gradient == ("none" if name.startswith("adapters.2.") else "some"), name
 
 
 def test_reentrant_checkpoints_of_a_shared_layer(outcomes: list[list[Any]]) -> None:
