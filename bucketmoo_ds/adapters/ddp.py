@@ -195,9 +195,9 @@ class DDPAdapter(Sharded):
             )
         return None
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
-        super().begin(arriving)
+        super().begin()
         self._start()
         if self.micro.first:
             self._used.clear()

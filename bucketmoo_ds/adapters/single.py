@@ -88,9 +88,9 @@ def _refuse(model: nn.Module) -> None:
 class SingleAdapter(Whole):
     """Takes gradients from the parameters themselves."""
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
-        super().begin(arriving)
+        super().begin()
         if self.micro.first:
             self._used = [False] * len(self.parameters)
 

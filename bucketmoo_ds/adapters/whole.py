@@ -148,7 +148,7 @@ class Whole(Adapter):
         device = self.parameters[0].device
         self._gathering = Gathering(micro, layout, self._dtype, self._dtype, device)
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
         self._gathering.begin()
         if self.micro.first:

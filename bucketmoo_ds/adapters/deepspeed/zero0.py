@@ -64,10 +64,9 @@ class ReplicatedReduction(Whole, StageReduction):
         self.bind(MicroStep(self.moo, engine.language_tracker))
         self.hook()
 
-    def holds_gradients(self, arriving: Tensor | None) -> bool:
+    def holds_gradients(self) -> bool:
         """See `StageReduction`."""
-        held = self.gradients([each for each in self.parameters if each is not arriving])
-        return any(bool(gradient.count_nonzero()) for gradient in held)
+        return any(bool(gradient.count_nonzero()) for gradient in self.gradients(self.parameters))
 
     def finish(self) -> None:
         """Resolves the window, whose gradients are then where DeepSpeed and the user's optimizer look for them."""
