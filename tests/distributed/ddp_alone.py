@@ -62,42 +62,53 @@ def failing_hook() -> None:
 
 
 def buckets(how: dict[str, Any]) -> dict[str, Any]:
-    """The adapter is used before the head, but registered after it. Some buckets are whole slices, and one is not."""
+    """The sizes of DDP's buckets in each backward; the adapter is used before the head, but registered after it."""
     torch.manual_seed(SEED)
     model = DistributedDataParallel(toy.ToyLM(adapters=1), bucket_cap_mb=2 / 1024, **how)
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
     session, hook = bucketmoo_ds.ddp.comm_hook(model, config(), micro_steps=2)
-    layouts: list[list[list[str]]] = []
-    sent: list[int] = []
-    kept: list[int] = []
+    sizes: list[int] = []
 
     def recorded(state, bucket):  # DDP does not read annotations that are text, as they are in this file
-        if bucket.index() == 0:
-            layouts.append([])
-        layouts[-1].append([names[parameter] for parameter in bucket.parameters()])
-        if bucket.buffer().numel() % (8 * worker.WORLD_SIZE) == 0:
-            kept.append(bucket.buffer().data_ptr())
+        sizes.append(bucket.buffer().numel())
         return hook(state, bucket)
 
-    scatter = session.moo.exchange.scatter
-
-    def noted(flat: Tensor) -> Any:
-        sent.append(flat.data_ptr())
-        return scatter(flat)
-
-    session.moo.exchange.scatter = noted  # type: ignore[method-assign]
     model.register_comm_hook(session, recorded)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(SEED + worker.RANK)
     for _ in range(2):
         for language in (0, 1):
             batch = toy.micro_batch(language, generator) | {"adapter": 0}
             (model(**batch, language=LANGUAGES[language]) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    plan = session.moo.plan
-    planned = [[plan.parameters[index].name for index in bucket.parameters] for bucket in plan.buckets]
-    return {"layouts": layouts, "planned": planned, "copied": not kept or bool(set(kept) - set(sent))}
+        model.zero_grad()
+    return {"sizes": sizes, "planned": [bucket.numel for bucket in session.moo.plan.buckets]}
+
+
+def memory(width: int) -> list[bool]:
+    """Whether every bucket was sent from DDP's own memory, and gathered into it."""
+    torch.manual_seed(SEED)
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(width, width) for _ in range(4))), bucket_cap_mb=2 / 1024)
+    session, hook = bucketmoo_ds.ddp.comm_hook(model, config())
+    exchange, used = session.moo.exchange, []
+    own: set[int] = set()
+
+    def recorded(state, bucket):
+        own.add(bucket.buffer().data_ptr())
+        return hook(state, bucket)
+
+    scatter, all_gather = exchange.scatter, exchange.all_gather
+
+    def noted_scatter(flat: Tensor) -> Any:
+        used.append(flat.data_ptr() in own)
+        return scatter(flat)
+
+    def noted_gather(shard: Tensor, out: Tensor | None = None) -> Any:
+        used.append(out is not None and out.data_ptr() in own)
+        return all_gather(shard, out=out)
+
+    exchange.scatter, exchange.all_gather = noted_scatter, noted_gather  # type: ignore[method-assign, assignment]
+    model.register_comm_hook(session, recorded)
+    with session.language(worker.RANK):
+        model(torch.randn(3, width)).square().mean().backward()
+    return used
 
 
 def gradients_of_unused(adapters: Sequence[Sequence[int]], how: dict[str, Any]) -> list[dict[str, str]]:
@@ -173,6 +184,7 @@ SCENARIOS: tuple[Callable[..., Any], ...] = (
     hidden_output,
     failing_hook,
     buckets,
+    memory,
     gradients_of_unused,
     bucket_views,
     frozen_and_unfrozen_after_wrapping,
