@@ -11,9 +11,8 @@ ones. DDP's own all-reduce sends 2 (W-1)/W N in every micro-step.
 
 # No postponed annotations here: DDP compares the hook's own with the types.
 
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bucketmoo_ds.adapters.hooks import BeforeAccumulation, Hook, queue_callback
 from bucketmoo_ds.adapters.session import Session, unwrapped
 from bucketmoo_ds.adapters.sharded import Sharded
-from bucketmoo_ds.adapters.whole import check_taken, trained_parameters
+from bucketmoo_ds.adapters.whole import Registered, check_taken
 from bucketmoo_ds.comm.exchange import Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, LanguageError
-from bucketmoo_ds.plan.blocks import Parameter, Run, Segments, plain_name, plan_buckets
+from bucketmoo_ds.plan.blocks import Run, Segments, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
 CommHook = Callable[[Session, dist.GradBucket], Future[Tensor]]
@@ -88,8 +87,7 @@ def comm_hook(
     """Returns what `model.register_comm_hook` takes: the session, and the hook. See `register`."""
     ddp = unwrapped(model)
     _refuse(ddp)
-    adapter = DDPAdapter(ddp, config)
-    adapter.start(config, micro_steps, once_a_window)
+    adapter = DDPAdapter(ddp, config, micro_steps, once_a_window)
     session = Session(model, config, adapter, on_nonfinite)
     return session, _CommHook(adapter.reduce)
 
@@ -137,15 +135,14 @@ class _CommHook(Hook):
         return future
 
 
-class DDPAdapter(Sharded):
+class DDPAdapter(Registered, Sharded):
     """Takes what DDP would all-reduce, and writes the combined gradient in its place."""
 
-    def __init__(self, model: DistributedDataParallel, config: BucketMOOConfig) -> None:
-        trained = trained_parameters(model.module, "ddp.register")
+    def __init__(
+        self, model: DistributedDataParallel, config: BucketMOOConfig, micro_steps: int, once_a_window: bool
+    ) -> None:
+        Registered.__init__(self, "ddp.register", model.module)
         self._ddp = model
-        self._parameters = list(trained.values())
-        self._index = {parameter: index for index, parameter in enumerate(self._parameters)}
-        self._device = self._parameters[0].device
         self._runs: list[list[Run]] = []  # of each bucket: where its parameters lie in it
         self._empty: list[Tensor] = []  # what the buckets look like
         for bucket in _settled_buckets(model):
@@ -155,19 +152,15 @@ class DDPAdapter(Sharded):
             self._runs.append([Run(*run) for run in zip(members, starts, numels, strict=False)])
             self._empty.append(torch.empty(sum(numels), dtype=bucket[0].dtype, device="meta"))
         self._delays = model.static_graph  # in its first backward
-        sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
         group: Any = model.process_group
         buckets = [sorted(run.parameter for run in runs) for runs in self._runs]
-        super().__init__(plan_buckets(sizes, buckets, config.granularity), create_exchange(config, group))
+        plan = plan_buckets(self._sizes, buckets, config.granularity)
+        Sharded.__init__(self, plan, create_exchange(config, group))
         self._reduces, self._joins = True, False
         self._used: set[int] = set()
         self._start()
-        self._handles.append(BeforeAccumulation(self._parameters, self.scaled))
-
-    def start(self, config: BucketMOOConfig, micro_steps: int, once_a_window: bool) -> None:
-        """Makes the pipeline."""
-        dtype = functools.reduce(torch.promote_types, [each.dtype for each in self._empty])
-        self.make_pipeline(config, micro_steps, once_a_window, self._device, dtype)
+        self._handles.append(BeforeAccumulation(self.parameters, self.scaled))
+        self.make_pipeline(config, micro_steps, once_a_window, self._device, self._dtype)
 
     def segments(self, bucket: int) -> Segments:
         """See `Sharded`."""
@@ -216,8 +209,12 @@ class DDPAdapter(Sharded):
         self._futures.append((future, buffer))
         if self.micro.exchanges:
             self.put(number, buffer, "DDP should not do that)")
-        if len(self._futures) == len(self._runs):
-            self._before_ddp() if self._delays else queue_callback(self._before_ddp)
+        if len(self._futures) < len(self._runs):
+            return future
+        if self._delays:
+            self._before_ddp()
+        else:
+            queue_callback(self._before_ddp)
         return future
 
     def by_rank(self, bucket: int, flat: Tensor) -> Tensor:
@@ -248,27 +245,15 @@ class DDPAdapter(Sharded):
             BucketMOOError: gradients took another way.
         """
         came = not self._reduces or len(self._futures) == len(self._runs)
-        check_taken(self._ddp.module, self._index if came else ())
+        check_taken(self._model, self._index if came else ())
         if self.micro.exchanges:
             self._release.finish()
-        return [True] * len(self._parameters)
+        return [True] * len(self.parameters)
 
     def abandon(self) -> None:
         """See `Adapter`."""
         super().abandon()
         self._start()
-
-    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """See `Adapter`."""
-        return [parameter for parameter in self._ddp.parameters() if parameter.requires_grad]
-
-    def nothing_came(self) -> None:
-        """See `Adapter`. Unless it brought them to parameters that were not there at register.
-
-        Raises:
-            BucketMOOError: it did.
-        """
-        check_taken(self._ddp.module, self._index)
 
     def _start(self) -> None:
         self._futures: list[tuple[Future[Tensor], Tensor]] = []  # with the bucket's memory, in the order of the plan
@@ -277,7 +262,7 @@ class DDPAdapter(Sharded):
         return self._futures[bucket][1] if bucket < len(self._futures) else self.absent(bucket)
 
     def _clear_gradients(self) -> None:
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def _before_ddp(self) -> None:
@@ -292,7 +277,7 @@ class DDPAdapter(Sharded):
     def _after_ddp(self) -> None:
         """DDP has made `.grad` of its buckets, but for parameters that no rank has used in this micro-step."""
         if self.micro.exchanges:
-            came = {index for index, parameter in enumerate(self._parameters) if parameter.grad is not None}
+            came = {index for index, parameter in enumerate(self.parameters) if parameter.grad is not None}
             if self.micro.boundary:
                 self._make_up(self._used - came if not self.moo.window.once_a_window else came)
             else:
@@ -308,7 +293,7 @@ class DDPAdapter(Sharded):
         for (_, buffer), runs in zip(self._futures, self._runs, strict=True):
             for run in runs:
                 if run.parameter in missed:
-                    parameter = self._parameters[run.parameter]
+                    parameter = self.parameters[run.parameter]
                     strides = torch.empty_like(parameter, device="meta").stride()
                     combined = buffer[run.start :].as_strided(parameter.shape, strides)
                     parameter.grad = combined if self._ddp.gradient_as_bucket_view else combined.clone()
@@ -327,6 +312,7 @@ def _settled_buckets(model: DistributedDataParallel) -> list[list[Tensor]]:
     names = model._build_debug_param_to_name_mapping(parameters)
     model._ddp_init_helper(parameters, sparse, names, model.static_graph)
     if model.static_graph:
+        assert model.logger is not None
         model.reducer._set_static_graph()
         model.logger._set_static_graph()
     if fills:

@@ -88,19 +88,57 @@ def check_taken(model: nn.Module, taken: Container[Tensor]) -> None:
         )
 
 
-class Whole(Adapter):
-    """Gathers gradients, and hands out combined ones.
+class Registered(Adapter):
+    """Knows the trained parameters by themselves.
 
     Args:
         caller: what messages begin with.
         model: the model itself, without a wrapper.
+
+    Raises:
+        ConfigError: see `trained_parameters`.
+    """
+
+    def __init__(self, caller: str, model: nn.Module) -> None:
+        trained = trained_parameters(model, caller)
+        self._model = model
+        self.parameters = list(trained.values())
+        self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
+        self._sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
+        self._dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
+        self._device = self.parameters[0].device
+        self._handles: list[Any] = []
+
+    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Adapter`."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
+    def nothing_came(self) -> None:
+        """See `Adapter`. Unless it brought them to parameters that were not there at register.
+
+        Raises:
+            BucketMOOError: it did.
+        """
+        check_taken(self._model, self._index)
+
+    def close(self) -> None:
+        """See `Adapter`."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class Whole(Registered):
+    """Gathers gradients, and hands out combined ones.
+
+    Args:
+        caller, model: see `Registered`.
         config: the settings.
         exchange: the ranks that hold the model.
         micro_steps, once_a_window: see `BucketMOO`.
         bucket_size: elements a bucket may hold; `None` for `BUCKET_BYTES`.
 
     Raises:
-        ConfigError: see `trained_parameters` and `BucketMOO`; or a bucket size below 1.
+        ConfigError: see `Registered` and `BucketMOO`; or a bucket size below 1.
     """
 
     def __init__(
@@ -114,22 +152,15 @@ class Whole(Adapter):
         once_a_window: bool,
         bucket_size: int | None,
     ) -> None:
-        trained = trained_parameters(model, caller)
-        self._dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
+        super().__init__(caller, model)
         if bucket_size is None:
             bucket_size = max(BUCKET_BYTES // self._dtype.itemsize, 1)
         if bucket_size < 1:
             raise ConfigError(f"{caller}: bucket_size = {bucket_size}: expected at least 1 element")
-        sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
-        plan = plan_blocks(sizes, bucket_size, config.granularity)
-        self.parameters = list(trained.values())
-        self._model = model
-        self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
         self._deliveries = Deliveries()
-        self._handles: list[Any] = []
         self.moo = BucketMOO(
             config,
-            plan,
+            plan_blocks(self._sizes, bucket_size, config.granularity),
             exchange,
             self._deliver,
             micro_steps=micro_steps,
@@ -137,7 +168,7 @@ class Whole(Adapter):
             apart=once_a_window,
             result_dtype=self._dtype,
             overlap=exchange.world_size > 1,
-            device=self.parameters[0].device,
+            device=self._device,
         )
 
     def bind(self, micro: MicroStep) -> None:
@@ -145,8 +176,7 @@ class Whole(Adapter):
         super().bind(micro)
         plan, exchange = self.moo.plan, self.moo.exchange
         layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
-        device = self.parameters[0].device
-        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, device)
+        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, self._device)
 
     def begin(self) -> None:
         """See `Adapter`."""
@@ -170,11 +200,6 @@ class Whole(Adapter):
         self._gathering.add(self._index[parameter], parameter.grad)
         parameter.grad = None
 
-    def close(self) -> None:
-        """See `Adapter`."""
-        for handle in self._handles:
-            handle.remove()
-
     def end(self) -> list[bool]:
         """See `Adapter`. A parameter without a gradient counts as a gradient of zeros.
 
@@ -188,18 +213,6 @@ class Whole(Adapter):
         """See `Adapter`."""
         self._gathering.start_window()
         self._deliveries.clear()
-
-    def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """See `Adapter`."""
-        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-
-    def nothing_came(self) -> None:
-        """See `Adapter`. Unless it brought them to parameters that were not there at register.
-
-        Raises:
-            BucketMOOError: it did.
-        """
-        check_taken(self._model, self._index)
 
     @torch.no_grad()
     def write(self) -> None:

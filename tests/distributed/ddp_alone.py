@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,6 +112,34 @@ def memory(width: int) -> list[bool]:
     return used
 
 
+class Mixed(nn.Module):
+    """Parameters of two dtypes, and one that does not lie in memory as it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        self.linear = nn.Linear(8, 6, dtype=torch.bfloat16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.conv(images).mean((2, 3)).bfloat16()).float().square().mean()
+
+
+def mixed_parameters() -> float:
+    """How far the mean of one language is from plain DDP's, relative to each gradient's largest element."""
+    torch.manual_seed(SEED)
+    module = Mixed()
+    plain, model = DistributedDataParallel(copy.deepcopy(module)), DistributedDataParallel(module)
+    session = bucketmoo_ds.ddp.register(model, config(aggregator="mean"), micro_steps=2)
+    generator = torch.Generator().manual_seed(SEED + worker.RANK)
+    for _ in range(2):
+        images = torch.randn(3, 4, 5, 5, generator=generator)
+        (plain(images) / 2).backward()
+        with session.language("de", target_tokens=1):
+            (model(images) / 2).backward()
+    pairs = zip(module.parameters(), plain.module.parameters(), strict=True)
+    return max(float((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()) for ours, theirs in pairs)
+
+
 def gradients_of_unused(adapters: Sequence[Sequence[int]], how: dict[str, Any]) -> list[dict[str, str]]:
     """With `find_unused_parameters`, rank r uses adapter `adapters[m][r]` in micro-step m: which parameters have a
     gradient, and whether it is zero, after each micro-step of a window."""
@@ -185,6 +214,7 @@ SCENARIOS: tuple[Callable[..., Any], ...] = (
     failing_hook,
     buckets,
     memory,
+    mixed_parameters,
     gradients_of_unused,
     bucket_views,
     frozen_and_unfrozen_after_wrapping,

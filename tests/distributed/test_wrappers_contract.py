@@ -240,6 +240,7 @@ UNUSED = [
 BUCKETS = [{"name": "buckets", "how": how} for how in ({}, {"static_graph": True}, {"find_unused_parameters": True})]
 REENTRANT = [{"name": "recomputed_layer", "reentrant": reentrant} for reentrant in (False, True)]
 MEMORY = [{"name": "memory", "width": width} for width in (16, 17)]
+MIXED: Case = {"name": "mixed_parameters"}
 PROPERTIES = [{"name": name} for name in ("bucket_views", "frozen_and_unfrozen_after_wrapping")]
 BETWEEN = [{"name": "between_micro_steps"} | way for way in FSDP1_WAYS]
 UNUSED_UNITS = [{"name": "unused"} | way for way in FSDP1_WAYS]
@@ -268,6 +269,7 @@ SCENARIOS: list[Case] = [
     *UNUSED,
     *BUCKETS,
     *MEMORY,
+    MIXED,
     *REENTRANT,
     *PROPERTIES,
     *BETWEEN,
@@ -377,6 +379,13 @@ def test_buckets_are_ddps_own_and_stay(outcomes: list[list[Any]], case: Case) ->
     for result in results(outcomes, case):
         assert len(result["planned"]) > 1
         assert result["sizes"] == 4 * result["planned"]
+
+
+def test_parameters_of_several_dtypes_and_memory_formats(outcomes: list[list[Any]]) -> None:
+    """Plain DDP adds up in bf16: two micro-steps of two ranks, three roundings of 2^-9 of a partial sum; we round the
+    combined gradient, once."""
+    for result in results(outcomes, MIXED):
+        assert result <= 4 * 2.0**-9
 
 
 @pytest.mark.parametrize(("width", "kept"), [(16, True), (17, False)])
