@@ -47,12 +47,13 @@ def sets(arguments: argparse.Namespace) -> Iterable[step_launch.ProcessSet]:
 def arms_of(world_size: int, dtype: str, stage: int) -> list[Arm]:
     """Returns what is compared: each bucket_moo arm stands after the plain one that it is divided by.
 
-    Rows are float32 whatever the gradients are: what more languages and another aggregator cost, fp32 shows. On ZeRO-1
-    a rank keeps its language, so that there are no more of them than ranks.
+    Rows are float32 whatever the gradients are: what more languages and another aggregator cost, fp32 shows. On ZeRO-0
+    and 1, which exchange once a window, a rank keeps its language, so that there are no more of them than ranks.
     """
+    once = stage < 2
     accumulating = [
-        Arm(micro_steps=4, aggregator=aggregator, mode="deferred", languages=languages)
-        for languages in ((world_size, 2 * world_size) if dtype == "fp32" and stage != 1 else (world_size,))
+        Arm(micro_steps=4, aggregator=aggregator, mode="streaming" if once else "deferred", languages=languages)
+        for languages in ((world_size, 2 * world_size) if dtype == "fp32" and not once else (world_size,))
         for aggregator in (("mean", "mgda") if dtype == "fp32" else ("mgda",))
     ]
     return [

@@ -31,7 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     made.add_argument("--parameters", type=_count, default=20_000_000, metavar="N", help="of the model (default 20M)")
     made.add_argument("--tokens", type=int, default=64, help="of a micro-batch (default 64)")
-    made.add_argument("--steps", type=int, default=5, help="measured windows of every arm (default 5)")
+    made.add_argument("--steps", type=int, default=15, help="measured windows of every arm (default 15)")
     made.add_argument("--threads", type=int, default=1, help="of every process (default 1)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, metavar="FILE", help="where the result goes, as JSON")

@@ -1,11 +1,9 @@
 """DDP: `register(model, config)` after wrapping, built on `register_comm_hook`.
 
-Read in torch 2.13.0, `torch/nn/parallel/distributed.py` and its reducer. DDP calls the hook for each of its buckets and
-rebuilds these after the first backward. So gradients are copied out of them, parameter by parameter, into the plan's
-own static buckets, which are exchanged while backward goes on. Before the boundary DDP is handed zeros, which make
-`.grad`: the next micro-step's gradient is added to them before DDP hands it over. At the boundary the combined gradient
-becomes `.grad` when DDP has done with it, but backward has not returned; so it reaches clipping and the optimizer. With
-`gradient_as_bucket_view` it is written into the view of DDP's bucket that `.grad` stays.
+Read in torch 2.13.0, `torch/nn/parallel/distributed.py` and its reducer. DDP's own buckets are exchanged as they are,
+and the combined gradient is gathered into the same memory, before DDP makes `.grad` of it. DDP fills its buckets anew
+after its first backward, in the order in which gradients came in that. Blocks must not depend on it: so DDP is made to
+fill them at register, in the order of the model reversed. With `find_unused_parameters` it never fills them anew.
 
 With W ranks and N bytes of gradients a rank sends (W-1)/W N in each exchange, and once a window (W-1)/W N of combined
 ones. DDP's own all-reduce sends 2 (W-1)/W N in every micro-step.
@@ -13,6 +11,7 @@ ones. DDP's own all-reduce sends 2 (W-1)/W N in every micro-step.
 
 # No postponed annotations here: DDP compares the hook's own with the types.
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +21,14 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from bucketmoo_ds.adapters.hooks import Hook
+from bucketmoo_ds.adapters.hooks import BeforeAccumulation, Hook, queue_callback
 from bucketmoo_ds.adapters.session import Session, unwrapped
-from bucketmoo_ds.adapters.whole import Whole
+from bucketmoo_ds.adapters.sharded import Sharded
+from bucketmoo_ds.adapters.whole import Registered, check_taken
+from bucketmoo_ds.comm.exchange import Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, LanguageError
+from bucketmoo_ds.plan.blocks import Run, Segments, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
 CommHook = Callable[[Session, dist.GradBucket], Future[Tensor]]
@@ -37,7 +39,6 @@ def register(
     config: BucketMOOConfig,
     *,
     micro_steps: int = 1,
-    bucket_size: int | None = None,
     once_a_window: bool = False,
     on_nonfinite: str = "drop",
 ) -> Session:
@@ -46,16 +47,17 @@ def register(
     Call it on all ranks, after wrapping and before the first forward pass. Every micro-batch then names its language:
     by an entry of the batch (`config.language_key`), or inside `with session.language("de"):`. Divide the loss by
     `micro_steps` as usual. When the last backward of a window returns, `.grad` holds the combined gradient; after the
-    ones before it, zeros.
+    ones before it, nothing, or with `once_a_window` this rank's sum.
 
-    Memory, on top of DDP's own: the rows, `K P / W` elements for P trained ones (none while streaming); the buckets in
-    flight, a few; and the combined gradient, P elements of the parameters' dtype, until it is in `.grad`.
+    A bucket is one of DDP's: its `bucket_cap_mb` sets the size.
+
+    Memory, on top of DDP's own: the rows, `K P / W` elements for P trained ones (none while streaming), and what
+    arrives of the buckets in flight, a few.
 
     Args:
         model: the `DistributedDataParallel` module.
         config: the settings.
         micro_steps: M, backward passes between two optimizer steps.
-        bucket_size: elements of a bucket of ours, whatever DDP's are; left out, what DDP's `bucket_cap_mb` allows.
         once_a_window: whether each rank adds up its micro-steps and exchanges them at the boundary: fewer bytes, and
             each rank keeps one language for the window. The micro-steps before the boundary may run under
             `model.no_sync()`; they need not, and under `static_graph` must not: their gradients stay here either way.
@@ -68,12 +70,7 @@ def register(
         ConfigError: the model, or a setting of DDP, does not allow it; the message says what does.
     """
     session, hook = comm_hook(
-        model,
-        config,
-        micro_steps=micro_steps,
-        bucket_size=bucket_size,
-        once_a_window=once_a_window,
-        on_nonfinite=on_nonfinite,
+        model, config, micro_steps=micro_steps, once_a_window=once_a_window, on_nonfinite=on_nonfinite
     )
     unwrapped(model).register_comm_hook(session, hook)
     return session
@@ -84,26 +81,14 @@ def comm_hook(
     config: BucketMOOConfig,
     *,
     micro_steps: int = 1,
-    bucket_size: int | None = None,
     once_a_window: bool = False,
     on_nonfinite: str = "drop",
 ) -> tuple[Session, CommHook]:
     """Returns what `model.register_comm_hook` takes: the session, and the hook. See `register`."""
     ddp = unwrapped(model)
     _refuse(ddp)
-    group: Any = ddp.process_group
-    adapter = DDPAdapter(
-        "ddp.register",
-        ddp.module,
-        config,
-        create_exchange(config, group),
-        micro_steps=lambda: micro_steps,
-        once_a_window=once_a_window and micro_steps > 1,
-        bucket_size=bucket_size,
-        bucket_bytes=ddp.bucket_bytes_cap,
-    )
+    adapter = DDPAdapter(ddp, config, micro_steps, once_a_window)
     session = Session(model, config, adapter, on_nonfinite)
-    adapter.install(ddp)
     return session, _CommHook(adapter.reduce)
 
 
@@ -140,27 +125,48 @@ def _refuse(model: DistributedDataParallel) -> None:
 class _CommHook(Hook):
     """What DDP calls in place of its all-reduce of a bucket; DDP asks for its name, parameters and their types."""
 
-    def __init__(self, call: Callable[..., Tensor]) -> None:
+    def __init__(self, call: Callable[..., Future[Tensor]]) -> None:
         super().__init__(call)
         self.__name__ = self.__qualname__ = "bucketmoo_ds.ddp"
 
     def __call__(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """See `DDPAdapter.reduce`."""
-        done: Future[Tensor] = Future()
-        done.set_result(self._call(bucket))
-        return done
+        future: Future[Tensor] = self._call(bucket)
+        return future
 
 
-class DDPAdapter(Whole):
-    """Takes what DDP would all-reduce, and writes combined gradients."""
+class DDPAdapter(Registered, Sharded):
+    """Takes what DDP would all-reduce, and writes the combined gradient in its place."""
 
-    learns = False  # in the first backward DDP hands over buckets that it has not ordered yet
-
-    def install(self, model: DistributedDataParallel) -> None:
-        """Hooks the parameters."""
+    def __init__(
+        self, model: DistributedDataParallel, config: BucketMOOConfig, micro_steps: int, once_a_window: bool
+    ) -> None:
+        Registered.__init__(self, "ddp.register", model.module)
         self._ddp = model
+        self._runs: list[list[Run]] = []  # of each bucket: where its parameters lie in it
+        self._empty: list[Tensor] = []  # what the buckets look like
+        for bucket in _settled_buckets(model):
+            numels = [parameter.numel() for parameter in bucket]
+            starts = itertools.accumulate(numels, initial=0)
+            members = [self._index[parameter] for parameter in bucket]
+            self._runs.append([Run(*run) for run in zip(members, starts, numels, strict=False)])
+            self._empty.append(torch.empty(sum(numels), dtype=bucket[0].dtype, device="meta"))
+        self._delays = model.static_graph  # in its first backward
+        group: Any = model.process_group
+        buckets = [sorted(run.parameter for run in runs) for runs in self._runs]
+        plan = plan_buckets(self._sizes, buckets, config.granularity)
+        Sharded.__init__(self, plan, create_exchange(config, group))
         self._reduces, self._joins = True, False
-        self.hook(self._note)
+        self._used: set[int] = set()
+        self._start()
+        self._handles.append(BeforeAccumulation(self.parameters, self.scaled))
+        self.make_pipeline(config, micro_steps, once_a_window, self._device, self._dtype)
+
+    def segments(self, bucket: int) -> Segments:
+        """See `Sharded`."""
+        shard = self._exchange.shard_numel(self._empty[bucket].numel())
+        start = self._exchange.rank * shard
+        return self._plan.segments_of(bucket, self._runs[bucket], start, start + shard)
 
     def before_forward(self) -> None:
         """See `Adapter`. DDP decides in the forward pass what its backward will reduce."""
@@ -182,40 +188,134 @@ class DDPAdapter(Whole):
             )
         return None
 
-    def _note(self, parameter: Tensor) -> None:
-        """A gradient is there. DDP hands it over with its bucket; under `no_sync` it does not, and it is taken here."""
-        self.arrive(parameter)
-        if not self._reduces:
-            assert parameter.grad is not None
-            self.take(parameter, parameter.grad)
-            parameter.grad = None
+    def begin(self) -> None:
+        """See `Adapter`."""
+        super().begin()
+        self._start()
+        if self.micro.first:
+            self._used.clear()
+            self._clear_gradients()
 
-    def reduce(self, bucket: dist.GradBucket) -> Tensor:
-        """Takes a bucket of DDP's; `.grad` becomes what it returns."""
+    def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Takes a bucket of DDP's; what it returns is done when the bucket holds what is to be `.grad`.
+
+        DDP waits for that when backward is over, in a callback that it queues when the hook of the last bucket has
+        returned. What is left to do for it is queued there, just before. In the first backward of a static graph it
+        hands over all buckets then, as if they were the first, and waits at once.
+        """
         self.arrive()
-        buffer = bucket.buffer()
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if parameter.requires_grad:  # or it was frozen after it was wrapped
-                self.take(parameter, gradient)
-        if not self.micro.boundary:
-            buffer.zero_()
-        return buffer
+        buffer, number = bucket.buffer(), len(self._futures)
+        future: Future[Tensor] = Future(devices=[] if self._device.type == "cpu" else [self._device])
+        self._futures.append((future, buffer))
+        if self.micro.exchanges:
+            self.put(number, buffer, "DDP should not do that)")
+        if len(self._futures) < len(self._runs):
+            return future
+        if self._delays:
+            self._before_ddp()
+        else:
+            queue_callback(self._before_ddp)
+        return future
+
+    def by_rank(self, bucket: int, flat: Tensor) -> Tensor:
+        """See `Sharded`. A bucket that W slices of whole eights do not fill is copied."""
+        size = self._exchange.world_size * self._exchange.shard_numel(flat.numel())
+        return flat if size == flat.numel() else torch.nn.functional.pad(flat, (0, size - flat.numel()))
+
+    def absent(self, bucket: int) -> Tensor:
+        """See `Sharded`."""
+        return torch.zeros_like(self._empty[bucket], device=self._device)
+
+    def gather(self, bucket: int, shard: Tensor) -> Received:
+        """See `Sharded`. Into DDP's own memory, which has been sent by now."""
+        buffer = self._buffer(bucket)
+        fits = buffer.numel() == self._exchange.world_size * shard.numel()
+        return self._exchange.all_gather(shard.to(buffer.dtype), out=buffer if fits else None)
+
+    def write_shard(self, bucket: int, combined: Tensor) -> None:
+        """See `Sharded`."""
+        buffer = self._buffer(bucket)
+        if combined is not buffer:
+            buffer.copy_(combined[: buffer.numel()])
 
     def end(self) -> list[bool]:
-        """See `Adapter`. DDP fills up with zeros what a rank did not use, so that all ranks have all gradients."""
-        super().end()
+        """See `Adapter`. DDP fills up with zeros what a rank did not use, so that all ranks have all gradients.
+
+        Raises:
+            BucketMOOError: gradients took another way.
+        """
+        came = not self._reduces or len(self._futures) == len(self._runs)
+        check_taken(self._model, self._index if came else ())
+        if self.micro.exchanges:
+            self._release.finish()
         return [True] * len(self.parameters)
 
-    def assign(self, index: int, combined: Tensor) -> None:
-        """See `Whole`. What no rank used has no gradient, as without us."""
-        parameter = self.parameters[index]
-        if parameter.grad is None:
-            return
-        if self._as_views:
-            parameter.grad.copy_(combined)
-        else:
-            parameter.grad = combined.to(parameter.dtype)
+    def abandon(self) -> None:
+        """See `Adapter`."""
+        super().abandon()
+        self._start()
 
-    @property
-    def _as_views(self) -> bool:
-        return bool(self._ddp.gradient_as_bucket_view)
+    def _start(self) -> None:
+        self._futures: list[tuple[Future[Tensor], Tensor]] = []  # with the bucket's memory, in the order of the plan
+
+    def _buffer(self, bucket: int) -> Tensor:
+        return self._futures[bucket][1] if bucket < len(self._futures) else self.absent(bucket)
+
+    def _clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _before_ddp(self) -> None:
+        self._delays = False
+        queue_callback(self._after_ddp)
+        try:
+            self.settle()
+        finally:
+            for future, buffer in self._futures:
+                future.set_result(buffer)
+
+    def _after_ddp(self) -> None:
+        """DDP has made `.grad` of its buckets, but for parameters that no rank has used in this micro-step."""
+        if self.micro.exchanges:
+            came = {index for index, parameter in enumerate(self.parameters) if parameter.grad is not None}
+            if self.micro.boundary:
+                self._make_up(self._used - came if not self.moo.window.once_a_window else came)
+            else:
+                self._used |= came
+                self._clear_gradients()
+        self.spoil()
+
+    def _make_up(self, missed: set[int]) -> None:
+        """With `find_unused_parameters` DDP leaves alone what no rank has used in the last micro-step, though one may
+        have in an earlier one."""
+        if self._ddp.static_graph or not self._ddp.find_unused_parameters:
+            return
+        for (_, buffer), runs in zip(self._futures, self._runs, strict=True):
+            for run in runs:
+                if run.parameter in missed:
+                    parameter = self.parameters[run.parameter]
+                    strides = torch.empty_like(parameter, device="meta").stride()
+                    combined = buffer[run.start :].as_strided(parameter.shape, strides)
+                    parameter.grad = combined if self._ddp.gradient_as_bucket_view else combined.clone()
+
+
+def _settled_buckets(model: DistributedDataParallel) -> list[list[Tensor]]:
+    """Makes DDP's reducer anew, as `__setstate__` does; returns the parameters of each bucket that it keeps.
+
+    Where it would fill its buckets once more after the first backward, in the order of that, it does so now, in the
+    order of its list: the model's reversed.
+    """
+    parameters, sparse = model._build_params_for_reducer()
+    fills = model.static_graph or not model.find_unused_parameters
+    if fills:
+        parameters, sparse = parameters[::-1], sparse[::-1]
+    names = model._build_debug_param_to_name_mapping(parameters)
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+    if model.static_graph:
+        assert model.logger is not None
+        model.reducer._set_static_graph()
+        model.logger._set_static_graph()
+    if fills:
+        model.reducer._push_all_rebuilt_params()
+        model.reducer._rebuild_buckets()
+    return [bucket.parameters() for bucket in model.reducer._get_zeros_like_grad_buckets()]

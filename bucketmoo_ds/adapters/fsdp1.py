@@ -299,7 +299,7 @@ class FSDP1Adapter(Sharded):
         aside = [unit.flat._saved_grad_shard for unit in self._units if hasattr(unit.flat, "_saved_grad_shard")]
         return super().gradients(parameters) + aside
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`. What `.grad` held before a window is no part of it.
 
         Raises:
@@ -318,7 +318,7 @@ class FSDP1Adapter(Sharded):
                 )
             # Units are given one state, and the hook is not told whose gradient it gets.
             unit.module._comm_hook_state = bucket
-        super().begin(arriving)
+        super().begin()
         if self.micro.first:
             self._used.clear()
             self._drop_gradients()

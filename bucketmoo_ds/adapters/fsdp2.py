@@ -361,13 +361,13 @@ class FSDP2Adapter(Sharded):
                 )
         return None
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
         if self.moo.window.once_a_window:
             self._model.set_requires_gradient_sync(self.micro.boundary)
         if self._replicas > 1:
             self._model.set_requires_all_reduce(False)
-        super().begin(arriving)
+        super().begin()
         early, self._early = self._early, {}
         for bucket, flat in early.items():
             self.take(bucket, flat)

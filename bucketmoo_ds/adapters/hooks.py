@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,39 @@ def weak(method: Callable[[Any], None]) -> Callable[..., None]:
 def after_backward(callback: Callable[[], None]) -> None:
     """Queues a callback of the backward that is running, behind those that wrappers queue in it: when backward is over
     it goes to the end of the queue once more."""
-    queue: Callable[[Callable[[], None]], None] = Variable._execution_engine.queue_callback
-    queue(lambda: queue(callback))
+    queue_callback(lambda: queue_callback(callback))
+
+
+def queue_callback(callback: Callable[[], None]) -> None:
+    """Queues a callback of the backward that is running."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+class BeforeAccumulation:
+    """Hooks of parameters, called before a gradient is added to `.grad`; by `torch.autograd.grad`, which adds nothing,
+    never.
+
+    Args:
+        come: a method that is called with each gradient, and returns what takes its place, or `None`. Its owner is not
+            kept alive.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], come: Callable[[Tensor], Tensor | None]) -> None:
+        reference = weakref.WeakMethod(come)
+
+        def hook(gradients: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            alive = reference()
+            replaced = alive(gradients[0]) if alive is not None else None
+            return None if replaced is None else (replaced,)
+
+        # Nobody else need keep these.
+        self._nodes = [torch.autograd.graph.get_gradient_edge(each).node for each in parameters]
+        self._handles = [node.register_prehook(hook) for node in self._nodes]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def graph_task() -> int | None:

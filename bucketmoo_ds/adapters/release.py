@@ -18,19 +18,16 @@ class Release:
         count: how many buckets there are.
         exchange: the ranks that agree.
         hand_on: called with a bucket whose turn it is.
-        learns: whether buckets complete as backward goes, so that there is something to learn.
 
     Attributes:
         inside: the bucket that is being completed by the framework right now, and that it is not done with.
     """
 
-    def __init__(
-        self, count: int, exchange: Exchange, hand_on: Callable[[int], None], *, learns: bool = True
-    ) -> None:
+    def __init__(self, count: int, exchange: Exchange, hand_on: Callable[[int], None]) -> None:
         self._order = list(range(count))
         self._exchange = exchange
         self._hand_on = hand_on
-        self._learned = not learns
+        self._learned = False
         self.inside: int | None = None
         self.start()
 

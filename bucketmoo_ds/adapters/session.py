@@ -33,12 +33,16 @@ class Adapter(Stays):
 
     Attributes:
         moo: the pipeline.
-        arrive: to be called with a parameter whose gradient comes, before anything is done with it; the session sets
-            it.
+        arrive: to be called when a gradient comes, before anything is done with it; the session sets it, and the next
+            two.
+        settle: to be called where what comes of a micro-step has to be there before backward is over.
+        spoil: to be called then, when `.grad` is made.
     """
 
     moo: BucketMOO
-    arrive: Callable[..., None]
+    arrive: Callable[[], None]
+    settle: Callable[[], None]
+    spoil: Callable[[], None]
 
     def bind(self, micro: MicroStep) -> None:
         """Is told where the run stands: once, by whoever drives the adapter."""
@@ -62,12 +66,8 @@ class Adapter(Stays):
     def nothing_came(self) -> None:
         """A backward has ended that went through the model and brought its parameters no gradient."""
 
-    def begin(self, arriving: Tensor | None) -> None:
-        """A micro-step begins. What `.grad` held before a window is no part of it.
-
-        Args:
-            arriving: the parameter whose gradient is the first, if the wrapper tells: it is there already.
-        """
+    def begin(self) -> None:
+        """A micro-step begins. What `.grad` held before a window is no part of it."""
         raise NotImplementedError
 
     def end(self) -> list[bool]:
@@ -120,7 +120,7 @@ class Session(Stays):
             model.register_forward_hook(Hook(self._after_forward)),
             register_optimizer_step_pre_hook(weak(self._before_optimizer_step)),
         ]
-        adapter.arrive = self._arrive
+        adapter.arrive, adapter.settle, adapter.spoil = self._arrive, self._settle, self._spoil
         switched_on.note(self)
         show_by_default()
         if moo.exchange.rank == 0:
@@ -231,45 +231,50 @@ class Session(Stays):
         if not self._reaching:
             self._adapter.nothing_came()
 
-    def _arrive(self, parameter: Tensor | None = None) -> None:
-        """The gradient of a parameter comes: the first one opens the micro-step."""
+    def _arrive(self) -> None:
+        """A gradient comes: the first one opens the micro-step."""
         if self._micro.is_open:
             return
         unused = self._micro.unused
         self._micro.come()
         if unused:
-            self._check_cleared(parameter)
+            self._check_cleared()
         moo = self.moo
         boundary = moo.window.micro_steps + 1 == moo.micro_steps
         self._micro.open(boundary, self._adapter.obstacle(boundary))
-        self._adapter.begin(parameter)
+        self._adapter.begin()
         if not self._reaching:  # what the model returns hides its tensors
             after_backward(self._end)
 
     def _end(self) -> None:
+        if self._micro.is_open:
+            self._settle()
+            self._spoil()
+
+    def _settle(self) -> None:
         if not self._micro.is_open:
             return
         self._micro.close(self._adapter.end())
         if self._micro.boundary:
             self._micro.resolve()
             self._adapter.write()
-            if self.skipped:
-                self._spoil()
 
     @property
     def _parameters(self) -> Sequence[Tensor]:
         return self._adapter.optimized(self._registered)
 
     def _spoil(self) -> None:
+        if not (self._micro.unused and self.skipped):
+            return
         for parameter in self._parameters:
             if self._drop:
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.fill_(float("nan"))
 
-    def _check_cleared(self, arriving: Tensor | None) -> None:
+    def _check_cleared(self) -> None:
         """A resolved window that no step has used is given up where its gradients were cleared."""
-        if self._holds_gradients([parameter for parameter in self._parameters if parameter is not arriving]):
+        if self._holds_gradients(self._parameters):
             raise BucketMOOError(
                 "backward after the boundary of a window: call optimizer.step() and optimizer.zero_grad() first, or "
                 f"register with micro_steps greater than {self.moo.micro_steps}"
@@ -302,7 +307,7 @@ def unwrapped(model: nn.Module) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _closed(parameter: Tensor | None = None) -> None:
+def _closed() -> None:
     raise BucketMOOError(
         "a gradient came after the session was closed: the wrapper still has its communication hook, and nobody who "
         "names languages; wrap the model anew, or do not close the session"

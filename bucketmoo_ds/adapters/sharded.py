@@ -79,7 +79,7 @@ class Sharded(Adapter):
         for handle in self._handles:
             handle.remove()
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
         self._arrived.clear()
         self._release.start()

@@ -66,7 +66,7 @@ def register(
         bucket_size=bucket_size,
     )
     session = Session(model, config, adapter, on_nonfinite)
-    adapter.hook(adapter.note)
+    adapter.hook()
     return session
 
 
@@ -87,19 +87,11 @@ def _refuse(model: nn.Module) -> None:
 class SingleAdapter(Whole):
     """Takes gradients from the parameters themselves."""
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `Adapter`."""
-        super().begin(arriving)
+        super().begin()
         if self.micro.first:
             self._used = [False] * len(self.parameters)
-
-    def note(self, parameter: Tensor) -> None:
-        """A parameter that is used several times still comes once; under reentrant checkpointing it comes several
-        times, and is added up as long as its bucket is here."""
-        self.arrive(parameter)
-        assert parameter.grad is not None
-        self.take(parameter, parameter.grad)
-        parameter.grad = None
 
     def end(self) -> list[bool]:
         """See `Adapter`."""

@@ -115,7 +115,6 @@ class Gathering:
         dtype: in which gradients are added up.
         wire_dtype: in which they are exchanged.
         device: where they lie.
-        learns: see `Release`.
     """
 
     def __init__(
@@ -125,13 +124,12 @@ class Gathering:
         dtype: torch.dtype,
         wire_dtype: torch.dtype,
         device: torch.device,
-        learns: bool = True,
     ) -> None:
         moo = micro.moo
         self._micro = micro
         self._wire_dtype = wire_dtype
         self._make_staging = functools.partial(Staging, moo.plan, layout, moo.exchange.world_size, dtype, device)
-        self._release = Release(len(moo.plan.buckets), moo.exchange, self._leave, learns=learns)
+        self._release = Release(len(moo.plan.buckets), moo.exchange, self._leave)
         self._staging = self._make_staging()
         self._sums: dict[int, Staging] = {}
         self._part = 0

@@ -37,7 +37,6 @@ class Framework:
         module: the adapter's.
         stage: of DeepSpeed's ZeRO.
         plain: how it reduces gradients without us: `all-reduce`, `reduce-scatter`, or nothing, in one process.
-        plain_once: whether it does so once a window, however often we exchange.
         exchanged: how often we exchange gradients: `EVERY_MICRO_STEP`; `ONCE_A_WINDOW`, where each rank adds up its
             micro-steps; or `EITHER`, which `register(..., once_a_window=...)` decides.
         combined: how the combined gradient travels on: `all-gather`, to all ranks; `owners`, to those that the
@@ -53,7 +52,6 @@ class Framework:
     module: str
     stage: int | None = None
     plain: str = ""
-    plain_once: bool = False
     exchanged: str = EVERY_MICRO_STEP
     combined: str = ""
     no_replicas: str = "it has no 2-D mesh"
@@ -139,7 +137,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
         module="bucketmoo_ds.adapters.single",
         wrap=_unwrapped,
     ),
-    _Zero(title="ZeRO-0", stage=0, plain="all-reduce", plain_once=True, combined="all-gather"),
+    _Zero(title="ZeRO-0", stage=0, plain="all-reduce", exchanged=ONCE_A_WINDOW, combined="all-gather"),
     _Zero(title="ZeRO-1", stage=1, plain="all-reduce", exchanged=ONCE_A_WINDOW, combined="owners"),
     _Zero(title="ZeRO-2", stage=2, plain="all-reduce", combined="owners"),
     _Zero(title="ZeRO-3", stage=3, plain="reduce-scatter"),

@@ -1,8 +1,7 @@
-"""Models whose parameters lie whole on every rank: what the adapters of DDP, of ZeRO-0 and of one
-process alone share.
+"""Models whose parameters lie whole on every rank: what the adapters of ZeRO-0 and of one process alone share.
 
-Gradients are gathered in the plan's own static buckets and exchanged in the plan's order, whatever buckets a wrapper
-has. Every rank resolves an even slice of each bucket, and all ranks gather the combined slices.
+Gradients are gathered in the plan's buckets. Every rank resolves an even slice of each bucket, and all ranks gather the
+combined slices.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bucketmoo_ds.adapters.hooks import weak
+from bucketmoo_ds.adapters.hooks import BeforeAccumulation, weak
 from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.adapters.session import Adapter
 from bucketmoo_ds.adapters.staging import Gathering
@@ -68,127 +67,47 @@ def trained_parameters(model: nn.Module, caller: str) -> dict[str, nn.Parameter]
     return trained
 
 
-class Whole(Adapter):
-    """Gathers gradients, and hands out combined ones.
+def check_taken(model: nn.Module, taken: Container[Tensor]) -> None:
+    """Stops where a trainable parameter has a gradient that is none of those that were taken.
+
+    Raises:
+        BucketMOOError: it does.
+    """
+    missed = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None and parameter not in taken
+    ]
+    if missed:
+        raise BucketMOOError(
+            f'the gradient of parameter "{missed[0]}" ({len(missed)} in all) took another way: call the model that was '
+            "registered, not a module inside of it; unfreeze, add and replace parameters (load_state_dict with "
+            "assign=True does) before wrapping and register; and under DDP return tensors (or lists, tuples, "
+            "dictionaries and dataclasses of them), and call backward once after every forward pass, before the next "
+            "one"
+        )
+
+
+class Registered(Adapter):
+    """Knows the trained parameters by themselves.
 
     Args:
         caller: what messages begin with.
         model: the model itself, without a wrapper.
-        config: the settings.
-        exchange: the ranks that hold the model.
-        micro_steps, once_a_window: see `BucketMOO`.
-        bucket_size: elements a bucket may hold; `None` for `bucket_bytes`.
-        bucket_bytes: the same in bytes.
-
-    Attributes:
-        learns: whether gradients come as backward goes; see `Release`.
 
     Raises:
-        ConfigError: see `trained_parameters` and `BucketMOO`; or a bucket size below 1.
+        ConfigError: see `trained_parameters`.
     """
 
-    learns = True
-
-    def __init__(
-        self,
-        caller: str,
-        model: nn.Module,
-        config: BucketMOOConfig,
-        exchange: Exchange,
-        *,
-        micro_steps: Callable[[], int],
-        once_a_window: bool,
-        bucket_size: int | None,
-        bucket_bytes: int = BUCKET_BYTES,
-    ) -> None:
+    def __init__(self, caller: str, model: nn.Module) -> None:
         trained = trained_parameters(model, caller)
-        self._dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
-        if bucket_size is None:
-            bucket_size = max(bucket_bytes // self._dtype.itemsize, 1)
-        if bucket_size < 1:
-            raise ConfigError(f"{caller}: bucket_size = {bucket_size}: expected at least 1 element")
-        sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
-        plan = plan_blocks(sizes, bucket_size, config.granularity)
-        self.parameters = list(trained.values())
         self._model = model
+        self.parameters = list(trained.values())
         self._index: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(self.parameters)}
-        self._deliveries = Deliveries()
+        self._sizes = [Parameter(plain_name(name), parameter.numel()) for name, parameter in trained.items()]
+        self._dtype = functools.reduce(torch.promote_types, [parameter.dtype for parameter in trained.values()])
+        self._device = self.parameters[0].device
         self._handles: list[Any] = []
-        self._held: Tensor | None = None
-        self.moo = BucketMOO(
-            config,
-            plan,
-            exchange,
-            self._deliver,
-            micro_steps=micro_steps,
-            once_a_window=once_a_window,
-            result_dtype=self._dtype,
-            overlap=exchange.world_size > 1,
-            device=self.parameters[0].device,
-        )
-
-    def bind(self, micro: MicroStep) -> None:
-        """See `Adapter`."""
-        super().bind(micro)
-        plan, exchange = self.moo.plan, self.moo.exchange
-        layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
-        device = self.parameters[0].device
-        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, device, self.learns)
-
-    def begin(self, arriving: Tensor | None) -> None:
-        """See `Adapter`."""
-        self._held = None
-        self._gathering.begin()
-        if self.micro.first:
-            for parameter in self.parameters:
-                if parameter is not arriving:
-                    parameter.grad = None
-
-    def hook(self, come: Callable[[Tensor], None]) -> None:
-        """Hooks the parameters: the method `come` is called with each whose `.grad` is there."""
-        for parameter in self.parameters:
-            self._handles += [
-                parameter.register_hook(functools.partial(self._make_room, parameter)),
-                parameter.register_post_accumulate_grad_hook(weak(come)),
-            ]
-
-    def close(self) -> None:
-        """See `Adapter`."""
-        for handle in self._handles:
-            handle.remove()
-
-    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """See `Adapter`. Of the parameter whose gradient is coming, how much it held before."""
-        held = super().gradients(parameters)
-        return held if self._held is None else [*held, self._held]
-
-    def _make_room(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Before a gradient is added to what `.grad` holds: between windows that was used, or given up, and is no part
-        of the next one."""
-        self._held = None
-        if parameter.grad is not None and self.micro.unused:
-            self._held = parameter.grad.count_nonzero()
-        elif parameter.grad is not None and not self.moo.in_window:
-            parameter.grad = None
-
-    def take(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Copies the gradient of a parameter; buckets leave when they are complete and it is their turn."""
-        self._gathering.add(self._index[parameter], gradient)
-
-    def end(self) -> list[bool]:
-        """See `Adapter`. A parameter without a gradient counts as a gradient of zeros.
-
-        Raises:
-            BucketMOOError: gradients took another way.
-        """
-        self._check_taken()
-        return self._gathering.end()
-
-    def abandon(self) -> None:
-        """See `Adapter`."""
-        self._held = None
-        self._gathering.start_window()
-        self._deliveries.clear()
 
     def optimized(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `Adapter`."""
@@ -200,25 +119,100 @@ class Whole(Adapter):
         Raises:
             BucketMOOError: it did.
         """
-        self._check_taken(known=self._index)
+        check_taken(self._model, self._index)
 
-    def _check_taken(self, known: Container[Tensor] = ()) -> None:
-        missed = [
-            name
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad
-            and parameter.grad is not None
-            and parameter not in known
-            and not self._gathering.has_come(self._index.get(parameter, -1))
-        ]
-        if missed:
-            raise BucketMOOError(
-                f'the gradient of parameter "{missed[0]}" ({len(missed)} in all) took another way: call the model that '
-                "was registered, not a module inside of it; unfreeze, add and replace parameters (load_state_dict with "
-                "assign=True does) before wrapping and register; and under DDP return tensors (or lists, tuples, "
-                "dictionaries and dataclasses of them), and call backward once after every forward pass, before the "
-                "next one"
-            )
+    def close(self) -> None:
+        """See `Adapter`."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class Whole(Registered):
+    """Gathers gradients, and hands out combined ones.
+
+    Args:
+        caller, model: see `Registered`.
+        config: the settings.
+        exchange: the ranks that hold the model.
+        micro_steps, once_a_window: see `BucketMOO`.
+        bucket_size: elements a bucket may hold; `None` for `BUCKET_BYTES`.
+
+    Raises:
+        ConfigError: see `Registered` and `BucketMOO`; or a bucket size below 1.
+    """
+
+    def __init__(
+        self,
+        caller: str,
+        model: nn.Module,
+        config: BucketMOOConfig,
+        exchange: Exchange,
+        *,
+        micro_steps: Callable[[], int],
+        once_a_window: bool,
+        bucket_size: int | None,
+    ) -> None:
+        super().__init__(caller, model)
+        if bucket_size is None:
+            bucket_size = max(BUCKET_BYTES // self._dtype.itemsize, 1)
+        if bucket_size < 1:
+            raise ConfigError(f"{caller}: bucket_size = {bucket_size}: expected at least 1 element")
+        self._deliveries = Deliveries()
+        self.moo = BucketMOO(
+            config,
+            plan_blocks(self._sizes, bucket_size, config.granularity),
+            exchange,
+            self._deliver,
+            micro_steps=micro_steps,
+            once_a_window=once_a_window,
+            apart=once_a_window,
+            result_dtype=self._dtype,
+            overlap=exchange.world_size > 1,
+            device=self._device,
+        )
+
+    def bind(self, micro: MicroStep) -> None:
+        """See `Adapter`."""
+        super().bind(micro)
+        plan, exchange = self.moo.plan, self.moo.exchange
+        layout = Consecutive(plan, [exchange.shard_numel(bucket.numel) for bucket in plan.buckets])
+        self._gathering = Gathering(micro, layout, self._dtype, self._dtype, self._device)
+
+    def begin(self) -> None:
+        """See `Adapter`."""
+        self._gathering.begin()
+        if self.micro.first:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def hook(self) -> None:
+        """Hooks the parameters: the first gradient of a backward opens a micro-step before it is added to `.grad`, and
+        each is taken from there. A parameter that is used several times still comes once; under reentrant checkpointing
+        it comes several times, and is added up as long as its bucket is here."""
+        self._handles.append(BeforeAccumulation(self.parameters, self._come))
+        self._handles += [each.register_post_accumulate_grad_hook(weak(self._take)) for each in self.parameters]
+
+    def _come(self, gradient: Tensor) -> None:
+        self.arrive()
+
+    def _take(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._gathering.add(self._index[parameter], parameter.grad)
+        parameter.grad = None
+
+    def end(self) -> list[bool]:
+        """See `Adapter`. A parameter without a gradient counts as a gradient of zeros.
+
+        Raises:
+            BucketMOOError: gradients took another way.
+        """
+        check_taken(self._model, {each for each, index in self._index.items() if self._gathering.has_come(index)})
+        return self._gathering.end()
+
+    def abandon(self) -> None:
+        """See `Adapter`."""
+        self._gathering.start_window()
+        self._deliveries.clear()
 
     @torch.no_grad()
     def write(self) -> None:

@@ -37,7 +37,7 @@ class Setup:
         parameters: P, the trainable elements of the model.
         micro_steps: M, between two optimizer steps.
         once_a_window: whether gradients are exchanged once a window, so that each rank adds up its micro-steps and
-            keeps one language for the window (`once_a_window` of the `register` functions; ZeRO-1 always does).
+            keeps one language for the window (`once_a_window` of the `register` functions; ZeRO-0 and 1 always do).
         dtype: of gradients on the wire, `fp32` or `bf16`.
         framework: a name of `bucketmoo_ds.adapters.table`: what the plain run sends, and where combined gradients go.
         stage: 0 to 3, of DeepSpeed's ZeRO.
@@ -117,14 +117,10 @@ class Setup:
 
     @property
     def exchanges(self) -> int:
-        """How often gradients are exchanged in a window; a place for a language counts once for each."""
+        """How often gradients are exchanged in a window, and reduced without us; a place for a language counts once for
+        each."""
         once = self.once_a_window or self.adapter.exchanged == table.ONCE_A_WINDOW
         return 1 if once else self.micro_steps
-
-    @property
-    def reductions(self) -> int:
-        """How often the plain framework reduces gradients in a window."""
-        return 1 if self.adapter.plain_once else self.exchanges
 
     def places(self, exchange: str) -> int:
         """Returns how many places for languages a window has: ranks, or nodes in two stages, in each exchange."""
@@ -249,7 +245,7 @@ def forecast(setup: Setup) -> Forecast:
         setup=setup,
         exchange=exchange,
         reason=reason,
-        plain=Traffic(_plain(setup) * setup.reductions),
+        plain=Traffic(_plain(setup) * setup.exchanges),
         flat=_ours(setup, "flat", _all_to_all(setup)),
         two_stage=_ours(setup, "two_stage", _two_stage(setup)) if setup.several_nodes else None,
         memory=_memory(setup, min(setup.languages, setup.places(exchange))),
@@ -370,7 +366,7 @@ def _more_places(setup: Setup, places: int) -> str:
     steps = max(-(-setup.languages // places), setup.micro_steps)
     if setup.exchanges == setup.micro_steps:
         return f"use micro_steps = {steps}"
-    return f"exchange in every micro-step (without once_a_window, ZeRO-2 in place of 1), with micro_steps = {steps}"
+    return f"exchange in every micro-step (without once_a_window, ZeRO-2 for 0 or 1), with micro_steps = {steps}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -112,13 +112,15 @@ class Exchange:
         with self._between.beside():
             return across()
 
-    def all_gather(self, shard: Tensor, group: dist.ProcessGroup | None = None) -> Received:
-        """Starts giving every rank of `group` (default: this exchange's) all shards `[S]`, rank by rank."""
+    def all_gather(
+        self, shard: Tensor, group: dist.ProcessGroup | None = None, out: Tensor | None = None
+    ) -> Received:
+        """Starts giving every rank of `group` (default: this exchange's) all shards `[S]`, rank by rank, in `out`."""
         group = group if group is not None else self.group
         if self.world_size == 1:
             return Received(shard)
         members = dist.get_process_group_ranks(group)
-        received = shard.new_empty(len(members) * shard.numel())
+        received = out if out is not None else shard.new_empty(len(members) * shard.numel())
         work = dist.all_gather_single(received, shard, group=group, async_op=True)
         everyone = dist.get_process_group_ranks(self.group)
         first = self.rank // self.ranks_per_node * self.ranks_per_node

@@ -67,7 +67,7 @@ class LanguageSchedule:
         temperature: T >= 1; 1 follows the sizes, `math.inf` treats languages alike.
         seed: of everything random; alike on all ranks.
         affinity: `micro_step`: each slot on its own. `window`: a rank keeps one language for the window, so
-            that gradients can be exchanged once a window: the other side of `once_a_window`, and of ZeRO-1.
+            that gradients can be exchanged once a window: the other side of `once_a_window`, of ZeRO-0 and of ZeRO-1.
         epoch_end: `longest` or `shortest`, rule 4.
         repeat: rounds of a language in an epoch, at most, rule 5: a number, or one for each name (1 for the others).
             `"auto"` is as many as it takes to last as long as the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,39 +62,92 @@ def failing_hook() -> None:
     run.micro_step()
 
 
-def rebuilt_buckets(cap: float) -> dict[str, Any]:
-    """The adapter is used before the head, but registered after it: DDP's first buckets are not its later ones."""
+def buckets(how: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of DDP's buckets in each backward; the adapter is used before the head, but registered after it."""
     torch.manual_seed(SEED)
-    model = DistributedDataParallel(toy.ToyLM(adapters=1), bucket_cap_mb=cap)
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
-    session, hook = bucketmoo_ds.ddp.comm_hook(model, config(), micro_steps=2, bucket_size=700)
-    layouts: list[list[list[str]]] = []
+    model = DistributedDataParallel(toy.ToyLM(adapters=1), bucket_cap_mb=2 / 1024, **how)
+    session, hook = bucketmoo_ds.ddp.comm_hook(model, config(), micro_steps=2)
+    sizes: list[int] = []
 
     def recorded(state, bucket):  # DDP does not read annotations that are text, as they are in this file
-        if bucket.index() == 0:
-            layouts.append([])
-        layouts[-1].append([names[parameter] for parameter in bucket.parameters()])
+        sizes.append(bucket.buffer().numel())
         return hook(state, bucket)
 
     model.register_comm_hook(session, recorded)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(SEED + worker.RANK)
     for _ in range(2):
         for language in (0, 1):
             batch = toy.micro_batch(language, generator) | {"adapter": 0}
             (model(**batch, language=LANGUAGES[language]) / 2).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"layouts": layouts, "parameters": worker.checksum(model.parameters())}
+        model.zero_grad()
+    return {"sizes": sizes, "planned": [bucket.numel for bucket in session.moo.plan.buckets]}
 
 
-def gradients_of_unused(adapters: Sequence[int | None]) -> list[dict[str, str]]:
-    """With `find_unused_parameters`, rank r uses adapter `adapters[r]`: which parameters have a gradient, and whether
-    it is zero, after each micro-step of a window."""
-    run = Run("ddp", module=lambda: toy.ToyLM(adapters=3), how={"find_unused_parameters": True}, micro_steps=2)
-    found = []
+def memory(width: int) -> list[bool]:
+    """Whether every bucket was sent from DDP's own memory, and gathered into it."""
+    torch.manual_seed(SEED)
+    model = DistributedDataParallel(nn.Sequential(*(nn.Linear(width, width) for _ in range(4))), bucket_cap_mb=2 / 1024)
+    session, hook = bucketmoo_ds.ddp.comm_hook(model, config())
+    exchange, used = session.moo.exchange, []
+    own: set[int] = set()
+
+    def recorded(state, bucket):
+        own.add(bucket.buffer().data_ptr())
+        return hook(state, bucket)
+
+    scatter, all_gather = exchange.scatter, exchange.all_gather
+
+    def noted_scatter(flat: Tensor) -> Any:
+        used.append(flat.data_ptr() in own)
+        return scatter(flat)
+
+    def noted_gather(shard: Tensor, out: Tensor | None = None) -> Any:
+        used.append(out is not None and out.data_ptr() in own)
+        return all_gather(shard, out=out)
+
+    exchange.scatter, exchange.all_gather = noted_scatter, noted_gather  # type: ignore[method-assign, assignment]
+    model.register_comm_hook(session, recorded)
+    with session.language(worker.RANK):
+        model(torch.randn(3, width)).square().mean().backward()
+    return used
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes, and one that does not lie in memory as it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        self.linear = nn.Linear(8, 6, dtype=torch.bfloat16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.conv(images).mean((2, 3)).bfloat16()).float().square().mean()
+
+
+def mixed_parameters() -> float:
+    """How far the mean of one language is from plain DDP's, relative to each gradient's largest element."""
+    torch.manual_seed(SEED)
+    module = Mixed()
+    plain, model = DistributedDataParallel(copy.deepcopy(module)), DistributedDataParallel(module)
+    session = bucketmoo_ds.ddp.register(model, config(aggregator="mean"), micro_steps=2)
+    generator = torch.Generator().manual_seed(SEED + worker.RANK)
     for _ in range(2):
-        run.micro_step(adapter=adapters[worker.RANK])
+        images = torch.randn(3, 4, 5, 5, generator=generator)
+        (plain(images) / 2).backward()
+        with session.language("de", target_tokens=1):
+            (model(images) / 2).backward()
+    pairs = zip(module.parameters(), plain.module.parameters(), strict=True)
+    return max(float((ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()) for ours, theirs in pairs)
+
+
+def gradients_of_unused(adapters: Sequence[Sequence[int]], how: dict[str, Any]) -> list[dict[str, str]]:
+    """With `find_unused_parameters`, rank r uses adapter `adapters[m][r]` in micro-step m: which parameters have a
+    gradient, and whether it is zero, after each micro-step of a window."""
+    how = how | {"find_unused_parameters": True}
+    run = Run("ddp", module=lambda: toy.ToyLM(adapters=3), how=how, micro_steps=2)
+    found = []
+    for used in adapters:
+        run.micro_step(adapter=used[worker.RANK])
         found.append(
             {
                 name: "none" if each.grad is None else "zero" if not bool(each.grad.any()) else "some"
@@ -113,10 +167,13 @@ def bucket_views() -> bool:
     return len({gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}) == 1
 
 
-def frozen_after_wrapping() -> bool:
+def frozen_and_unfrozen_after_wrapping() -> bool:
+    """And before register."""
     torch.manual_seed(SEED)
     module = toy.ToyLM()
-    model = DistributedDataParallel(module, find_unused_parameters=True)
+    module.layers[0].requires_grad_(False)
+    model = DistributedDataParallel(module)
+    module.layers[0].requires_grad_(True)
     module.layers[1].requires_grad_(False)
     session = bucketmoo_ds.ddp.register(model, config())
     with session.language(worker.RANK % 2):
@@ -155,9 +212,11 @@ SCENARIOS: tuple[Callable[..., Any], ...] = (
     joined,
     hidden_output,
     failing_hook,
-    rebuilt_buckets,
+    buckets,
+    memory,
+    mixed_parameters,
     gradients_of_unused,
     bucket_views,
-    frozen_after_wrapping,
+    frozen_and_unfrozen_after_wrapping,
     recomputed_layer,
 )

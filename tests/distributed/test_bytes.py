@@ -5,8 +5,9 @@ per rank, held against bucket_moo's own counters and against what the kernel say
 are DeepSpeed's all-reduced gradients, or bucket_moo's rows and combined pieces. Grams and control messages do not grow
 with the model and are asserted apart; the gathering of updated parameters is the same on both sides.
 
-N bytes of gradient, W ranks, E exchanges a window (the micro-steps on ZeRO-2 and 3, 1 on ZeRO-1):
+N bytes of gradient, W ranks, E exchanges a window (the micro-steps on ZeRO-2 and 3, 1 on ZeRO-0 and 1):
 
+    ZeRO-0    both        2 (W-1)/W N
     ZeRO-1/2  plain       E 2 (W-1)/W N
               bucket_moo  E (W-1)/W N   and, once a window, the part of this rank's shards that others own, N/W at most
     ZeRO-3    both        E (W-1)/W N   exactly, with every parameter padded to W equal chunks
@@ -47,10 +48,17 @@ CASES: dict[Key, Case] = dict(
 # On two numbers of ranks. The nightly list has all.
 WORLD_SIZES = (2, random.Random(SEED).choice((3, 4)))
 DRAWN = [keyed(drawn)[0] for drawn in pairwise(FACTORS | {"world_size": WORLD_SIZES})]
+# Plain ZeRO-0 takes float32 for what it accumulates in 16 bits, or refuses: float32 alone shows what we send.
+ZERO0: dict[Key, Case] = dict(
+    keyed({"world_size": world_size, "stage": 0, "micro_steps": micro_steps, "dtypes": ("fp32", None)})
+    for world_size, micro_steps in ((WORLD_SIZES[1], 1), (2, 3))
+)
+CASES |= ZERO0
+DRAWN += ZERO0
 THREE_QUARTERS: Key = (2, "2-1-fp32-None")
 
 every_stage = parametrized(CASES, DRAWN)
-zero12 = parametrized([key for key in CASES if CASES[key]["stage"] < 3], DRAWN)
+zero12 = parametrized([key for key in CASES if CASES[key]["stage"] in (1, 2)], DRAWN)
 zero3 = parametrized([key for key in CASES if CASES[key]["stage"] == 3], DRAWN)
 
 
@@ -73,7 +81,7 @@ def explain(key: Key) -> str:
 
 
 def exchanges(case: dict[str, Any]) -> int:
-    return 1 if case["stage"] == 1 else int(case["micro_steps"])
+    return 1 if case["stage"] < 2 else int(case["micro_steps"])
 
 
 def element_sizes(case: dict[str, Any]) -> tuple[int, int]:
@@ -127,6 +135,18 @@ def test_bytes_are_those_of_the_formula(key: Key, results: Results) -> None:
     assert least <= combined <= most, explain(key)
 
 
+@pytest.mark.parametrize("key", ZERO0, ids=str)
+def test_zero0_sends_what_its_all_reduce_sends(key: Key, results: Results) -> None:
+    """Once a window, half of it rows and half combined, with every bucket padded."""
+    world_size = key[0]
+    for result in results:
+        plain, moo = result["plain"], result["moo"]
+        part = (world_size - 1) * padded(moo, world_size) // world_size * 4
+        assert moo["sent"]["rows"] == moo["sent"]["combined"] == part, explain(key)
+        expected = plain["numel"] * 4 * 2 * (world_size - 1) / world_size
+        assert plain["gradients"] == pytest.approx(expected, abs=plain["calls"]), explain(key)
+
+
 @zero3
 def test_zero3_sends_what_its_reduce_scatter_sends(key: Key, results: Results) -> None:
     """To the byte: each rank sends every other one its chunk of every parameter, and nothing is sent on."""
@@ -165,7 +185,7 @@ def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, re
         assert moo["sent"]["control"] <= (world_size - 1) * (80 * case["micro_steps"] + 32), explain(key)
 
 
-@every_stage
+@parametrized([key for key in CASES if CASES[key]["stage"]], DRAWN)
 def test_parameters_are_gathered_as_before(key: Key, results: Results) -> None:
     for result in results:
         assert result["moo"]["sent"]["parameters"] == result["plain"]["sent"]["parameters"] > 0, explain(key)

@@ -73,7 +73,7 @@ NEVER = (
     lambda stage, numbers: stage == 3 and numbers == "autocast",
     # What a rank adds up in 16 bits is a row that is rounded: an aggregator that turns with small changes of a Gram is
     # only as close as they make it.
-    lambda stage, numbers, micro_steps, aggregator: stage == 1
+    lambda stage, numbers, micro_steps, aggregator: stage < 2
     and numbers in ("bf16", "bf16-fp32", "fp16")
     and micro_steps > 1
     and aggregator not in ("mgda", "mean"),

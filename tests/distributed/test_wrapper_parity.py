@@ -199,7 +199,7 @@ SOMEWHERE: dict[Key, Case] = {
 
 ONCE: Case = {"micro_steps": 3, "once_a_window": True}
 SAME_BITS: dict[str, list[Case]] = {
-    "ddp-one": [{}, {}, {"mode": "deferred"}, {"bucket_view": True}, {"find_unused": True}],
+    "ddp-one": [{}, {}, {"mode": "deferred"}, {"bucket_view": True}],
     "ddp-once": [ONCE | how for how in ({}, {"no_sync": True}, {"no_sync": True, "bucket_view": True})]
     + [ONCE | {"static_graph": True}],
     "fsdp1-one": [{}, {}, {"mode": "deferred"}, {"strategy": "SHARD_GRAD_OP"}],
@@ -267,7 +267,8 @@ def tolerance(key: Key) -> float:
     gradients are scaled before they are propagated. What is rounded to bf16 (by 2^-8 of it at most, of its 8 bits; a
     block of few elements comes near that, the mean square of many is half as large) is:
 
-    * the combined gradient of bf16 parameters, and of FSDP1's `keep_low_precision_grads`, once.
+    * the combined gradient of bf16 parameters, and of FSDP1's `keep_low_precision_grads`, once. Where it is clipped in
+      bf16, which torch's `clip_grad_norm_` does, the norm, the factor and the product are, too.
     * the sum of a rank's M micro-steps with `once_a_window`, M - 1 times, where the wrapper adds up in bf16. The
       partial sums may be larger than the row, but not where all roundings are as large as they may be.
     * rows kept in bf16: once for each micro-batch of a row, M of them or, of one language, M W; and under FSDP2 once
@@ -280,7 +281,7 @@ def tolerance(key: Key) -> float:
         return (micro_steps + 1 if wrapper == "fsdp2" else micro_steps * world_size) * ROUNDING["bf16"]
     rounded = shard.get("keep_low_precision_grads") or shard.get("bf16_parameters")
     if rounded or (bf16 and (wrapper == "ddp" or (once and wrapper == "fsdp1"))):
-        return ROUNDING["bf16"] + 5e-7
+        return (4 if wrapper == "ddp" and case.get("clip") else 1) * ROUNDING["bf16"] + 5e-7
     if bf16 and once and "reduce_dtype" not in shard:
         return (micro_steps - 1) * ROUNDING["bf16"]
     return 1e-6 if wrapper != "fsdp2" and (case.get("compile") or (once and case.get("ragged", True))) else 5e-7

@@ -43,7 +43,6 @@ REFUSED: dict[str, dict[str, list[str]]] = {
         "delayed": ['"head.weight"', "delay_all_reduce_named_params"],
         "sparse": ['"embed"', "sparse = True"],
         "tensor_parallel": ['"0.weight" is sharded', "tensor parallelism"],
-        "no_bucket": ["bucket_size = 0"],
     },
     "fsdp1": {
         "no_fsdp": ["ToyLM is no FullyShardedDataParallel module", "bucketmoo_ds.fsdp2"],
@@ -233,10 +232,16 @@ EVENTS = [
 ]
 
 # What one wrapper alone has.
-UNUSED = {"name": "gradients_of_unused", "adapters": [0, 1]}
-REBUILT = [{"name": "rebuilt_buckets", "cap": cap} for cap in (25.0, 2 / 1024)]
+UNUSED = [
+    {"name": "gradients_of_unused", "adapters": adapters, "how": {"gradient_as_bucket_view": view}}
+    for adapters in ([[0, 1]] * 2, [[0, 1], [0, 0]])
+    for view in (False, True)
+]
+BUCKETS = [{"name": "buckets", "how": how} for how in ({}, {"static_graph": True}, {"find_unused_parameters": True})]
 REENTRANT = [{"name": "recomputed_layer", "reentrant": reentrant} for reentrant in (False, True)]
-PROPERTIES = [{"name": name} for name in ("bucket_views", "frozen_after_wrapping")]
+MEMORY = [{"name": "memory", "width": width} for width in (16, 17)]
+MIXED: Case = {"name": "mixed_parameters"}
+PROPERTIES = [{"name": name} for name in ("bucket_views", "frozen_and_unfrozen_after_wrapping")]
 BETWEEN = [{"name": "between_micro_steps"} | way for way in FSDP1_WAYS]
 UNUSED_UNITS = [{"name": "unused"} | way for way in FSDP1_WAYS]
 BLOCKS = [{"name": "block_names", "use_orig_params": orig_params} for orig_params in (True, False)]
@@ -261,8 +266,10 @@ SCENARIOS: list[Case] = [
     *ZEROING,
     *itertools.chain(*SAME_STEP.values()),
     *EVENTS,
-    UNUSED,
-    *REBUILT,
+    *UNUSED,
+    *BUCKETS,
+    *MEMORY,
+    MIXED,
     *REENTRANT,
     *PROPERTIES,
     *BETWEEN,
@@ -366,23 +373,38 @@ def test_process_groups_train_apart(wrapper: str) -> None:
 # --- DDP alone ----------------------------------------------------------------------------------------------------
 
 
-def test_buckets_that_ddp_rebuilds_make_no_difference(outcomes: list[list[Any]]) -> None:
-    one, several = (results(outcomes, scenario) for scenario in REBUILT)
-    for ranks in (one, several):
-        for result in ranks:
-            first, *later = result["layouts"]
-            assert len(later) == 3
-            assert all(layout == later[0] != first for layout in later), "DDP did not rebuild"
-    assert len(one[0]["layouts"][-1]) == 1 < len(several[0]["layouts"][-1])
-    assert len({result["parameters"] for result in one + several}) == 1
+@pytest.mark.parametrize("case", BUCKETS, ids=name_of)
+def test_buckets_are_ddps_own_and_stay(outcomes: list[list[Any]], case: Case) -> None:
+    """Though gradients come in another order, in the first backward and later."""
+    for result in results(outcomes, case):
+        assert len(result["planned"]) > 1
+        assert result["sizes"] == 4 * result["planned"]
+
+
+def test_parameters_of_several_dtypes_and_memory_formats(outcomes: list[list[Any]]) -> None:
+    """Plain DDP adds up in bf16: two micro-steps of two ranks, three roundings of 2^-9 of a partial sum; we round the
+    combined gradient, once."""
+    for result in results(outcomes, MIXED):
+        assert result <= 4 * 2.0**-9
+
+
+@pytest.mark.parametrize(("width", "kept"), [(16, True), (17, False)])
+def test_buckets_are_sent_from_ddps_memory_and_gathered_into_it(
+    outcomes: list[list[Any]], width: int, kept: bool
+) -> None:
+    """Unless slices of whole eights do not fill them: 17 x 17 + 17 elements are no multiple of 16."""
+    for used in results(outcomes, {"name": "memory", "width": width}):
+        assert used == 2 * 2 * [kept], "two buckets"
 
 
 def test_only_parameters_that_no_rank_used_have_no_gradient(outcomes: list[list[Any]]) -> None:
-    """As in plain DDP; between micro-steps the others are zero, so that the next gradient is added to nothing."""
-    for between, boundary in results(outcomes, UNUSED):
-        for name, gradient in boundary.items():
-            assert gradient == ("none" if name.startswith("adapters.2.") else "some"), name
-            assert between[name] == ("none" if name.startswith("adapters.2.") else "zero"), name
+    """As in plain DDP; between micro-steps nobody has, so that the next gradient is added to nothing. A window whose
+    micro-steps use different parameters has them all."""
+    for scenario in UNUSED:
+        for between, boundary in results(outcomes, scenario):
+            assert set(between.values()) == {"none"}
+            for name, gradient in boundary.items():
+                assert gradient == ("none" if name.startswith("adapters.2.") else "some"), name
 
 
 def test_reentrant_checkpoints_of_a_shared_layer(outcomes: list[list[Any]]) -> None:

@@ -52,7 +52,7 @@ class Case:
         table: the languages of the slots, `[M][W]`, of every window; left out, as many as there are slots.
         dtype: in which the model computes and gradients travel; parameters are float32, under DDP and alone of `dtype`.
         strategy, orig_params: FSDP1's `sharding_strategy` and `use_orig_params`.
-        bucket_size: elements of a bucket of ours, under DDP and alone.
+        bucket_size: elements of a bucket, under DDP and alone.
         bucket_view, find_unused, static_graph: DDP's `gradient_as_bucket_view` and so on.
         used_adapters: which of the model's `adapters` each rank's forward passes use.
         no_sync: whether all micro-steps but the last run under DDP's `no_sync()`.
@@ -233,10 +233,10 @@ def by_column(parameter: nn.Parameter) -> Shard | None:
 
 
 def wrap_ddp(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
-    """DDP's buckets are of about 2 KiB, ours of `bucket_size` elements."""
+    cap = case.bucket_size * DTYPES[case.dtype].itemsize / 2**20
     ddp = DistributedDataParallel(
         model.to(torch.bfloat16) if case.dtype == "bf16" else model,
-        bucket_cap_mb=None if case.compile else 2 / 1024,  # torch.compile knows no cap below 1 MiB
+        bucket_cap_mb=None if case.compile else cap,  # torch.compile knows no cap below 1 MiB
         gradient_as_bucket_view=case.bucket_view,
         find_unused_parameters=case.find_unused,
         static_graph=case.static_graph,
@@ -245,7 +245,6 @@ def wrap_ddp(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
         ddp,
         case.config,
         micro_steps=case.micro_steps,
-        bucket_size=case.bucket_size,
         once_a_window=case.once_a_window,
     )
     return (torch.compile(ddp) if case.compile else ddp), session

@@ -121,10 +121,6 @@ def ddp_sparse() -> nn.Module:
     return ddp(module)
 
 
-def ddp_no_bucket() -> Any:
-    return ddp(toy.ToyLM()), {}, {"bucket_size": 0}
-
-
 # --- FSDP1 --------------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ class Wrapper(NamedTuple):
 
 
 WRAPPERS = {
-    "ddp": Wrapper(ddp, lambda model: model.no_sync(), lambda model: list(model.parameters()), {"bucket_size": 700}),
+    "ddp": Wrapper(ddp, lambda model: model.no_sync(), lambda model: list(model.parameters())),
     "fsdp1": Wrapper(
         fsdp1, lambda model: model.no_sync(), lambda model: list(model.state_dict().values()), once_unreduced=True
     ),

@@ -234,9 +234,9 @@ def order_of_events(wrapper: str, mode: str, **how: Any) -> list[str]:
     exchange, moo = run.session.moo.exchange, run.session.moo
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **how: Any) -> Any:
             events.append(name)
-            return function(*args)
+            return function(*args, **how)
 
         return call
 

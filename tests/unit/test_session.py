@@ -17,7 +17,7 @@ from torch.autograd import Variable
 from transformers.modeling_outputs import CausalLMOutput
 from unit.simulated_ranks import run_ranks
 
-from bucketmoo_ds.adapters.hooks import after_backward, weak
+from bucketmoo_ds.adapters.hooks import BeforeAccumulation, after_backward, weak
 from bucketmoo_ds.adapters.session import Adapter, Session
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
@@ -81,24 +81,26 @@ class Plain(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = list(model.parameters())
-        self.closed = self.abandoned = False
-        self.began: list[Tensor | None] = []
+        self.closed = self.abandoned = self.began = False
+        self.before = BeforeAccumulation(self.parameters, self.note)
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(weak(self.come))
 
-    def begin(self, arriving: Tensor | None) -> None:
-        self.began.append(arriving)
+    def begin(self) -> None:
+        self.began = True
         if not self.moo.window.once_a_window or self.micro.first:
             self.sums = [torch.zeros_like(each) for each in self.parameters]
         if self.micro.first:
             for parameter in self.parameters:
-                if parameter is not arriving:
-                    parameter.grad = None
+                parameter.grad = None
+
+    def note(self, gradient: Tensor) -> None:
+        if not self.closed:
+            self.arrive()
 
     def come(self, parameter: Tensor) -> None:
         if self.closed:
             return
-        self.arrive(parameter)
         index = next(index for index, each in enumerate(self.parameters) if each is parameter)
         if self.micro.factor:
             self.sums[index] += self.micro.factor * parameter.grad

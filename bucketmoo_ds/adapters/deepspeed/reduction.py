@@ -35,7 +35,7 @@ class StageReduction:
     due = False
     _engine: BucketMOOEngine
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """A micro-step begins. See `Adapter`."""
         raise NotImplementedError
 
@@ -43,21 +43,21 @@ class StageReduction:
         """All gradients of a micro-step that is exchanged have come. See `Adapter`."""
         raise NotImplementedError
 
-    def holds_gradients(self, arriving: Tensor | None) -> bool:
+    def holds_gradients(self) -> bool:
         """Whether the gradients of a resolved window that no step has used are still there."""
         return True
 
-    def arrive(self, parameter: Tensor | None = None) -> None:
-        """The gradient of a parameter comes: the first one opens the micro-step."""
+    def arrive(self) -> None:
+        """A gradient comes: the first one opens the micro-step."""
         if self.micro.is_open:
             return
         unused = self.micro.unused
         self.micro.come()
-        if unused and self.holds_gradients(parameter):
+        if unused and self.holds_gradients():
             raise BucketMOOError("backward after the boundary of a window: call engine.step() first")
         self.due = False
         self.micro.open(self._engine.at_boundary())
-        self.begin(parameter)
+        self.begin()
 
     def end_micro_step(self) -> bool:
         """Exchanges what is left of the micro-step; again, or after a backward that opened none, it does nothing.
@@ -152,13 +152,13 @@ class ZeroReduction(StageReduction):
         """The engine's sink: takes a combined shard to where the optimizer looks for it, or starts to."""
         raise NotImplementedError
 
-    def begin(self, arriving: Tensor | None) -> None:
+    def begin(self) -> None:
         """See `StageReduction`."""
         self._gathering.begin()
 
     def add(self, param: Tensor, gradient: Tensor) -> None:
         """Takes the gradient of one parameter."""
-        self.arrive(param)
+        self.arrive()
         self._gathering.add(self._index[id(param)], gradient)
 
     def end(self) -> list[bool]:

@@ -1,8 +1,8 @@
 """ZeRO-0: DeepSpeed's plain data parallelism, every rank with the whole model.
 
 Read in DeepSpeed 0.19.8, `runtime/engine.py`. Stock all-reduces `.grad` once, at the boundary, where the languages of a
-rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there, so that each
-micro-step is exchanged, and at the boundary `.grad` becomes the combined gradient, which clipping and the optimizer
+rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there and adds it up,
+each language apart, and at the boundary `.grad` becomes the combined gradient, which clipping and the optimizer
 (DeepSpeed's for bf16, or the user's own) find where they look for it. Stock's all-reduce is left out.
 """
 
@@ -26,7 +26,7 @@ class ReplicatedEngine(BucketMOOEngine):
     reduction: ReplicatedReduction
 
     def _backward_epilogue(self) -> None:
-        if self.reduction.end_micro_step():
+        if self.at_boundary() and self.reduction.end_micro_step():
             self.reduction.finish()
         super()._backward_epilogue()
 
@@ -57,17 +57,16 @@ class ReplicatedReduction(Whole, StageReduction):
             engine.moo_config,
             exchange,
             micro_steps=engine.gradient_accumulation_steps,
-            once_a_window=False,
+            once_a_window=True,
             bucket_size=int(engine.zero_reduce_bucket_size()),
         )
         self._engine = engine
         self.bind(MicroStep(self.moo, engine.language_tracker))
-        self.hook(self._take)
+        self.hook()
 
-    def holds_gradients(self, arriving: Tensor | None) -> bool:
+    def holds_gradients(self) -> bool:
         """See `StageReduction`."""
-        held = self.gradients([each for each in self.parameters if each is not arriving])
-        return any(bool(gradient.count_nonzero()) for gradient in held)
+        return any(bool(gradient.count_nonzero()) for gradient in self.gradients(self.parameters))
 
     def finish(self) -> None:
         """Resolves the window, whose gradients are then where DeepSpeed and the user's optimizer look for them."""
@@ -85,9 +84,3 @@ class ReplicatedReduction(Whole, StageReduction):
     def assign(self, index: int, combined: Tensor) -> None:
         """See `Whole`."""
         self.parameters[index].grad = combined.to(self.parameters[index].dtype)
-
-    def _take(self, parameter: Tensor) -> None:
-        self.arrive(parameter)
-        assert parameter.grad is not None
-        self.take(parameter, parameter.grad)
-        parameter.grad = None
