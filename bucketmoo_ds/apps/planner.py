@@ -304,12 +304,15 @@ def _combined(setup: Setup) -> Sent:
 
 
 def _grams(setup: Setup, languages: int) -> Sent:
-    """What deferred resolution sends: each rank is told the Grams of its blocks, and tells them, summed, with the
-    weights. (Streaming, all ranks are told all of them.)"""
-    blocks = -(-(setup.blocks or setup.buckets) // setup.world_size) * GRAM_BYTES
+    """While streaming all ranks are told all Grams. Deferred, each rank is told those of its blocks, and tells them,
+    summed, with the weights."""
+    blocks, everyone = setup.blocks or setup.buckets, [range(setup.world_size)]
+    if setup.exchanges == 1:
+        return _ring(setup, everyone, blocks * languages**2 * GRAM_BYTES)
+    a_rank = -(-blocks // setup.world_size) * GRAM_BYTES
     elsewhere = setup.world_size - setup.ranks_per_node
-    told = Sent((setup.world_size - 1) * blocks * languages**2, elsewhere * blocks * languages**2)
-    return told + _ring(setup, [range(setup.world_size)], blocks * languages * (languages + 1))
+    told = Sent((setup.world_size - 1) * a_rank * languages**2, elsewhere * a_rank * languages**2)
+    return told + _ring(setup, everyone, a_rank * languages * (languages + 1))
 
 
 def _ring(setup: Setup, groups: Sequence[Sequence[int]], piece: int) -> Sent:

@@ -24,12 +24,14 @@ from torch import Tensor
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
+from bucketmoo_ds.pipeline import engine as pipeline
 from bucketmoo_ds.plan.blocks import plain_name
 from bucketmoo_ds.plan.choices import create_aggregator
 
 LEARNING_RATE = 0.05
 WEIGHT_DECAYS = (0.1, 0.0)
 WINDOWS = 2
+pipeline.TOGETHER = 1000  # elements: some of the toy model's buckets wait for each other, others do not
 
 MODELS: dict[str, Callable[..., toy.ToyLM]] = {
     "toy": toy.ToyLM,

@@ -178,9 +178,10 @@ def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, re
     for result in results:
         moo = result["moo"]
         # One Gram a bucket, K = W languages, float64, all-reduced: each bucket by itself, or all at once.
-        grams = [world_size**2] * len(moo["buckets"]) if moo["streaming"] else [world_size**2 * len(moo["buckets"])]
-        parts = sum(-(-elements // world_size) for elements in grams)
-        assert moo["sent"]["grams"] == 2 * (world_size - 1) * parts * 8, explain(key)
+        languages, blocks = world_size, len(moo["buckets"])
+        a_rank = -(-blocks // world_size) * (2 * languages**2 + languages)  # the Grams to it; theirs and weights from it
+        grams = blocks * languages**2 if moo["streaming"] else a_rank
+        assert moo["sent"]["grams"] == (world_size - 1) * grams * 8, explain(key)
         # A header of a few 64-bit numbers to every rank a micro-step, and two digests and DeepSpeed's norm a window.
         assert moo["sent"]["control"] <= (world_size - 1) * (80 * case["micro_steps"] + 32), explain(key)
 

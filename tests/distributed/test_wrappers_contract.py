@@ -346,12 +346,12 @@ def test_other_ways_to_take_a_step(outcomes: list[list[Any]], wrapper: str) -> N
 @pytest.mark.parametrize("case", EVENTS, ids=name_of)
 def test_exchange_goes_on_during_backward(outcomes: list[list[Any]], case: Case) -> None:
     """Rows are under way before the last gradient is there; while streaming, combined shards are too. The deferred tail
-    is one all-reduce of Grams."""
+    is one exchange of Grams, and one of what was decided."""
     whole = case["wrapper"] == "ddp" or case["strategy"] == "NO_SHARD"
     for events in results(outcomes, case):
         if case["mode"] == "deferred":
-            assert events[: events.index("all_reduce")].count("gradient") == events.count("gradient")
-            assert events.count("all_reduce") == 1
+            assert events[: events.index("all_to_all_grams")].count("gradient") == events.count("gradient")
+            assert (events.count("all_to_all_grams"), events.count("all_gather_grams")) == (1, 1)
             assert "scatter" in events[: events.index("gradient", events.index("scatter"))]
             continue
         early = events[: len(events) - 1 - events[::-1].index("gradient")]

@@ -35,11 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 import bucketmoo_ds
 from bucketmoo_ds import reference
 from bucketmoo_ds.adapters import table
+from bucketmoo_ds.pipeline import engine
 from bucketmoo_ds.plan.choices import create_aggregator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEARNING_RATE = 0.05
 WINDOWS = 2
+engine.TOGETHER = 1000  # elements: some of the toy model's buckets wait for each other, others do not
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

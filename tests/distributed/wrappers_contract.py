@@ -21,6 +21,7 @@ from torch import Tensor
 from wrappers import LANGUAGES, SEED, WRAPPERS, Run, config
 
 import bucketmoo_ds
+from bucketmoo_ds.pipeline import engine
 
 
 def run(name: str, **arguments: Any) -> Any:
@@ -227,7 +228,8 @@ def subgroups(wrapper: str) -> dict[str, Any]:
 
 
 def order_of_events(wrapper: str, mode: str, **how: Any) -> list[str]:
-    """One window: gradients, the collectives, and what is combined."""
+    """One window: gradients, the collectives, and what is combined. Small buckets do not wait for each other."""
+    engine.TOGETHER = 1
     run = Run(wrapper, moo={"mode": mode}, how=how)
     run.window()
     events: list[str] = []
@@ -240,7 +242,7 @@ def order_of_events(wrapper: str, mode: str, **how: Any) -> list[str]:
 
         return call
 
-    for name in ("scatter", "all_gather", "all_reduce"):
+    for name in ("scatter", "all_gather", "all_to_all_grams", "all_gather_grams"):
         setattr(exchange, name, recorded(name, getattr(exchange, name)))
     if wrapper == "fsdp1":  # nothing is sent when one is there
         moo._sink = recorded("combined", moo._sink)
