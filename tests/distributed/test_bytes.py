@@ -177,9 +177,10 @@ def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, re
     world_size, case = key[0], CASES[key]
     for result in results:
         moo = result["moo"]
-        # One Gram a bucket, K = W languages, float64, all-reduced: each bucket by itself, or all at once.
+        # One Gram a bucket, K = W languages, float64: to everyone while streaming; deferred, to one rank, which tells it
+        # summed, with the weights.
         languages, blocks = world_size, len(moo["buckets"])
-        a_rank = -(-blocks // world_size) * (2 * languages**2 + languages)  # the Grams to it; theirs and weights from it
+        a_rank = -(-blocks // world_size) * (2 * languages**2 + languages)
         grams = blocks * languages**2 if moo["streaming"] else a_rank
         assert moo["sent"]["grams"] == (world_size - 1) * grams * 8, explain(key)
         # A header of a few 64-bit numbers to every rank a micro-step, and two digests and DeepSpeed's norm a window.
