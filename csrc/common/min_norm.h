@@ -201,6 +201,8 @@ class MinNorm {
       if (about_v_ || ridge_ == kRidge) break;
       about_v_ = true;
       bold = false;
+      // Without any free row, which `release` may leave at its optimum, there would be no level.
+      Team::sync();
       if (free_count_ == 1 && Team::lane() == 0) place()[free()[0]] = kFree;
       Team::sync();
     }
