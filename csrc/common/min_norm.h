@@ -34,39 +34,49 @@ class MinNorm {
 
   BUCKETMOO_DEVICE MinNorm(void* scratch, int rows) : rows_(rows), scratch_(static_cast<double*>(scratch)) {}
 
-  // gram [K, K], mask [K] -> weights [K]; returns whether the unmasked Gram is finite. max_weight is in (0, 1].
-  BUCKETMOO_DEVICE bool solve(const double* gram, const bool* mask, double max_weight, double* weights) {
+  // gram [K, K], mask [K] -> `weights`, and whether the unmasked Gram is finite. max_weight is in (0, 1].
+  BUCKETMOO_DEVICE void solve(const double* gram, const bool* mask, double max_weight, bool* finite) {
     gram_ = gram;
     majors_ = solves_ = 0;
-    Team::sync();  // the block before may still be read
-    each(rows_, [&](int i) { weights[i] = 0.0; });
+    Team::sync();  // what the block before has left may still be read
+    each(rows_, [&](int i) { result()[i] = 0.0; });
     count_ = gather(index(), rows_, [&](int i) { return mask[i]; });
-    if (count_ == 0) return true;
+    const bool counts = is_finite();
+    if (Team::lane() == 0) *finite = counts;
+    if (count_ > 0) share_out(counts, max_weight);
+    Team::sync();
+  }
+
+  // [K], in scratch memory until the next block is solved.
+  BUCKETMOO_DEVICE const double* weights() const { return result(); }
+  BUCKETMOO_DEVICE int majors() const { return majors_; }
+  BUCKETMOO_DEVICE int solves() const { return solves_; }
+
+ private:
+  BUCKETMOO_DEVICE bool is_finite() const {
     bool finite = true;
-    double largest = 0.0;
     each(count_, [&](int i) {
       for (int j = 0; j < count_; ++j) finite = finite && entry(i, j) - entry(i, j) == 0.0;
-      largest = larger(largest, entry(i, i));
     });
-    finite = !Team::any(!finite);
+    return !Team::any(!finite);
+  }
+
+  BUCKETMOO_DEVICE void share_out(bool finite, double max_weight) {
+    double largest = 0.0;
+    each(count_, [&](int i) { largest = larger(largest, entry(i, i)); });
     largest = Team::largest(largest);
     cap_ = larger(max_weight, 1.0 / count_);
     scale_ = largest > 0.0 ? largest : 1.0;
-    mass_ = share_zero_rows(finite, weights);
+    mass_ = share_zero_rows(finite);
     if (mass_ > 0.0) {
       if (count_ == 1 && Team::lane() == 0) weight()[0] = mass_;
       if (count_ == 2 && Team::lane() == 0) closed_form();
       if (count_ > 2) active_set();
       Team::sync();
-      each(count_, [&](int i) { weights[index()[i]] = weight()[i]; });
+      each(count_, [&](int i) { result()[index()[i]] = weight()[i]; });
     }
-    return finite;
   }
 
-  BUCKETMOO_DEVICE int majors() const { return majors_; }
-  BUCKETMOO_DEVICE int solves() const { return solves_; }
-
- private:
   static constexpr double kZeroRow = 1e-15;
   static constexpr double kRidge = 1e-13;
   static constexpr double kOptimal = 1e-13;
@@ -126,7 +136,7 @@ class MinNorm {
   BUCKETMOO_DEVICE double entry(int i, int j) const { return gram_[index()[i] * rows_ + index()[j]]; }
 
   // Gives zero rows all that the cap lets them have, keeps the others in `index`, and returns what is left for these.
-  BUCKETMOO_DEVICE double share_zero_rows(bool finite, double* weights) {
+  BUCKETMOO_DEVICE double share_zero_rows(bool finite) {
     each(count_, [&](int i) {
       norm()[i] = finite ? sqrt(larger(entry(i, i) / scale_, 0.0)) : 0.0;
     });
@@ -135,7 +145,7 @@ class MinNorm {
     if (kept == count_) return 1.0;
     const int zeros = count_ - kept;
     each(count_, [&](int i) {
-      if (!(norm()[i] > kZeroRow)) weights[index()[i]] = smaller(1.0 / zeros, cap_);
+      if (!(norm()[i] > kZeroRow)) result()[index()[i]] = smaller(1.0 / zeros, cap_);
     });
     Team::sync();
     if (Team::lane() == 0) {
@@ -191,6 +201,8 @@ class MinNorm {
       if (about_v_ || ridge_ == kRidge) break;
       about_v_ = true;
       bold = false;
+      // Without any free row, which `release` may leave at its optimum, there would be no level.
+      Team::sync();
       if (free_count_ == 1 && Team::lane() == 0) place()[free()[0]] = kFree;
       Team::sync();
     }
@@ -481,7 +493,8 @@ class MinNorm {
   BUCKETMOO_DEVICE double* residual() const { return vector(14); }
   BUCKETMOO_DEVICE double* room() const { return vector(14); }
   BUCKETMOO_DEVICE double* violation() const { return vector(14); }
-  static constexpr int kVectors = 15;
+  BUCKETMOO_DEVICE double* result() const { return vector(15); }
+  static constexpr int kVectors = 16;
   BUCKETMOO_DEVICE int* list(int number) const { return reinterpret_cast<int*>(vector(kVectors)) + number * rows_; }
   BUCKETMOO_DEVICE int* index() const { return list(0); }
   BUCKETMOO_DEVICE int* free() const { return list(1); }

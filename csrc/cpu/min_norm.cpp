@@ -1,6 +1,8 @@
 // csrc/common/min_norm.h by one thread, block after block.
 #include "min_norm.h"
 
+#include <algorithm>
+
 #include "../common/min_norm.h"
 
 namespace {
@@ -25,7 +27,8 @@ void bucketmoo_min_norm(const double* gram, const bool* mask, double max_weight,
   alignas(64) char scratch[Solver::scratch_bytes(kMaxRows)];
   Solver solver(scratch, static_cast<int>(K));
   for (int64_t block = begin; block < end; ++block) {
-    finite[block] = solver.solve(gram + block * K * K, mask + block * K, max_weight, weights + block * K);
+    solver.solve(gram + block * K * K, mask + block * K, max_weight, finite + block);
+    std::copy_n(solver.weights(), K, weights + block * K);
     if (steps != nullptr) {
       steps[2 * block] = solver.majors();
       steps[2 * block + 1] = solver.solves();

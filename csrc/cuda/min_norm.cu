@@ -8,9 +8,8 @@ __global__ void __launch_bounds__(kWarp) min_norm_kernel(
     const double* gram, const bool* mask, int64_t blocks, int rows, double max_weight, double* weights, bool* finite) {
   WarpMinNorm solver(shared_memory(), rows);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    const bool is_finite =
-        solver.solve(gram + block * rows * rows, mask + block * rows, max_weight, weights + block * rows);
-    if (OneWarp::lane() == 0) finite[block] = is_finite;
+    solver.solve(gram + block * rows * rows, mask + block * rows, max_weight, finite + block);
+    copy_weights(solver, rows, weights + block * rows);
   }
 }
 

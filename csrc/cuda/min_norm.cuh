@@ -21,4 +21,8 @@ struct OneWarp {
 
 using WarpMinNorm = MinNorm<OneWarp>;
 
+__device__ __forceinline__ void copy_weights(const WarpMinNorm& solver, int rows, double* weights) {
+  for (int row = OneWarp::lane(); row < rows; row += kWarp) weights[row] = solver.weights()[row];
+}
+
 }  // namespace bucketmoo

@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(Gram::kThreads, Gram::kResident)
     WarpMinNorm solver(shared + warp * WarpMinNorm::scratch_bytes(rows.count), rows.count);
     for (int64_t cell = blockIdx.x + int64_t{gridDim.x} * warp; cell < tiles.cells;
          cell += int64_t{gridDim.x} * problem.solvers) {
-      const bool finite = solver.solve(
+      solver.solve(
           problem.gram + cell * rows.count * rows.count, problem.mask + cell * rows.count, problem.max_weight,
-          problem.weights + cell * rows.count);
-      if (OneWarp::lane() == 0) problem.finite[cell] = finite;
+          problem.finite + cell);
+      copy_weights(solver, rows.count, problem.weights + cell * rows.count);
     }
   }
   grid_barrier();

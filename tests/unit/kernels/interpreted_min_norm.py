@@ -47,13 +47,15 @@ def test_the_answer_is_optimal_and_that_of_the_reference(
     assert combined_error(rows, weights, expected) <= SAME
 
 
-@pytest.mark.parametrize(("count", "rank"), NOISY)
+# The interpreter takes minutes for the largest.
+@pytest.mark.parametrize(
+    ("count", "rank"), [pytest.param(*sizes, marks=pytest.mark.nightly if sizes[0] > 32 else ()) for sizes in NOISY]
+)
 def test_a_gram_that_rounding_left_indefinite_is_solved_as_it_is(
     generator: torch.Generator, count: int, rank: int
 ) -> None:
     gram = noisy(1, count, rank, generator)
-    cap = 3.0 / count if count < 64 else 1.0
-    check(gram, backend.min_norm(gram, torch.ones(1, count, dtype=torch.bool), cap)[0], cap)
+    check(gram, backend.min_norm(gram, torch.ones(1, count, dtype=torch.bool), 1.0)[0], 1.0)
 
 
 @pytest.mark.parametrize("cap", [1.0, 0.3])
