@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ class Exchange:
         inside, shard = self.ranks_per_node, flat.numel() // self.world_size
         by_position = flat.view(self.nodes, inside, shard).transpose(0, 1).contiguous()
         summed = torch.empty(self.nodes * shard, dtype=flat.dtype, device=flat.device)
-        work = dist.reduce_scatter_single(summed, by_position.view(-1), group=self._inside, async_op=True)
+        work = _reduce_scatter()(summed, by_position.view(-1), group=self._inside, async_op=True)
         self._count("reduce_scatter (node)", summed.nbytes * (inside - 1), 0)
 
         def across() -> Tensor:
@@ -110,7 +111,7 @@ class Exchange:
             return Received(shard)
         members = dist.get_process_group_ranks(group)
         received = shard.new_empty(len(members) * shard.numel())
-        work = dist.all_gather_single(received, shard, group=group, async_op=True)
+        work = _all_gather()(received, shard, group=group, async_op=True)
         everyone = dist.get_process_group_ranks(self.group)
         first = self.rank // self.ranks_per_node * self.ranks_per_node
         elsewhere = len(set(members) - set(everyone[first : first + self.ranks_per_node]))
@@ -198,6 +199,14 @@ class Received:
         if self.work is not None:
             self.work.wait()
         return self.result if isinstance(self.result, Tensor) else self.result()
+
+
+def _reduce_scatter() -> Any:
+    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before torch 2.13
+
+
+def _all_gather() -> Any:
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
 def control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

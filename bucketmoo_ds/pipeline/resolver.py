@@ -89,7 +89,7 @@ class Resolver:
             DisagreementError: on every rank, if they differ.
         """
         message = "the ranks reached different weights from the same Grams"
-        check_equal(self._exchange, self.weights.numpy().tobytes(), message)
+        check_equal(self._exchange, bytes(self.weights.flatten().view(torch.uint8).tolist()), message)
 
     def _note_nonfinite(self, gram: Tensor, cells: Sequence[int]) -> None:
         bad = ~torch.isfinite(gram.diagonal(dim1=1, dim2=2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bucketmoo_ds.ops import build
 from bucketmoo_ds.ops.backends import libraries
-from bucketmoo_ds.ops.backends.tiles import tiles_on_device
+from bucketmoo_ds.ops.backends.tiles import bytes_of, tiles_on_device
 
 __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
 
@@ -32,6 +32,15 @@ def unavailable(device: torch.device) -> str:
         return f"runs on cuda, not on {device.type}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if build.architecture_of(capability) is None:
+        *first, last = (f"{each[:-1]}.{each[-1]}" for each in build.ARCHITECTURES)
+        return (
+            f"has code for compute capability {', '.join(first)} and {last}, the device has "
+            f"{capability[0]}.{capability[1]}"
+        )
     return _load()
 
 
@@ -108,14 +117,16 @@ def _tiles(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int)
     longest = (1 << 19) // (len(rows) * rows[0].element_size())
     tile = max(1024, min(longest, elements // (8 * multiprocessors))) // 1024 * 1024
     return tiles_on_device(
-        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, max(tile, 1024), device
+        bytes_of(spans), bytes_of(cells), num_cells, elements, max(tile, 1024), device
     )
 
 
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    return libraries.load(build.cuda_library)
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    found = {build.architecture_of(each) for each in capabilities}
+    return libraries.load(lambda: build.cuda_library([each for each in build.ARCHITECTURES if each in found]))
 
 
 def _ops() -> torch._ops._OpNamespace:

@@ -6,6 +6,7 @@ stay the same from step to step: their tables are made, and copied to the device
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -78,9 +79,15 @@ def run_table(table: Tensor, num_cells: int, parts: int) -> tuple[Tensor, Tensor
 def tiles_on_device(
     spans: bytes, cells: bytes, num_cells: int, elements: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Returns `tile_table` on a device, of spans and cells as bytes (`Tensor.numpy().tobytes()`)."""
+    """Returns `tile_table` on a device, of spans and cells as bytes (`bytes_of`)."""
     table, first, inside = tile_table(*segments_of(spans, cells), num_cells, elements, tile)
     return table.to(device), first.to(device), inside
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Returns the elements of a tensor on the CPU as bytes; torch can be installed without numpy."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def segments_of(spans: bytes, cells: bytes) -> tuple[Tensor, Tensor]:

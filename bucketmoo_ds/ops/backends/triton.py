@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, run_table, segments_of, tile_table
+from bucketmoo_ds.ops.backends.tiles import aligned_tile_tables, bytes_of, run_table, segments_of, tile_table
 
 __all__ = ["accumulate_gram", "combine", "gram", "min_norm", "resolve", "unavailable"]
 
@@ -182,7 +182,7 @@ def _plan(
     tile = max(256, min(longest, elements // runs)) // MULTIPLE * MULTIPLE
     shift = _shift(all_of)
     return _plan_on_device(
-        spans.numpy().tobytes(), cells.numpy().tobytes(), num_cells, elements, tile, runs, shift, device
+        bytes_of(spans), bytes_of(cells), num_cells, elements, tile, runs, shift, device
     )
 
 
