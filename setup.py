@@ -33,7 +33,7 @@ class BuildWithLibraries(build_py):
 
 
 class WheelWithLibraries(bdist_wheel):
-    """The libraries are for one platform, but for every Python and, by the stable ABI, every torch from 2.13 on."""
+    """The libraries are for one platform, but for every Python and, by the stable ABI, every torch from 2.11 on."""
 
     def finalize_options(self):
         super().finalize_options()

@@ -1,7 +1,7 @@
 """Bucket-level multi-objective optimization (MOO) of multilingual gradients inside DeepSpeed's gradient reduction.
 
-Importing this package teaches DeepSpeed the `bucket_moo` section of its JSON; nothing changes for engines whose JSON
-has no such section.
+Importing this package teaches DeepSpeed, where it is installed, the `bucket_moo` section of its JSON; nothing changes
+for engines whose JSON has no such section.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import wrapt
+from bucketmoo_ds.patches import when_imported
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed import initialize
@@ -41,19 +41,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@wrapt.when_imported("deepspeed")
 def _install(deepspeed: ModuleType) -> None:
     """DeepSpeed takes seconds to import: it is wrapped when somebody imports it, before or after this package."""
     importlib.import_module("bucketmoo_ds.adapters.deepspeed")
 
 
-@wrapt.when_imported("transformers.trainer")
 def _listen(trainer: ModuleType) -> None:
     """Trainer knows how it divides its losses; see the module."""
     importlib.import_module("bucketmoo_ds.integrations.trainer_loss").install(trainer)
 
 
-@wrapt.when_imported("accelerate.data_loader")
 def _reach_through(data_loader: ModuleType) -> None:
     """Accelerate's loaders hand the epoch on to our sampler."""
     importlib.import_module("bucketmoo_ds.integrations.accelerate").install(data_loader)
+
+
+when_imported("deepspeed", _install)
+when_imported("transformers.trainer", _listen)
+when_imported("accelerate.data_loader", _reach_through)

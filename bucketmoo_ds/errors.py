@@ -22,6 +22,10 @@ class DisagreementError(BucketMOOError):
     """Ranks that should hold the same plan, position or gradients do not."""
 
 
+class MissingPackageError(BucketMOOError, ImportError):
+    """A package that is not installed, and that only what was asked for needs."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `; did you mean "x"?` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

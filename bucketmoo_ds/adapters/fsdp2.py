@@ -190,12 +190,15 @@ def _own_groups(model: nn.Module) -> list[tuple[str, FSDPModule, Any]]:
             continue
         module.reshard()  # a forward pass without backward leaves parameters unsharded
         state: Any = module._get_fsdp_state()
-        if len(state._fsdp_param_groups) > 1:
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # before torch 2.13 there is one at most
+            groups = [each for each in (state._fsdp_param_group,) if each is not None]
+        if len(groups) > 1:
             raise ConfigError(
                 f'fsdp2.register: module "{name}" has several parameter groups (parameters on several meshes), for '
                 "which FSDP2 takes no custom reduce-scatter; apply fully_shard to a module for each mesh"
             )
-        for own in state._fsdp_param_groups:
+        for own in groups:
             found.setdefault(id(own), (name, module, own))
     return list(found.values())
 
@@ -308,7 +311,10 @@ class FSDP2Adapter(Sharded):
             module = group.module
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_reduce_scatter_unused_params(True)
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True)
+            else:
+                _fill_unused(group)
             group.communication = _Communication(self, bucket, empty_output=self._replicas > 1)
             module.set_custom_reduce_scatter(group.communication)
             if self._exchange.world_size == 1:  # FSDP2 then reduces nothing, but still calls this hook
@@ -478,6 +484,22 @@ class FSDP2Adapter(Sharded):
         runs = [Run(*run) for run in zip(group.indices, starts, group.padded, strict=False)]
         piece, replica = self._piece_numel(bucket), self._exchange.rank // self._shards
         return self._plan.segments_of(bucket, runs, replica * piece, (replica + 1) * piece)
+
+
+def _fill_unused(group: _Group) -> None:
+    """Does what `set_reduce_scatter_unused_params(True)` does from torch 2.13 on: a parameter that was not used has a
+    gradient of zeros. Before, FSDP2 leaves it out of the bucket."""
+    plain = group.own.post_backward
+
+    def post_backward(*arguments: Any) -> None:
+        for each in group.members if group.own.reduce_grads else ():
+            if hasattr(each, "_unsharded_param") and each.unsharded_accumulated_grad is None:
+                unsharded = each._unsharded_param
+                if unsharded.grad is None and unsharded.requires_grad:
+                    unsharded.grad = torch.zeros_like(unsharded)
+        plain(*arguments)
+
+    group.own.post_backward = post_backward
 
 
 class _Communication(ReduceScatter):

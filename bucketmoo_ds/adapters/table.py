@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.errors import ConfigError, MissingPackageError, did_you_mean, one_of
 
 if TYPE_CHECKING:  # `bucketmoo plan` starts without torch
     import torch
@@ -58,8 +58,20 @@ class Framework:
     wrap: Wrap | None = None
 
     def load(self) -> ModuleType:
-        """Returns the adapter's module, which imports the framework."""
-        return importlib.import_module(self.module)
+        """Returns the adapter's module, which imports the framework.
+
+        Raises:
+            MissingPackageError: the framework is not installed.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != self.name:
+                raise
+            raise MissingPackageError(
+                f"bucketmoo_ds.{self.public} needs {self.name}, which is not installed: pip install "
+                f'"bucketmoo-ds[{self.name}]"; torch\'s own wrappers (FSDP2, DDP, one process) need nothing more'
+            ) from error
 
 
 def _fsdp2(model: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, bucket_bytes: int) -> nn.Module:

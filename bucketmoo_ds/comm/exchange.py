@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,7 @@ class Exchange:
         inside, shard = self.ranks_per_node, flat.numel() // self.world_size
         by_position = flat.view(self.nodes, inside, shard).transpose(0, 1).contiguous()
         summed = torch.empty(self.nodes * shard, dtype=flat.dtype, device=flat.device)
-        work = dist.reduce_scatter_single(summed, by_position.view(-1), group=self._inside, async_op=True)
+        work = _reduce_scatter()(summed, by_position.view(-1), group=self._inside, async_op=True)
         self._count("reduce_scatter (node)", summed.nbytes * (inside - 1), 0)
 
         def across() -> Received:
@@ -121,7 +122,7 @@ class Exchange:
             return Received(shard)
         members = dist.get_process_group_ranks(group)
         received = out if out is not None else shard.new_empty(len(members) * shard.numel())
-        work = dist.all_gather_single(received, shard, group=group, async_op=True)
+        work = _all_gather()(received, shard, group=group, async_op=True)
         everyone = dist.get_process_group_ranks(self.group)
         first = self.rank // self.ranks_per_node * self.ranks_per_node
         elsewhere = len(set(members) - set(everyone[first : first + self.ranks_per_node]))
@@ -133,7 +134,7 @@ class Exchange:
         everyone = own.new_empty(self.world_size, *own.shape)
         if self.world_size == 1:
             return everyone.copy_(own)
-        dist.all_gather_single(everyone.view(-1), own.reshape(-1), group=self.group)
+        _all_gather()(everyone.view(-1), own.reshape(-1), group=self.group)
         self._count("all_gather (Grams)", own.nbytes * (self.world_size - 1), own.nbytes * self._ranks_elsewhere)
         return everyone
 
@@ -207,6 +208,14 @@ class Received:
         if self.work is not None:
             self.work.wait()
         return self.result
+
+
+def _reduce_scatter() -> Any:
+    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before torch 2.13
+
+
+def _all_gather() -> Any:
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
 def control_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -6,11 +6,13 @@ Sampler, micro-batches and the applications ask the same object, so that one val
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from bucketmoo_ds.errors import ConfigError, LanguageError, did_you_mean
+
+if TYPE_CHECKING:  # training needs no numpy, data sets do
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class LanguageTable:
@@ -74,6 +76,8 @@ class LanguageTable:
         Raises:
             ConfigError: a row is of none of the languages; the message begins with `source`.
         """
+        import numpy as np
+
         indices = np.full(len(values), -1, dtype=np.int32)
         for code in np.unique(codes).tolist():
             try:

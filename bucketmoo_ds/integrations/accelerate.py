@@ -14,16 +14,15 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.patches import wrap
 
 
 def install(data_loader: ModuleType) -> None:
     """Wraps the loaders of `accelerate.data_loader`."""
-    for name in ("DataLoaderShard", "DataLoaderDispatcher"):
-        wrapt.wrap_function_wrapper(data_loader, f"{name}.set_epoch", _set_epoch)
-        wrapt.wrap_function_wrapper(data_loader, f"{name}.__iter__", _iterate)
+    for loader in (data_loader.DataLoaderShard, data_loader.DataLoaderDispatcher):
+        wrap(loader, "set_epoch", _set_epoch)
+        wrap(loader, "__iter__", _iterate)
 
 
 def _set_epoch(wrapped: Any, loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -19,12 +19,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import wrapt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bucketmoo_ds.data.batch import IGNORED_LABEL, Entries, shifts_labels, stated_loss, stating
 from bucketmoo_ds.errors import LanguageError
+from bucketmoo_ds.patches import wrap
 
 # Divides the sum over the target tokens by `num_items_in_batch`, and multiplies it by the ranks, as Trainer does.
 _DIVIDES_AS_TRAINER = "SFTTrainer.compute_loss"
@@ -35,9 +35,9 @@ _examined: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def install(module: ModuleType) -> None:
     """Wraps `transformers.Trainer`, and the label smoother that it takes from the same module."""
-    wrapt.wrap_function_wrapper(module, "Trainer.training_step", _training_step)
-    wrapt.wrap_function_wrapper(module, "Trainer.compute_loss", _compute_loss)
-    wrapt.wrap_function_wrapper(module, "LabelSmoother.__call__", _smooth)
+    wrap(module.Trainer, "training_step", _training_step)
+    wrap(module.Trainer, "compute_loss", _compute_loss)
+    wrap(module.LabelSmoother, "__call__", _smooth)
 
 
 class TrainerLoss:

@@ -1,4 +1,4 @@
-"""Builds the compiled backends with ninja: into a wheel (setup.py), or on first use into a cache.
+"""Builds the compiled backends: into a wheel (setup.py), or on first use into a cache.
 
 Imports nothing of this package, so that setup.py can load this file alone. A library is built once for all processes of
 a machine: they wait for one another, and it appears under its name only when it is complete. Whatever stands in the way
@@ -8,6 +8,7 @@ a machine: they wait for one another, and it appears under its name only when it
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +36,7 @@ PATIENCE = 600.0  # seconds that another process may build; then it hangs, and t
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc", "buildcache")
 
 # The stable ABI of the oldest PyTorch that we support: a library serves all later ones.
-_COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020d000000000000")
+_COMMON = ("-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 _CXX_FLAGS = (*_COMMON, "-fPIC", "-fvisibility=hidden")
 _KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-maybe-uninitialized")
 _CPU_SOURCES = {
@@ -60,14 +62,9 @@ CUDA_SOURCES = (
     "resolve_float16.cu",
     "resolve_float.cu",
 )
-# Compiled to machine code, and once to PTX, from which the driver makes code for newer devices.
-ARCHITECTURES = ("80", "90")
-NVCC_FLAGS = (
-    *_COMMON,
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    *(f"-gencode=arch=compute_{version},code=sm_{version}" for version in ARCHITECTURES),
-)
-_PTX_FLAG = f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"
+# Compiled to machine code, which devices of the same major compute capability run, from this one on.
+ARCHITECTURES = ("80", "90", "100", "120")
+NVCC_FLAGS = (*_COMMON, "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -110,20 +107,30 @@ def cpu_library() -> str:
     return _find_or_build("cpu", _cpu)
 
 
-def cuda_library() -> str:
+def architecture_of(capability: tuple[int, int]) -> str | None:
+    """Returns which of `ARCHITECTURES` a device of this compute capability runs, or `None`: machine code of its major
+    version; or, where it is newer than all of them, what the driver makes of the last one's PTX."""
+    majors = {divmod(int(each), 10): each for each in ARCHITECTURES}
+    own = [each for version, each in majors.items() if version[0] == capability[0] and version <= capability]
+    return own[-1] if own else ARCHITECTURES[-1] if capability > max(majors) else None
+
+
+def cuda_library(architectures: Sequence[str] = ARCHITECTURES) -> str:
     """Returns the path of the CUDA backend's library, which is built first if need be.
+
+    Args:
+        architectures: what it is built for where it has to be: those of the devices at hand build sooner than all.
 
     Raises:
         BuildError: torch is built without CUDA, there is no compiler, it fails, or there is no place to write to.
     """
-    return _find_or_build("cuda", _cuda)
+    return _find_or_build("cuda", functools.partial(_cuda, architectures))
 
 
 def can_build() -> bool:
     """Whether there is what the CPU backend's library takes to build."""
     try:
         _cpu()
-        _ninja()
     except BuildError:
         return False
     return True
@@ -154,7 +161,7 @@ def _cpu() -> Library:
     )
 
 
-def _cuda() -> Library:
+def _cuda(architectures: Sequence[str] = ARCHITECTURES) -> Library:
     torch = _torch_folder()
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         raise BuildError("torch is built without CUDA")
@@ -166,10 +173,13 @@ def _cuda() -> Library:
     host = (*compiler, *_CXX_FLAGS, include)
     # nvcc takes the path of a compiler, without launcher and flags.
     behind = next(word for word in compiler if Path(word).name not in LAUNCHERS)
-    device = (nvcc, f"-ccbin={behind}", *NVCC_FLAGS, _PTX_FLAG, include)
+    targets = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in architectures]
+    # And PTX, of which the driver makes code for newer devices.
+    targets.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    device = (nvcc, f"-ccbin={behind}", *NVCC_FLAGS, *targets, include)
     commands = {name: device if name.endswith(".cu") else host for name in CUDA_SOURCES}
-    link = (nvcc, f"-ccbin={behind}", "-shared", "-cudart=static")
-    return Library("cuda", _sources("cuda"), _sources("common"), commands, (link, _linked(torch)), (nvcc,))
+    link = (nvcc, f"-ccbin={behind}", "-shared", "-cudart=static"), (*_linked(torch), "-ltorch_cuda")
+    return Library("cuda", _sources("cuda"), _sources("common"), commands, link, (nvcc,))
 
 
 def _linked(torch: Path) -> tuple[str, ...]:
@@ -275,46 +285,29 @@ def _taken(file: int) -> bool:
 
 
 def _build(library: Library, folder: Path) -> None:
+    """Compiles the sources side by side, and links them."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        (Path(made) / "build.ninja").write_text(_rules(library))
-        command = [_ninja(), "-C", made]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        except OSError as error:
-            raise BuildError(f"{command[0]} does not start ({error}): pip install ninja") from error
-        if done.returncode != 0:
+        objects = {name: f"{made}/{name}.o" for name in library.commands}
+        compiles = [
+            (*command, "-c", str(library.folder / name), "-o", objects[name])
+            for name, command in library.commands.items()
+        ]
+        link, linked = library.link
+        links = (*link, *objects.values(), "-o", f"{made}/{library.file}", *linked)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            failures = [said for said in pool.map(_failure, compiles) if said] or [_failure(links)]
+        if any(failures):
             log = folder / f"{library.name}.log"
-            log.write_text(done.stdout + done.stderr)
+            log.write_text("\n".join(failures))
             raise BuildError(f"the compiler fails on {library.folder}; it says why in {log}")
-        os.replace(Path(made) / library.file, folder / library.file)
+        os.replace(f"{made}/{library.file}", folder / library.file)
 
 
-def _ninja() -> str:
-    """Returns the ninja of the package, or the one on the path."""
-    if importlib.util.find_spec("ninja") is not None:
-        from ninja import BIN_DIR
-
-        return str(Path(BIN_DIR) / "ninja")
-    found = shutil.which("ninja")
-    if found is None:
-        raise BuildError("there is no ninja: pip install ninja")
-    return found
-
-
-def _rules(library: Library) -> str:
-    def escaped(words: tuple[str, ...]) -> str:
-        return shlex.join(words).replace("$", "$$")
-
-    def path(value: Path | str) -> str:
-        return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    lines = []
-    for name, command in library.commands.items():
-        rule = name.replace(".", "_")
-        lines += [f"rule {rule}", f"  command = {escaped(command)} -c $in -o $out"]
-        lines += [f"build {name}.o: {rule} {path(library.folder / name)}"]
-    link, linked = library.link
-    lines += ["rule link", f"  command = {escaped(link)} $in -o $out {escaped(linked)}"]
-    lines += [f"build {library.file}: link {' '.join(f'{name}.o' for name in library.commands)}", ""]
-    return "\n".join(lines)
+def _failure(command: Sequence[str]) -> str:
+    """Runs a compiler; returns "", or what it says where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        return f"{command[0]} does not start: {error}"
+    return f"{shlex.join(command)}\n{done.stdout}{done.stderr}" if done.returncode else ""

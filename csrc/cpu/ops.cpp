@@ -1,5 +1,5 @@
 // The ops of the CPU library, in the namespace bucketmoo_ds_cpu, on PyTorch's stable ABI: one library serves every
-// PyTorch from 2.13 on. Input is checked by bucketmoo_ds.ops.backends.checks.
+// PyTorch from 2.11 on. Input is checked by bucketmoo_ds.ops.backends.checks.
 //
 // Sums are cut the same way whatever the number of threads, and added up in the order of the shard: results are equal
 // to the bit from run to run.

@@ -1,5 +1,5 @@
 // The ops of the CUDA library, in the namespace bucketmoo_ds_cuda, on PyTorch's stable ABI: one library serves every
-// PyTorch from 2.13 on. Host code only, and no CUDA header: it compiles where PyTorch has no CUDA. Input is checked by
+// PyTorch from 2.11 on. Host code only, and no CUDA header: it compiles where PyTorch has no CUDA. Input is checked by
 // bucketmoo_ds.ops.backends.checks; the tables of tiles come from bucketmoo_ds/ops/backends/cuda.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "launch.h"
+
+// In PyTorch's stable C interface; its header shows it to those only that have CUDA's headers.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
@@ -57,13 +60,13 @@ Tensor new_grams(const Tensor& like, int64_t cells, int64_t rows) { return new_d
 
 // Makes a tensor's device the current one, and has its current stream.
 struct OnDevice {
-  explicit OnDevice(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        stream(torch::stable::accelerator::getCurrentStream(tensor.get_device_index())) {}
-  void* handle() const { return stream.nativeHandle(); }
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  }
+  void* handle() const { return stream; }
 
   torch::stable::accelerator::DeviceGuard guard;
-  torch::stable::accelerator::Stream stream;
+  void* stream = nullptr;
 };
 
 Tensor gram(std::vector<Tensor> tensors, Tensor table, Tensor first, int64_t inside) {
@@ -133,7 +136,8 @@ void combine(
       dtype_of(out), backward, device.handle());
 }
 
-// `fused`: in one launch if the rows fit into L2.
+// `fused`: in one launch if the rows fit into L2, and the device takes it: it may refuse one that needs all of its
+// multiprocessors at once, where others have a part of them.
 std::tuple<Tensor, Tensor, Tensor> resolve(
     std::vector<Tensor> tensors, Tensor mask, double max_weight, Tensor table, Tensor first, int64_t inside, Tensor out,
     bool fused) {
@@ -142,18 +146,21 @@ std::tuple<Tensor, Tensor, Tensor> resolve(
   const Tiles tiles = tiles_of(table, first, inside);
   const Weights result(mask);
   const int64_t slots = fused ? bucketmoo::resolve_slots(rows, tiles, tensors[0].numel()) : 0;
-  if (slots == 0) {
-    const Tensor grams = gram(tensors, table, first, inside);
-    min_norm_into(grams, mask, max_weight, result, device.handle());
-    combine(tensors, result.weights, table, first, inside, out, true);
-    return {grams, result.weights, result.finite};
+  if (slots > 0) {
+    const Tensor partials = new_grams(tensors[0], slots, rows.count);
+    const Tensor grams = new_grams(tensors[0], tiles.cells, rows.count);
+    try {
+      bucketmoo::resolve(
+          rows, tiles, mask.const_data_ptr<bool>(), max_weight, partials.mutable_data_ptr<double>(),
+          grams.mutable_data_ptr<double>(), result.weights.mutable_data_ptr<double>(),
+          result.finite.mutable_data_ptr<bool>(), out.mutable_data_ptr(), dtype_of(out), device.handle());
+      return {grams, result.weights, result.finite};
+    } catch (const bucketmoo::NotTogether&) {  // nothing has run; a fault of the device shows again below
+    }
   }
-  const Tensor partials = new_grams(tensors[0], slots, rows.count);
-  const Tensor grams = new_grams(tensors[0], tiles.cells, rows.count);
-  bucketmoo::resolve(
-      rows, tiles, mask.const_data_ptr<bool>(), max_weight, partials.mutable_data_ptr<double>(),
-      grams.mutable_data_ptr<double>(), result.weights.mutable_data_ptr<double>(),
-      result.finite.mutable_data_ptr<bool>(), out.mutable_data_ptr(), dtype_of(out), device.handle());
+  const Tensor grams = gram(tensors, table, first, inside);
+  min_norm_into(grams, mask, max_weight, result, device.handle());
+  combine(tensors, result.weights, table, first, inside, out, true);
   return {grams, result.weights, result.finite};
 }
 

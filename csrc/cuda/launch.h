@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 namespace bucketmoo {
 
@@ -54,6 +55,11 @@ int64_t accumulate_slots(const Rows& rows, const Tiles& tiles);
 // 0: rows do not fit into the device's L2 cache, and one launch would gain nothing over three.
 int64_t resolve_slots(const Rows& rows, const Tiles& tiles, int64_t elements);
 
+// The device does not run all blocks of a cooperative launch at once; nothing has been launched.
+struct NotTogether : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // All raise std::runtime_error with the kernel's name and the driver's message.
 void gram(const Rows& rows, const Tiles& tiles, double* partials, double* gram, void* stream);
 // `last`: further gradients follow in another launch if false, and no Gram is taken yet.
@@ -67,7 +73,7 @@ void min_norm(
 void combine(
     const Rows& rows, const double* weights, const Tiles& tiles, void* out, Dtype out_dtype, bool backward,
     void* stream);
-// One cooperative launch.
+// One cooperative launch, or NotTogether.
 void resolve(
     const Rows& rows, const Tiles& tiles, const bool* mask, double max_weight, double* partials, double* gram,
     double* weights, bool* finite, void* out, Dtype out_dtype, void* stream);

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "launch.h"
+
 namespace bucketmoo {
 
 struct Device {
@@ -73,10 +75,13 @@ void launch(
   const dim3 grid(static_cast<unsigned>(shape.blocks));
   const dim3 block(static_cast<unsigned>(shape.threads));
   const auto start = shape.cooperative ? cudaLaunchCooperativeKernel<void> : cudaLaunchKernel<void>;
-  check(
-      start(reinterpret_cast<void*>(kernel), grid, block, arguments, shape.shared_bytes,
-            static_cast<cudaStream_t>(stream)),
-      name);
+  const cudaError_t error = start(
+      reinterpret_cast<void*>(kernel), grid, block, arguments, shape.shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess && shape.cooperative) {
+    cudaGetLastError();  // forgets it
+    throw NotTogether(cudaGetErrorString(error));
+  }
+  check(error, name);
 }
 
 }  // namespace bucketmoo

@@ -3,8 +3,13 @@ never leave the device."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from draw import some
 from torch import Tensor
 
 from bucketmoo_ds import ops
@@ -24,7 +29,13 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 NUM_CELLS = 4
 
 
-@pytest.fixture(params=BACKENDS)
+def every(number: int, names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
+    """All combinations on every backend; that many are drawn for each, and the others are for the nightly list."""
+    drawn = [some([(name, *each) for each in itertools.product(*values)], number) for name in BACKENDS]
+    return pytest.mark.parametrize(f"backend, {names}", itertools.chain(*drawn), indirect=["backend"])
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     try:
@@ -40,9 +51,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 9, 16, 24, 40, 64])
-@pytest.mark.parametrize("alike", [True, False])
+@every(4, "dtype, count, alike", DTYPES, [1, 2, 3, 4, 8, 9, 16, 24, 40, 64], [True, False])
 def test_gram(backend: str, generator: torch.Generator, dtype: torch.dtype, count: int, alike: bool) -> None:
     rows, spans, cells = _shard(generator, count, dtype, alike)
     expected = ops.gram(rows, spans, cells, NUM_CELLS, backend="reference")
@@ -56,8 +65,7 @@ def test_gram(backend: str, generator: torch.Generator, dtype: torch.dtype, coun
     assert float(((found.cpu() - expected).abs() / scale).max()) <= GRAM_BOUND[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [2, 7, 21, 64])
+@every(2, "dtype, count", DTYPES, [2, 7, 21, 64])
 def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
     backend: str, generator: torch.Generator, dtype: torch.dtype, count: int
 ) -> None:
@@ -71,8 +79,7 @@ def test_a_permutation_of_rows_permutes_the_gram_to_the_bit(
     assert torch.equal(found, plain[:, order][:, :, order])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [3, 12, 40])
+@every(2, "dtype, count", DTYPES, [3, 12, 40])
 def test_what_is_not_finite_stays_in_its_row_and_column(
     backend: str, generator: torch.Generator, dtype: torch.dtype, count: int
 ) -> None:
@@ -86,9 +93,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(
     assert torch.equal(found.isnan(), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [2, 8, 21])
-@pytest.mark.parametrize("gradients", ["few", "many"])
+@every(2, "dtype, count, gradients", DTYPES, [2, 8, 21], ["few", "many"])
 def test_accumulate_gram(
     backend: str, generator: torch.Generator, dtype: torch.dtype, count: int, gradients: str
 ) -> None:
@@ -115,8 +120,7 @@ def test_accumulate_gram(
     assert torch.equal(found, ops.gram(on_device, spans, cells, NUM_CELLS, backend=backend))
 
 
-@pytest.mark.parametrize("count", [2, 3, 16, 64])
-@pytest.mark.parametrize("cap", [1.0, 0.5])
+@every(2, "count, cap", [2, 3, 16, 64], [1.0, 0.5])
 def test_min_norm(backend: str, generator: torch.Generator, count: int, cap: float) -> None:
     rows = torch.randn(16, count, 2 * count, generator=generator, dtype=torch.float64)
     rows[8:] *= 10 ** (6 * torch.rand(8, count, 1, generator=generator, dtype=torch.float64) - 3)
@@ -133,9 +137,7 @@ def test_min_norm(backend: str, generator: torch.Generator, count: int, cap: flo
     torch.testing.assert_close(weights.cpu(), expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("out_dtype", DTYPES)
-@pytest.mark.parametrize("alike", [True, False])
+@every(2, "dtype, out_dtype, alike", DTYPES, DTYPES, [True, False])
 def test_combine(
     backend: str, generator: torch.Generator, dtype: torch.dtype, out_dtype: torch.dtype, alike: bool
 ) -> None:
@@ -155,8 +157,7 @@ def test_combine(
     assert ((out.cpu().double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [2, 8, 24, 64])
+@every(2, "dtype, count", DTYPES, [2, 8, 24, 64])
 def test_resolve(backend: str, generator: torch.Generator, dtype: torch.dtype, count: int) -> None:
     rows, spans, cells = _shard(generator, count, dtype, alike=True)
     mask = torch.rand(NUM_CELLS, count, generator=generator) < 0.8

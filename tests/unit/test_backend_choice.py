@@ -14,7 +14,7 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.ops import build
-from bucketmoo_ds.ops.backends import choice, cpu, libraries
+from bucketmoo_ds.ops.backends import choice, cpu, cuda, libraries
 
 ROWS, SPANS, CELLS = [torch.tensor([1.0, 2.0])], torch.tensor([[0, 2]]), torch.tensor([0])
 
@@ -164,6 +164,34 @@ def test_a_device_that_falls_back_says_why_and_loudly_where_it_will_be_slow(
                 ops.choose_backend(name, "cuda")
 
 
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(
+    ("capability", "runs", "reason"),
+    [
+        ((9, 0), "cuda", ""),
+        ((11, 0), "triton", "cuda: has code for compute capability 8.0, 9.0, 10.0 and 12.0, the device has 11.0"),
+        ((7, 5), "reference", "triton: needs compute capability 8.0 or newer, the device has 7.5"),
+    ],
+)
+def test_the_compute_capability_decides(
+    capability: tuple[int, int], runs: str, reason: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(build, "cuda_library", asked.append)
+    monkeypatch.setattr(libraries, "load", lambda find: find() or "")
+    assert ops.choose_backend(device="cuda") == runs
+    (line,) = (line for line in lines if "backend of the ops on cuda:0: " in line)
+    assert reason in line
+    assert line.startswith("INFO" if runs == "cuda" else "WARNING")
+    assert ("SLOWER" in line) == (runs == "reference")
+    assert asked == ([["90"]] if runs == "cuda" else [])
+
+
 @pytest.mark.parametrize("content", [b"", b"half of a libr", b"\x7fELF\x02\x01\x01"])
 def test_a_file_that_is_no_library_is_a_reason(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "libbucketmoo_cpu.so"
@@ -177,3 +205,4 @@ def test_a_file_that_is_no_library_is_a_reason(content: bytes, tmp_path: Path) -
 def _forget() -> None:
     choice._automatic.cache_clear()
     cpu._load.cache_clear()
+    cuda._load.cache_clear()

@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder into which two processes have built at once, and the paths that they have printed."""
-    folder = tmp_path_factory.mktemp("build folder")  # with a space, which ninja would take for two names
+    folder = tmp_path_factory.mktemp("build folder")  # with a space, which a shell would take for two names
     root = str(Path(build.__file__).parents[2])
     environment = os.environ | {build.CACHE: str(folder), "PYTHONPATH": root}
     command = [sys.executable, "-c", PRINT_PATH]
@@ -103,21 +103,6 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     message = _failure()
     assert "no home folder" in message
     assert build.CACHE in message
-
-
-def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = build.importlib.util.find_spec
-    monkeypatch.setenv(build.CACHE, str(tmp_path))
-    monkeypatch.setenv("CXX", str(shutil.which("g++")))
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "ninja" else find_spec(name))
-    monkeypatch.setenv("PATH", "/nonexistent")
-    assert "pip install ninja" in _failure()
-    assert not build.can_build()
-    # The package of that name without its program.
-    monkeypatch.setattr(build, "_ninja", lambda: "/nonexistent/ninja")
-    message = _failure()
-    assert "/nonexistent/ninja does not start" in message
-    assert "pip install ninja" in message
 
 
 @pytest.mark.parametrize(
@@ -249,6 +234,17 @@ def test_other_sources_or_flags_are_another_library(tmp_path: Path) -> None:
     commands = {name: (*command, "-g") for name, command in library.commands.items()}
     changed = fingerprint(other), fingerprint(same, common=common), fingerprint(same, commands=commands)
     assert len({fingerprint(same), *changed}) == 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((7, 5), None), ((8, 0), "80"), ((8, 6), "80"), ((8, 9), "80"), ((9, 0), "90"), ((10, 0), "100"),
+        ((10, 3), "100"), ((11, 0), None), ((12, 0), "120"), ((12, 1), "120"), ((13, 0), "120"),
+    ],
+)  # fmt: skip
+def test_which_code_a_device_runs(capability: tuple[int, int], architecture: str | None) -> None:
+    assert build.architecture_of(capability) == architecture
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets to choose from are on x86-64")

@@ -1,7 +1,7 @@
 """Imports run downwards only: who may know what, read from the source of every file, its functions included.
 
-    ground (errors, logs, config, transfer) < ops, kernels < aggregate < comm < plan < data < pipeline < adapters
-        < integrations < apps
+    ground (errors, logs, patches, config, transfer) < ops, kernels < aggregate < comm < plan < data < pipeline
+        < adapters < integrations < apps
 
 A file may import what is below it and what lies beside it in its own folder. Beside these, `reference` knows the ground
 alone, since it judges the rest; adapters know their own framework and what they share, not each other; and below
@@ -21,7 +21,7 @@ PACKAGE = "bucketmoo_ds"
 REFERENCE = f"{PACKAGE}.reference"
 RULE = f"{PACKAGE}.aggregate.Aggregator"  # the type of the rule that the reference is handed
 
-GROUND = ("errors", "logs", "config", "transfer")
+GROUND = ("errors", "logs", "patches", "config", "transfer")
 LEVELS = (
     *GROUND, "ops", "aggregate", "comm", "plan", "data", "pipeline", "adapters", "integrations", "apps",
 )  # fmt: skip

@@ -7,13 +7,11 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import wrapt
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -32,6 +30,7 @@ from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
+from bucketmoo_ds.patches import when_imported, wrap
 from bucketmoo_ds.plan.blocks import Parameter, label_of, plain_name, plan_blocks
 from bucketmoo_ds.plan.choices import create_aggregator, create_exchange
 
@@ -59,37 +58,17 @@ def install() -> None:
 
     This happens when DeepSpeed is imported, so before it builds anything.
     """
-    _wrap(DeepSpeedEngine, "__init__", _initialize_engine)
-    _wrap(DeepSpeedEngine, "_do_args_sanity_check", _refuse_early)
-    _wrap(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
-    wrapt.when_imported("accelerate.utils.dataclasses")(_keep_auto)
+    wrap(DeepSpeedEngine, "__init__", _initialize_engine)
+    wrap(DeepSpeedEngine, "_do_args_sanity_check", _refuse_early)
+    wrap(DeepSpeedEngine, "_do_optimizer_sanity_check", _choose_optimizer)
+    when_imported("accelerate.utils.dataclasses", _keep_auto)
     warn_of_old_locks()
     late.stop_late_engines()
 
 
-def _wrap(owner: type, name: str, wrapper: Any) -> None:
-    """Wraps a method, unless a wrapper with our mark is in the chain already, below others' or above them.
-
-    Others may call it as a function or as a bound method, and pass on arguments as they like.
-    """
-    plain, mark = vars(owner)[name], wrapper.__name__
-    found = plain
-    while found is not None:
-        if getattr(found, "_bucket_moo_wrapper", None) == mark:
-            return
-        found = getattr(found, "__wrapped__", None)
-
-    @functools.wraps(plain)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(plain.__get__(self, type(self)), self, args, kwargs)
-
-    wrapped._bucket_moo_wrapper = mark  # type: ignore[attr-defined]
-    setattr(owner, name, wrapped)
-
-
 def _keep_auto(accelerate: ModuleType) -> None:
     """Accelerate wants a value of its own for every `"auto"` in a DeepSpeed JSON; those of our section stay."""
-    _wrap(accelerate.DeepSpeedPlugin, "fill_match", _fill_match)
+    wrap(accelerate.DeepSpeedPlugin, "fill_match", _fill_match)
 
 
 def _fill_match(wrapped: Any, plugin: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

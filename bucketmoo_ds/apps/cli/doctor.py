@@ -27,15 +27,15 @@ class Finding:
     way_out: str = ""
 
 
-# (package, what it is for, how to get it); the first two are needed, the others open a feature.
+# (package, what it is for, how to get it); the first is needed, the others open a feature.
 PACKAGES = (
     ("torch", "everything", "pip install torch"),
-    ("deepspeed", "the DeepSpeed adapter", "pip install 'deepspeed>=0.19.8,<0.20'"),
+    ("deepspeed", "the DeepSpeed adapter", "pip install 'bucketmoo-ds[deepspeed]'; torch's wrappers do without"),
     ("transformers", "train, quickstart", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
     ("datasets", "train, quickstart", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
     ("matplotlib", "report", "pip install 'bucketmoo-ds[train]', in a clone: '.[train]'"),
 )
-NEEDED = ("torch", "deepspeed")
+NEEDED = ("torch",)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import re
@@ -65,6 +66,9 @@ def run(options: argparse.Namespace) -> None:
             exchange=options.exchange,
         )
     )
+    if found.setup.framework == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        way_out = 'pip install "bucketmoo-ds[deepspeed]"'
+        print(f"WARNING: DeepSpeed is not installed here, and a run needs it: {way_out}", file=sys.stderr)
     if options.json:
         print(json.dumps(found.to_json(), indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bucketmoo_ds.apps.training.environment import PARENT, SETTINGS_STATUS, TERMINATED_STATUS
-from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.errors import BucketMOOError, MissingPackageError
 
 
 class RunFailedError(RuntimeError):
@@ -40,10 +41,16 @@ def launch(
         patience: seconds that ranks get to end themselves after SIGTERM.
 
     Raises:
+        MissingPackageError: DeepSpeed is not installed.
         BucketMOOError: a bad setting, which rank 0 has told already.
         RunFailedError: a rank failed. All others have ended.
         KeyboardInterrupt: Ctrl-C, or a request to terminate. All ranks have ended.
     """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingPackageError(
+            "the ranks train with DeepSpeed, which is not installed: pip install 'bucketmoo-ds[train]', in a clone: "
+            "'.[train]'"
+        )
     os.environ |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     for name in ("torch.distributed", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -31,10 +31,10 @@ def choose_backend(setting: str = "auto", device: torch.device | str = "cpu") ->
     Raises:
         ConfigError: the name is not known, or that backend cannot run on this device here, with the reason.
     """
-    device = torch.device(device)
+    device = _indexed(torch.device(device))
     source, name = _asked_for(setting)
     if name == "auto":
-        return _automatic(device.type)
+        return _automatic(device)
     reason = _load(name).unavailable(device)
     if reason:
         raise ConfigError(f'{source} = "{name}": {reason}')
@@ -67,7 +67,7 @@ def load_solver(setting: str, device: torch.device) -> ModuleType:
     by the CPU's own."""
     _, name = _asked_for(setting)
     if device.type == "cpu" and name != "auto" and _load(name).unavailable(device):
-        return _load(_automatic("cpu"))
+        return _load(_automatic(device))
     return load_backend(setting, device)
 
 
@@ -82,19 +82,26 @@ def _asked_for(setting: str) -> tuple[str, str]:
     return source, name
 
 
+def _indexed(device: torch.device) -> torch.device:
+    """Names the current one of several GPUs, which need not be alike."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 @functools.cache
-def _automatic(device_type: str) -> str:
+def _automatic(device: torch.device) -> str:
     skipped: list[str] = []
     for name in reversed(BACKENDS):
-        if device_type not in (_load(name).DEVICES or (device_type,)):
+        if device.type not in (_load(name).DEVICES or (device.type,)):
             continue
-        reason = _load(name).unavailable(torch.device(device_type))
+        reason = _load(name).unavailable(device)
         if not reason:
             why = f" ({'; '.join(skipped)})" if skipped else ""
-            idle = name == "reference" and device_type != "cpu"
+            idle = name == "reference" and device.type != "cpu"
             slow = ". IT IS MANY TIMES SLOWER than those, and the device waits for it" if idle else ""
             log = logger.warning if skipped else logger.info
-            log("backend of the ops on %s: %s%s%s", device_type, name, why, slow)
+            log("backend of the ops on %s: %s%s%s", device, name, why, slow)
             return name
         skipped.append(f"{name}: {reason}")
     raise AssertionError("the reference backend runs everywhere")

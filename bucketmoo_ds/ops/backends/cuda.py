@@ -32,6 +32,15 @@ def unavailable(device: torch.device) -> str:
         return f"runs on cuda, not on {device.type}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if build.architecture_of(capability) is None:
+        *first, last = (f"{each[:-1]}.{each[-1]}" for each in build.ARCHITECTURES)
+        return (
+            f"has code for compute capability {', '.join(first)} and {last}, the device has "
+            f"{capability[0]}.{capability[1]}"
+        )
     return _load()
 
 
@@ -113,7 +122,9 @@ def _tiles(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int)
 @functools.cache
 def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
-    return libraries.load(build.cuda_library)
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    found = {build.architecture_of(each) for each in capabilities}
+    return libraries.load(lambda: build.cuda_library([each for each in build.ARCHITECTURES if each in found]))
 
 
 def _ops() -> torch._ops._OpNamespace:
