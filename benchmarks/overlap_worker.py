@@ -27,7 +27,7 @@ BACKWARD, START, WAIT, END = "moo: backward", "moo: start", "moo: wait", "moo: e
 # What resolves, by label.
 RESOLVING = {
     "gram": [(ops, "gram"), (ops, "accumulate_gram")],
-    "all-reduce of Grams": [(Exchange, "all_reduce")],
+    "all-reduce of Grams": [(Exchange, "all_gather_grams"), (Exchange, "all_to_all_grams")],
     "solve": [(aggregate, "solve")],
     "combine": [(ops, "combine")],
     "control": [(Exchange, "_gather")],

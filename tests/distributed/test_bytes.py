@@ -177,8 +177,8 @@ def test_grams_and_control_are_small_and_do_not_grow_with_the_model(key: Key, re
     world_size, case = key[0], CASES[key]
     for result in results:
         moo = result["moo"]
-        # One Gram a bucket, K = W languages, float64: to everyone while streaming; deferred, to one rank, which tells its
-        # sum, with the weights.
+        # One Gram a bucket, K = W languages, float64: to everyone while streaming; deferred, to one rank, which tells
+        # everyone the sum, with the weights.
         languages, blocks = world_size, len(moo["buckets"])
         a_rank = -(-blocks // world_size) * (2 * languages**2 + languages)
         grams = blocks * languages**2 if moo["streaming"] else a_rank
