@@ -14,7 +14,7 @@ def to_device(numbers: Tensor | Sequence[int] | Sequence[float], dtype: torch.dt
     there = torch.as_tensor(numbers, dtype=dtype)
     if device.type == "cpu":
         return there
-    return _pinned(there.shape, dtype).copy_(there).to(device, non_blocking=True)
+    return pinned(there.shape, dtype).copy_(there).to(device, non_blocking=True)
 
 
 class ToHost:
@@ -29,7 +29,7 @@ class ToHost:
         self._event = None
         self._tensor = tensor.detach()
         if tensor.device.type != "cpu":
-            self._tensor = _pinned(tensor.shape, tensor.dtype).copy_(self._tensor, non_blocking=True)
+            self._tensor = pinned(tensor.shape, tensor.dtype).copy_(self._tensor, non_blocking=True)
             self._event = torch.get_device_module(tensor.device).Event()
             self._event.record()
 
@@ -40,5 +40,6 @@ class ToHost:
         return self._tensor
 
 
-def _pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Returns memory of the host that a device copies from and to by itself."""
     return torch.empty(shape, dtype=dtype, pin_memory=True)

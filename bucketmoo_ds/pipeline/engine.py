@@ -427,7 +427,7 @@ class BucketMOO:
 
     def _rows(self, bucket: int) -> list[Tensor]:
         """The stored rows of the present languages, on the device."""
-        return [row.to(self._device) for row in self._store.rows(bucket, self.window.present)]
+        return [row.to(self._device, non_blocking=True) for row in self._store.rows(bucket, self.window.present)]
 
     def _accumulate_gram(
         self, bucket: int, rows: list[Tensor], fresh: list[bool], slices: Tensor, arriving: _Arriving

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.transfer import pinned
+
 
 class Claim(NamedTuple):
     """Rows `[S]` float32, and which of them are void: the first gradient overwrites such a row."""
@@ -23,7 +25,8 @@ class RowStore:
     overwrites it, so that nothing is ever filled with zeros.
 
     Args:
-        storage: `float32`, `bfloat16` (rounded with every gradient that is added), or `host`: float32 in host memory.
+        storage: `float32`, `bfloat16` (rounded with every gradient that is added), or `host`: float32 in host memory,
+            from where a row is fetched to be added to, and sent back; the host waits for neither.
     """
 
     def __init__(self, storage: str = "float32") -> None:
@@ -40,15 +43,19 @@ class RowStore:
     def add(self, bucket: int, language: int, gradient: Tensor, scale: float) -> None:
         """Adds `scale * gradient` (`[S]`, any floating dtype) to a row."""
         key = (bucket, language)
-        if self._on_host:
-            gradient = gradient.cpu()
-        if key in self._filled:
-            self._rows[key].add_(gradient, alpha=scale)
-            return
+        row, fresh = self._row(key, gradient), key not in self._filled
         self._filled.add(key)
-        row = self._row(key, gradient).copy_(gradient)
-        if scale != 1.0:
-            row.mul_(scale)
+        here = row if row.device == gradient.device else torch.empty_like(row, device=gradient.device)
+        if fresh:
+            here.copy_(gradient)
+            if scale != 1.0:
+                here.mul_(scale)
+        else:
+            if here is not row:
+                here.copy_(row, non_blocking=True)
+            here.add_(gradient, alpha=scale)
+        if here is not row:
+            row.copy_(here, non_blocking=True)
 
     def claim(self, bucket: int, languages: list[int], receiving: Collection[int], like: Tensor) -> Claim:
         """Hands the rows of the languages to a caller who now adds a gradient `like` this one to each of `receiving`.
@@ -72,9 +79,11 @@ class RowStore:
 
     def _row(self, key: tuple[int, int], like: Tensor) -> Tensor:
         if key not in self._rows:
-            device = torch.device("cpu") if self._on_host else like.device
-            self._rows[key] = torch.empty(
-                like.shape, dtype=self._dtype, device=device, pin_memory=self._on_host and like.is_cuda
+            away = self._on_host and like.device.type != "cpu"
+            self._rows[key] = (
+                pinned(like.shape, self._dtype)
+                if away
+                else torch.empty(like.shape, dtype=self._dtype, device=like.device)
             )
         return self._rows[key]
 

@@ -145,7 +145,7 @@ class FakeDevice(TorchDispatchMode):
         if name in READS or _by_boolean(name, args) or (target is not None and torch.device(target).type == "cpu"):
             self.reads[name] += 1
         elif into_host:
-            if not (len(args) > 2 and args[2]):  # non_blocking
+            if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
                 self.reads["copy_"] += 1
         elif name not in VIEWS:
             self.kernels[name] += 1

@@ -19,7 +19,7 @@ from bucketmoo_ds import transfer
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Entries, LanguageTracker, Slot
-from bucketmoo_ds.pipeline import engine
+from bucketmoo_ds.pipeline import engine, store
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 
@@ -87,7 +87,8 @@ def run_window(moo: BucketMOO, micro_steps: int) -> None:
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     Event.waits = 0
-    monkeypatch.setattr(transfer, "_pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    for module in (transfer, store):
+        monkeypatch.setattr(module, "pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,16 @@ def test_the_host_waits_once_a_window(
     assert moo.last is not None
     assert not moo.last.nonfinite
     assert moo.last.weights.sum() > 0
+
+
+@pytest.mark.parametrize("row_storage", ["host", "bfloat16"])
+def test_rows_are_kept_without_a_wait(row_storage: str) -> None:
+    with FakeDevice() as device:
+        moo = make(Echo(2), 3, aggregator="mgda", row_storage=row_storage)
+        run_window(moo, 3)
+        assert (device.reads, device.pageable, Event.waits) == ({}, 0, 0)
+        moo.finish()
+        assert (device.reads, device.pageable, Event.waits) == ({}, 0, 1)
 
 
 def test_a_read_is_seen() -> None:

@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Size] = []
     monkeypatch.setattr(
-        transfer, "_pinned", lambda shape, dtype: (pinned.append(shape), torch.empty(shape, dtype=dtype))[1]
+        transfer, "pinned", lambda shape, dtype: (pinned.append(shape), torch.empty(shape, dtype=dtype))[1]
     )
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
     mask = torch.empty(3, 4, dtype=torch.bool, device="meta")
