@@ -22,10 +22,10 @@ began=$SECONDS
 BUCKETMOO_BUILD_DIR=$folder/build "$folder/venv/bin/python" - << 'END'
 import os
 import re
-import shutil
 import subprocess
 
 import torch
+import triton
 
 from bucketmoo_ds.ops import build
 
@@ -33,10 +33,11 @@ print(f"torch {torch.__version__}, CUDA {torch.version.cuda}")
 library = build.cuda_library()
 torch.ops.load_library(library)
 print(f"{os.path.basename(library)}: {os.path.getsize(library) / 2**20:.1f} MiB")
-if tool := shutil.which("cuobjdump"):
-    for what, how in (("machine code", "-lelf"), ("PTX", "-lptx")):
-        listed = subprocess.run([tool, how, library], capture_output=True, text=True, check=True).stdout
-        print(f"{what}: {', '.join(sorted(set(re.findall(r'sm_[0-9]+', listed)), key=lambda name: int(name[3:])))}")
+tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
+for what, how in (("machine code", "-lelf"), ("PTX", "-lptx")):
+    listed = subprocess.run([tool, how, library], capture_output=True, text=True, check=True).stdout
+    found = {name: listed.count(name) for name in set(re.findall(r"sm_[0-9]+", listed))}
+    print(f"{what}: {', '.join(f'{name} ({count} files)' for name, count in sorted(found.items()))}")
 for schema in torch._C._jit_get_all_schemas():
     if schema.name.startswith("bucketmoo_ds_cuda::"):
         print(schema)
