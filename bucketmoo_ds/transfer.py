@@ -12,8 +12,8 @@ from torch import Tensor
 def to_device(numbers: Tensor | Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns numbers of the host as a tensor on a device. On an accelerator the host does not wait for the copy."""
     there = torch.as_tensor(numbers, dtype=dtype)
-    if device.type == "cpu":
-        return there
+    if device.type in ("cpu", "meta"):
+        return there.to(device)
     return pinned(there.shape, dtype).copy_(there).to(device, non_blocking=True)
 
 

@@ -23,6 +23,8 @@ from distributed.tolerances import tolerance
 from draw import SEED, Case, Key, one_world_size, pairwise, parametrized
 from outcomes import Outcomes
 
+from bucketmoo_ds import aggregate
+
 WORLD_SIZES = (2, 3, 4)
 STAGES = (0, 1, 2, 3)
 NIGHTLY_ARRAYS = 3
@@ -71,12 +73,12 @@ NEVER = (
     # DeepSpeed refuses a float32 accumulation of ZeRO-0, and we fp16.
     lambda stage, numbers: stage == 0 and numbers not in ("fp32", "bf16"),
     lambda stage, numbers: stage == 3 and numbers == "autocast",
-    # What a rank adds up in 16 bits is a row that is rounded: an aggregator that turns with small changes of a Gram is
-    # only as close as they make it.
+    # What a rank adds up in 16 bits is a row that is rounded, and weights that answer to it are only as close as that
+    # makes them: MGDA's combined row moves by 2^-8 to 2^-7 of the rows then, on 2 to 4 ranks.
     lambda stage, numbers, micro_steps, aggregator: stage < 2
     and numbers in ("bf16", "bf16-fp32", "fp16")
     and micro_steps > 1
-    and aggregator not in ("mgda", "mean"),
+    and aggregator != "mean",
 )
 
 
@@ -127,16 +129,21 @@ DRAWN = [*ARRAYS[0], *one_world_size(FEATURES)]
 
 
 def exchanges(case: Case) -> int:
-    """Exchanges a window: ZeRO-1 has one where ranks keep their languages, and else is not asked."""
-    return 1 if case["stage"] == 1 and case.get("affinity") != "micro_step" else int(case["micro_steps"])
+    """Exchanges a window: ZeRO-0 and 1 have one where ranks keep their languages, and else are not asked."""
+    return 1 if case["stage"] < 2 and case.get("affinity") != "micro_step" else int(case["micro_steps"])
+
+
+def streams(case: Case) -> bool:
+    """Whether it has to."""
+    rule = aggregate.create(case.get("aggregator", "mgda"))
+    return exchanges(case) == 1 and case.get("granularity", "bucket") == "bucket" and rule.cheap
 
 
 def runs_twice(key: Key) -> bool:
     """With 2 ranks every case of ZeRO-1 and 2; else those that stream, whose second run takes another path. (ZeRO-3
     takes three times as long.)"""
     case = CASES[key]
-    streams = exchanges(case) == 1 and case.get("granularity", "bucket") == "bucket"
-    return streams or (key[0] == 2 and case["stage"] < 3)
+    return streams(case) or (key[0] == 2 and case["stage"] < 3)
 
 
 every_case = parametrized(CASES, DRAWN)
@@ -182,9 +189,9 @@ def test_second_run_and_other_mode_give_the_same_bits(key: Key, outcomes: Outcom
     for result in outcomes[key]:
         automatic, deferred = result["streaming"]
         assert not deferred
-        if exchanges(case) > 1 and case["stage"] != 1:
+        if exchanges(case) > 1 and case["stage"] > 1:
             assert not automatic, "rows of several micro-steps cannot be resolved while streaming"
-        elif case.get("granularity", "bucket") == "bucket":
+        elif streams(case):
             assert automatic, "this test would not compare the two modes"
         assert result["parameters"][0] == result["parameters"][1], outcomes.explain(key)
 

@@ -40,13 +40,13 @@ def test_layout_bytes_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert [rows(text, str(node)) for node in range(8)] == [
         [str(node), f"{8 * node}-{8 * node + 7}", str(node)] for node in range(8)
     ]
-    # 32 GB of gradient: 63/64 of it; between nodes an eighth of that in a ring, 56/64 flat, 7/64 in two stages. 32
-    # blocks of 8 x 8 numbers are 32 a rank, sent 126 times.
+    # 32 GB of gradient: 63/64 of it; between nodes an eighth of that in a ring, 56/64 flat, 7/64 in two stages. The
+    # Grams of 32 blocks, 8 x 8 numbers of 8 bytes, to 63 ranks.
     assert rows(text, "plain reduce-scatter") == [
         "plain reduce-scatter", "", "31.5 GB", "", "", "31.5 GB", "1.00", "3.9 GB", "1.00",
     ]  # fmt: skip
-    assert rows(text, "flat") == ["flat", "8", "31.5 GB", "", "32.3 kB", "31.5 GB", "1.00", "28.0 GB", "7.11"]
-    assert rows(text, "two_stage *")[1:] == ["8", "31.5 GB", "", "32.3 kB", "31.5 GB", "1.00", "3.5 GB", "0.89"]
+    assert rows(text, "flat") == ["flat", "8", "31.5 GB", "", "1.0 MB", "31.5 GB", "1.00", "28.0 GB", "7.11"]
+    assert rows(text, "two_stage *")[1:] == ["8", "31.5 GB", "", "1.0 MB", "31.5 GB", "1.00", "3.5 GB", "0.89"]
     assert rows(text, "float32") == ["float32", "4.0 GB", ""]
     assert rows(text, "bfloat16") == ["bfloat16", "2.0 GB", ""]
     assert rows(text, "host") == ["host", "125.0 MB", "4.0 GB"]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,9 +74,12 @@ class _Device:
 
 
 @pytest.mark.usefixtures("a_device_to_compile_for")
-def test_what_runs_is_what_was_compiled_ahead_of_time(launched: list[tuple[Any, ...]]) -> None:
+def test_what_runs_is_what_was_compiled_ahead_of_time(
+    launched: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Triton makes a kernel of its own for numbers that are 1, and for numbers and addresses that are multiples of 16:
     not for ours, and types are those of the table."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what another clone has compiled names its files
     rows = [torch.randn(1000) for _ in range(16)]
     spans, cells = torch.tensor([[0, 1000]]), torch.tensor([0])
     backend.accumulate_gram(rows, rows[:1], [0], [1.0], [False] * 16, spans, cells, 1)
