@@ -289,7 +289,8 @@ def compare_window(
       of one element cancel).
     * `weights`: of a block's weights, absolute.
     * `norm`: of the global norm that DeepSpeed clips by, relative.
-    * `update`: of the float32 parameters after the step (SGD, clipped), relative to their norm.
+    * `update`: of the float32 parameters after the step (SGD, clipped), relative to the norms of the parameter and of
+      the step: where these nearly cancel, what is left is much smaller.
     """
     everyone: list[Any] = [None] * worker.WORLD_SIZE
     dist.all_gather_object(everyone, micro_gradients)
@@ -343,9 +344,9 @@ def update_error(
     names = {param: plain_name(name) for name, param in engine.module.named_parameters()}
     for decay, params in zip(decays, user_groups(engine.optimizer), strict=True):
         for name in (names[param] for param in params):
-            step = expected[name].flatten() / divisor + decay * before[name]
-            wanted = before[name] - LEARNING_RATE * step
-            worst = max(worst, ratio(float((after[name] - wanted).norm()), float(wanted.norm())))
+            step = LEARNING_RATE * (expected[name].flatten() / divisor + decay * before[name])
+            error = (after[name] - (before[name] - step)).norm()
+            worst = max(worst, ratio(float(error), float(before[name].norm() + step.norm())))
     return worst
 
 

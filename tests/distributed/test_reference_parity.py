@@ -169,8 +169,7 @@ def test_combined_gradient_is_the_reference(key: Key, outcomes: Outcomes) -> Non
 @every_case
 def test_norm_and_update_are_the_reference(key: Key, outcomes: Outcomes) -> None:
     # The norm is summed in float32 over about 3,000 squares, in partial sums: 1e-6. The update of a float32 parameter
-    # is rounded to float32 relative to the parameter; an error e of the gradient moves it by 0.05 e |g| / |p| only,
-    # and no parameter's gradient is 20 times its norm here.
+    # is rounded to float32 relative to the parameter, and to the step by which the gradient's error moves it.
     limit = max(tolerance(CASES[key]), 1e-6)
     for result in outcomes[key]:
         assert result["norm"] <= limit, f"{result}, {outcomes.explain(key)}"
