@@ -16,11 +16,12 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_table import interval
 from torch import Tensor, nn
 
 import bucketmoo_ds as bm
@@ -231,7 +232,7 @@ def fsdp2(device: torch.device, out: Path) -> Found:
         "micro_steps": len(LANGUAGES),
         "seconds": seconds,
         "ratio": statistics.median(ratios),
-        "interval": _interval(ratios),
+        "interval": interval(ratios),
         "profile": profile,
         "failures": [],
     }
@@ -263,13 +264,6 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _interval(ratios: Sequence[float]) -> list[float]:
-    """Returns where 95 of 100 medians lie of as many ratios drawn from these with replacement (the bootstrap)."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return [medians[50], medians[-51]]
 
 
 def _profile(arm: Arm, device: torch.device, out: Path) -> list[Found]:

@@ -123,7 +123,7 @@ def _time_row(settings: Entry, arm: Entry, plain: Entry) -> tuple[str, ...]:
     baseline = arm is plain
     return (
         _spread(milliseconds, ".0f"),
-        "1" if baseline else _interval(ratios),
+        "1" if baseline else _ratio(ratios),
         "" if peak is None else f"{peak / MEBI:.0f}",
         "" if peak is None else "1" if baseline else f"{peak / plain_peak:.2f}",
         "" if baseline else f"{max(rank['row_store'] for rank in arm['ranks']) / MEBI:.0f}",
@@ -150,12 +150,17 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}})"
 
 
-def _interval(ratios: Sequence[float]) -> str:
-    """The median and its bootstrap interval of 95 %, which is the same in each rendering."""
+def _ratio(ratios: Sequence[float]) -> str:
+    low, high = interval(ratios)
+    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Returns where 95 of 100 medians lie of as many ratios drawn from these with replacement (the bootstrap), the same
+    in each rendering."""
     draw = random.Random(0)
     medians = [statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000)]
-    low, high = (_percentile(medians, share) for share in (0.025, 0.975))
-    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+    return _percentile(medians, 0.025), _percentile(medians, 0.975)
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

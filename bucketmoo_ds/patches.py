@@ -4,6 +4,7 @@ have wrapped already or wrap later."""
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -38,7 +39,7 @@ def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
         name: of the method.
         wrapper: called with the bound method, the object, positional and keyword arguments.
     """
-    plain, mark = vars(owner)[name], wrapper.__name__
+    plain, mark = inspect.getattr_static(owner, name), wrapper.__name__  # of the class, or inherited
     found = plain
     while found is not None:
         if getattr(found, "_bucket_moo_wrapper", None) == mark:

@@ -17,18 +17,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import struct
-from collections.abc import Iterator, MutableMapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.errors import LanguageError
 from bucketmoo_ds.transfer import ToHost
+
+T = TypeVar("T")
 
 TOKENS_KEY = "target_tokens"
 DIVISOR_KEY = "loss_divisor"
@@ -66,7 +69,7 @@ class Slot:
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
     """One forward pass. Numbers that lie on a device are on their way to the host (`ToHost`), and read when a backward
-    has come: a forward pass waits for nothing.
+    has come: a forward pass waits for nothing. The host's are read at once, for they may be overwritten.
 
     Args:
         language: index of its language.
@@ -76,9 +79,9 @@ class MicroBatch:
     """
 
     language: int
-    target_tokens: object = None
-    loss_divisor: object = None
-    num_items: object = None
+    target_tokens: int | ToHost | None = None
+    loss_divisor: float | ToHost | None = None
+    num_items: float | ToHost | None = None
 
 
 class StatedLoss(Protocol):
@@ -239,7 +242,7 @@ class LanguageTracker:
         told = [batch.target_tokens for batch in batches if batch.target_tokens is not None]
         if not told and stated is not None:
             told = [each for each in [self._count_labels(stated.entries)] if each is not None]
-        tokens = sum(map(_count, told)) if told else None
+        tokens = sum(_count(_read(each)) for each in told) if told else None
         items = _only("num_items_in_batch", [batch.num_items for batch in batches])
         divisor, source = _only(DIVISOR_KEY, [batch.loss_divisor for batch in batches]), DIVISOR_KEY
         if divisor is None and stated is not None:
@@ -282,9 +285,9 @@ class LanguageTracker:
         divisor = entries.loss_divisor if entries.loss_divisor is not None else default.loss_divisor
         return MicroBatch(
             indices.pop(),
-            self._count_labels(entries) if tokens is None else _sent(tokens),
-            _sent(divisor),
-            _sent(entries.num_items),
+            self._count_labels(entries) if tokens is None else _told(tokens, _count),
+            _told(divisor, functools.partial(_number, DIVISOR_KEY)),
+            _told(entries.num_items, functools.partial(_number, "num_items_in_batch")),
         )
 
     def _count_labels(self, entries: Entries) -> ToHost | None:
@@ -325,16 +328,18 @@ def _checked(found: MicroBatch | LanguageError) -> MicroBatch:
     return found
 
 
-def _sent(value: object) -> object:
-    """Returns a value that may be a device's tensor, on its way to the host."""
-    return ToHost(value) if isinstance(value, torch.Tensor) else value
+def _told(value: object, number: Callable[[object], T]) -> T | ToHost | None:
+    """Returns the number that a value is, or a device's tensor on its way to the host."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return ToHost(value)
+    return None if value is None else number(value)
 
 
-def _read(value: object) -> Any:
-    return value.read() if isinstance(value, ToHost) else value
+def _read(told: T | ToHost) -> T | Tensor:
+    return told.read() if isinstance(told, ToHost) else told
 
 
-def _only(name: str, told: Sequence[object]) -> float | None:
+def _only(name: str, told: Sequence[float | ToHost | None]) -> float | None:
     """Returns the one number that the forward passes of a backward were told."""
     different = sorted({_number(name, _read(number)) for number in told if number is not None})
     if len(different) > 1:
@@ -342,8 +347,7 @@ def _only(name: str, told: Sequence[object]) -> float | None:
     return different[0] if different else None
 
 
-def _count(told: object) -> int:
-    tokens = _read(told)
+def _count(tokens: Any) -> int:
     count = tokens.sum().item() if hasattr(tokens, "sum") else tokens
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise LanguageError(f"{TOKENS_KEY} = {count!r}: expected a whole number, 0 or more")

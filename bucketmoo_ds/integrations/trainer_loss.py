@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from bucketmoo_ds.data.batch import IGNORED_LABEL, Entries, shifts_labels, stated_loss, stating
 from bucketmoo_ds.errors import LanguageError
 from bucketmoo_ds.patches import wrap
+from bucketmoo_ds.transfer import ToHost
 
 # Divides the sum over the target tokens by `num_items_in_batch`, and multiplies it by the ranks, as Trainer does.
 _DIVIDES_AS_TRAINER = "SFTTrainer.compute_loss"
@@ -51,7 +52,7 @@ class TrainerLoss:
 
     def __init__(self, trainer: Any, inputs: Any, num_items: Any) -> None:
         self._trainer = trainer
-        self._num_items = num_items
+        self._num_items = ToHost(num_items) if isinstance(num_items, Tensor) else num_items
         self.entries = Entries()
         if isinstance(inputs, Mapping):
             self.entries = Entries(labels=inputs.get("labels"), shift_labels=inputs.get("shift_labels"))
@@ -85,7 +86,7 @@ class TrainerLoss:
                 "sum over the target tokens divided by num_items_in_batch"
                 + ("" if by_function else ", and False where it is their mean")
             )
-        items = float(self._num_items)
+        items = float(self._num_items.read() if isinstance(self._num_items, ToHost) else self._num_items)
         all_ranks = trainer.args.average_tokens_across_devices
         ranks = trainer.accelerator.num_processes // trainer.get_tp_size() if all_ranks else 1
         if self.made is not None and self._is_mean(self.made[0].detach() / ranks, self.made[1], items):

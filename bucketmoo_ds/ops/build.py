@@ -295,7 +295,7 @@ def _build(library: Library, folder: Path) -> None:
         ]
         link, linked = library.link
         links = (*link, *objects.values(), "-o", f"{made}/{library.file}", *linked)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = [said for said in pool.map(_failure, compiles) if said] or [_failure(links)]
         if any(failures):
             log = folder / f"{library.name}.log"

@@ -195,15 +195,15 @@ class BucketMOO:
     def ingest(self, bucket: int, flat: Tensor, part: int = 0) -> None:
         """Takes this rank's gradient of a bucket: `[W * S]`, zero-padded, of the slot in `Window.sources(part)`.
 
-        `flat` belongs to the engine from here on. Its exchange waits for what has made it; those that are on their way
-        are received and resolved beside the kernels of backward that are queued by now.
+        `flat` is lent to the engine until `end_micro_step` returns. Its exchange waits for what has made it; those that
+        are on their way are received and resolved beside the kernels of backward that are queued by now.
         """
         self._pending.append(self._send(bucket, flat, part))
         with self._side.beside():
             self._receive(self._depth)
 
     def end_micro_step(self, contributed: Sequence[bool]) -> None:
-        """Waits for this micro-step's buckets.
+        """Waits for this micro-step's buckets. What the caller queues from here on may write where they lay.
 
         Args:
             contributed: for each parameter of the plan, whether this rank had a gradient for it.
@@ -212,6 +212,7 @@ class BucketMOO:
         with self._side.beside():
             self._receive(0)
             self._resolve_held()
+        self._side.join()
         self._contributions.add(contributed)
 
     def check_contributions(self) -> None:

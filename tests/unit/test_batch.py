@@ -135,6 +135,19 @@ def test_language_holds_for_the_forward_not_the_backward() -> None:
         assert one.slot(1, 1).language == 1
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_numbers_are_those_of_the_forward_pass(kind: Any) -> None:
+    """Whoever made them may overwrite them before the backward: a loader that fills one buffer again and again."""
+    one = tracker()
+    tokens, divisor = kind([4, 3]), kind(20.0)
+    one.note(Entries(language="de", target_tokens=tokens, loss_divisor=divisor), training=True)
+    tokens *= 2
+    divisor *= 2
+    slot = one.slot(1, 1)
+    assert isinstance(slot, Slot)
+    assert (slot.target_tokens, slot.scale) == (7, 20.0)
+
+
 def test_an_error_of_one_forward_is_not_lost_in_the_next() -> None:
     one = tracker()
     for language in ("xx", "de"):

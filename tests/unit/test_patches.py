@@ -76,3 +76,15 @@ def test_a_method_is_wrapped_once_below_others_wrappers_or_above() -> None:
     Theirs.method = doubled(Theirs.method)  # type: ignore[method-assign]
     wrap(Theirs, "method", ours)
     assert Theirs().method(3) == 10 * (4 * 3 + 1)
+
+
+def test_an_inherited_method_is_wrapped_in_the_class_that_was_named() -> None:
+    class Base:
+        def method(self) -> int:
+            return 1
+
+    class Theirs(Base):
+        """Inherits it."""
+
+    wrap(Theirs, "method", lambda wrapped, theirs, args, kwargs: 10 * wrapped(*args, **kwargs))
+    assert (Theirs().method(), Base().method()) == (10, 1)

@@ -145,6 +145,7 @@ def test_an_older_bucket_is_received_beside_the_newer_ones_backward(device: Fake
         (own, "waits for bucket", "0"),
         follows,
         (own, "waits for bucket", "2"),
+        (mine, "waits for", own),  # before the next micro-step writes where the buckets lay
         follows,
         (mine, "waits for", own),
     ]

@@ -60,13 +60,14 @@ class StageReduction:
         self.begin()
 
     def end_micro_step(self) -> bool:
-        """Exchanges what is left of the micro-step; again, or after a backward that opened none, it does nothing.
+        """Exchanges what is left of the micro-step, where it is exchanged; again, or after a backward that opened none,
+        it does nothing.
 
         Returns:
             Whether the window can be resolved now.
         """
         self._open_if_due()
-        if not self.micro.is_open:
+        if not (self.micro.is_open and self.micro.exchanges):
             return False
         self.micro.close(self.end())
         self.after_exchange()

@@ -26,7 +26,7 @@ class ReplicatedEngine(BucketMOOEngine):
     reduction: ReplicatedReduction
 
     def _backward_epilogue(self) -> None:
-        if self.at_boundary() and self.reduction.end_micro_step():
+        if self.reduction.end_micro_step():
             self.reduction.finish()
         super()._backward_epilogue()
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.adapters.deepspeed import initialize
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.apps.corpus.evaluate import EvaluationSet, bits_per_byte, nll_sums
@@ -141,6 +142,7 @@ class _Loop:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.data = dataset.with_format("torch", columns=["input_ids", "labels"])
         self.micro_steps = int(self.engine.gradient_accumulation_steps())
+        zero = table.find("deepspeed", self.engine.zero_optimization_stage())
         self.sampler = LanguageBatchSampler(
             dataset,
             self.config,
@@ -152,7 +154,7 @@ class _Loop:
             temperature=settings.temperature,
             repeat=settings.repeat,
             seed=settings.seed,
-            affinity="window" if self.engine.zero_optimization_stage() == 1 else "micro_step",
+            affinity="window" if zero.exchanged == table.ONCE_A_WINDOW else "micro_step",
         )
         self._batches = iter(self.sampler)
         self._table = LanguageTable(self.config.languages)
