@@ -34,6 +34,8 @@ __all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__ver
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name == "mixed":  # of no framework
+        return importlib.import_module("bucketmoo_ds.adapters.mixed")
     for framework in importlib.import_module("bucketmoo_ds.adapters.table").FRAMEWORKS:
         first, _, rest = framework.public.partition(".")
         if name == first:

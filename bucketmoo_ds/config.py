@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("language", "token"),
     "normalize": ("none", "unit"),
     "rescale": ("none", "mean"),
-    "mode": ("auto", "streaming", "deferred"),
+    "mode": ("auto", "streaming", "deferred", "mixed"),
     "exchange": ("auto", "flat", "two_stage"),
     "row_storage": ("float32", "bfloat16", "host"),
 }
@@ -69,7 +69,10 @@ class BucketMOOConfig:
         rescale: `mean` scales the combined gradient of a block to the norm of its mean row, so that a learning rate
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
-            window and resolves all blocks at the boundary; `auto` streams where that is possible.
+            window and resolves all blocks at the boundary; `auto` streams where that is possible. `mixed`:
+            micro-batches mix languages, and weights come from Grams of earlier windows (`bucketmoo_ds.mixed`).
+        gram_every: in mode `mixed`, the windows from one Gram to the next.
+        smoothing: in mode `mixed`, the share in [0, 1) that the running mean of Grams keeps when a new one comes.
         exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: they are added
             up among the ranks of a node, which must train on one language in a micro-step, and what is left is
             exchanged across nodes: the same bytes in all, and far fewer between nodes. `auto`: two stages in every
@@ -97,6 +100,8 @@ class BucketMOOConfig:
     normalize: str = "none"
     rescale: str = "none"
     mode: str = "auto"
+    gram_every: int = 8
+    smoothing: float = 0.9
     exchange: str = "auto"
     ranks_per_node: int = 0
     row_storage: str = "float32"
@@ -127,6 +132,11 @@ class BucketMOOConfig:
             _expect(name, value, int, "a whole number")
             if isinstance(value, bool) or not 0 <= value < 2**63:
                 raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
+        if isinstance(self.gram_every, bool) or not isinstance(self.gram_every, int) or self.gram_every < 1:
+            raise ConfigError(f"{SECTION}.gram_every = {self.gram_every!r}: expected a whole number, 1 or more")
+        _expect("smoothing", self.smoothing, int | float, "a number")
+        if not 0 <= self.smoothing < 1:
+            raise ConfigError(f"{SECTION}.smoothing = {self.smoothing!r}: expected a number from 0 to below 1")
         if not self.language_key:
             raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
         for name, known in CHOICES.items():

@@ -107,9 +107,13 @@ def watch(output: Any, reached: Callable[[], None]) -> None:
     Args:
         output: tensors, or whatever holds them.
     """
-    for tensor in _tensors(output, depth=4):
-        if tensor.requires_grad:
-            tensor.register_hook(torch.compiler.disable(lambda gradient: reached()))
+    for tensor in tensors_of(output):
+        tensor.register_hook(torch.compiler.disable(lambda gradient: reached()))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Returns the tensors with a graph in what a forward pass has returned, whatever holds them."""
+    return [tensor for tensor in _tensors(output, depth=4) if tensor.requires_grad]
 
 
 def _tensors(output: Any, depth: int) -> Iterator[Tensor]:

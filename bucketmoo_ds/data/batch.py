@@ -188,6 +188,10 @@ class LanguageTracker:
             found: MicroBatch | LanguageError = self._micro_batch(entries)
         except LanguageError as error:
             found = error
+        return self.remember(found, training)
+
+    def remember(self, found: MicroBatch | LanguageError, training: bool) -> Passage:
+        """Remembers what a forward pass said about itself; see `note`."""
         passage = Passage(found)
         if training:
             self._pending.append(passage)
@@ -210,22 +214,26 @@ class LanguageTracker:
         The scale makes the sum of `scale * gradient` over a language's micro-batches the gradient of the sum of its
         token losses, see docs/theory.md, section 2.
         """
-        passages = self._pending or self._latest_in_evaluation
-        self.forget()
         try:
-            if not passages:
-                raise LanguageError(
-                    "a backward without a forward pass of the model since the last one: call backward once after every "
-                    "forward pass, before the next one (add losses over one forward pass up for it), and call the "
-                    "model that was registered (the engine), not a module inside of it"
-                )
-            batches = [_checked(each.found) for each in passages if not each.aside]
-            batches = batches or [_checked(each.found) for each in passages]
+            batches = self._take()
             language = self._language(batches)
             tokens, divisor = self._normalisation(batches, world_size)
             return Slot(language, tokens, float(micro_steps * tokens) if divisor is None else divisor)
         except LanguageError as error:
             return error
+
+    def _take(self) -> list[MicroBatch]:
+        """Returns what the forward passes since the last call said about themselves, and forgets them."""
+        passages = self._pending or self._latest_in_evaluation
+        self.forget()
+        if not passages:
+            raise LanguageError(
+                "a backward without a forward pass of the model since the last one: call backward once after every "
+                "forward pass, before the next one (add losses over one forward pass up for it), and call the "
+                "model that was registered (the engine), not a module inside of it"
+            )
+        batches = [_checked(each.found) for each in passages if not each.aside]
+        return batches or [_checked(each.found) for each in passages]
 
     def _language(self, batches: Sequence[MicroBatch]) -> int:
         names = sorted({self._table.names[batch.language] for batch in batches})
@@ -268,24 +276,37 @@ class LanguageTracker:
         return tokens, divisor
 
     def _micro_batch(self, entries: Entries) -> MicroBatch:
-        default = self._default
-        if entries.language is None and default.language is None:
+        told = self._languages_told(entries)
+        indices = {self._table.index_of_batch(value) for value in told}
+        if len(indices) > 1:
+            raise LanguageError(
+                f"the batch says {entries.language!r}, but engine.language(...) says {self._default.language!r}; name "
+                "it in one place"
+            )
+        tokens = self._tokens_told(entries)
+        return MicroBatch(
+            indices.pop(),
+            self._count_labels(entries) if tokens is None else _told(tokens, _count),
+            *self._loss_told(entries),
+        )
+
+    def _languages_told(self, entries: Entries) -> list[object]:
+        """Returns what the batch and `language(...)` say; at least one of them does."""
+        told = [value for value in (entries.language, self._default.language) if value is not None]
+        if not told:
             raise LanguageError(
                 f'the micro-batch names no language: add the entry "{self._key}" to the batch, or run it inside '
                 '`with engine.language("de"):`'
             )
-        told = [value for value in (entries.language, default.language) if value is not None]
-        indices = {self._table.index_of_batch(value) for value in told}
-        if len(indices) > 1:
-            raise LanguageError(
-                f"the batch says {entries.language!r}, but engine.language(...) says {default.language!r}; name it in "
-                "one place"
-            )
-        tokens = entries.target_tokens if entries.target_tokens is not None else default.target_tokens
-        divisor = entries.loss_divisor if entries.loss_divisor is not None else default.loss_divisor
-        return MicroBatch(
-            indices.pop(),
-            self._count_labels(entries) if tokens is None else _told(tokens, _count),
+        return told
+
+    def _tokens_told(self, entries: Entries) -> object:
+        return entries.target_tokens if entries.target_tokens is not None else self._default.target_tokens
+
+    def _loss_told(self, entries: Entries) -> tuple[float | ToHost | None, float | ToHost | None]:
+        """Returns the loss_divisor and num_items."""
+        divisor = entries.loss_divisor if entries.loss_divisor is not None else self._default.loss_divisor
+        return (
             _told(divisor, functools.partial(_number, DIVISOR_KEY)),
             _told(entries.num_items, functools.partial(_number, "num_items_in_batch")),
         )

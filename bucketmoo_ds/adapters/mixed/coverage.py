@@ -1,0 +1,154 @@
+"""Which trained parameter belongs to a module of which kind: every one is accounted for, or the model is refused."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from bucketmoo_ds.adapters.mixed import modules
+from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.plan.blocks import Parameter, plain_name
+
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
+
+# Classes that users have declared, and those of libraries that were read, by name.
+_declared: set[type] = set()
+ROW_WISE = frozenset(
+    {
+        "DoraLinearLayer",  # peft
+        "MixtralExperts",
+        "MixtralTopKRouter",
+        "OlmoeExperts",
+        "OlmoeTopKRouter",
+        "Qwen2MoeExperts",
+        "Qwen2MoeTopKRouter",
+        "Qwen3MoeExperts",
+        "Qwen3MoeTopKRouter",
+    }
+)
+
+
+def row_wise(cls: ModuleClass) -> ModuleClass:
+    """Declares that each output row of a module class depends on its input row alone, so that mixed languages can be
+    resolved in its parameters: for modules of one's own, before `register`. Usable as a decorator.
+
+    Rows are what precedes the last dimension of floating outputs; they must be those of the micro-batch. Backward
+    computes such a module's forward once more.
+    """
+    _declared.add(cls)
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A module with trained parameters of its own.
+
+    Args:
+        name, module: of the model.
+        kind: its forward.
+        numbers: by name in the module, the numbers of its trained parameters among the model's.
+    """
+
+    name: str
+    module: nn.Module
+    kind: modules.Kind
+    numbers: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """All trained parameters, in the model's order, tied ones once, and the modules that use them."""
+
+    parameters: list[Parameter]
+    found: list[Found]
+
+    def describe(self) -> str:
+        """Returns how many parameters each kind of module has: each parameter is counted once."""
+        counted: collections.Counter[str] = collections.Counter()
+        seen: set[int] = set()
+        for each in self.found:
+            fresh = set(each.numbers.values()) - seen
+            counted[each.kind.__name__.replace("_", "-")] += len(fresh)  # type: ignore[attr-defined]
+            seen |= fresh
+        kinds = ", ".join(f"{count} of {kind} modules" for kind, count in counted.items() if count)
+        return f"{len(self.parameters)} trained parameters: {kinds}"
+
+
+def of_model(model: nn.Module) -> Coverage:
+    """Finds the modules of a model.
+
+    Raises:
+        ConfigError: there is no trained parameter, or a module whose rows might not be independent has some; the
+            message names all such modules.
+    """
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if not trained:
+        raise ConfigError("mixed.register: the model has no trainable parameter")
+    number = {each: index for index, each in enumerate(trained.values())}
+    found, refused = [], []
+    for name, module in model.named_modules():
+        own = {
+            attribute: number[each]
+            for attribute, each in module.named_parameters(recurse=False, remove_duplicate=False)
+            if each in number
+        }
+        if not own:
+            continue
+        kind = _kind(module, own)
+        if isinstance(kind, str):
+            refused.append(f'"{name}" ({type(module).__name__}{kind})')
+        else:
+            found.append(Found(plain_name(name), module, kind, own))
+    if refused:
+        more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise ConfigError(
+            f"mixed.register: module {', '.join(refused[:3])}{more}: nothing tells that a row of its output depends on "
+            "one row of its input alone, so that the gradients of its parameters could be told apart by language. "
+            "Freeze its parameters; declare its class with bucketmoo_ds.mixed.row_wise if it is so; or feed one "
+            "language in a micro-batch to the adapter of the wrapper (single, ddp, fsdp1, fsdp2, or DeepSpeed with "
+            'mode "auto")'
+        )
+    numels = {name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained.items()}  # whole ones
+    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
+
+
+def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
+    """The kind of a module, or what keeps it from being of any."""
+    cls = type(module)
+    if any(base in _declared for base in cls.__mro__) or cls.__name__ in ROW_WISE:
+        return modules.row_wise
+    if "forward" in vars(module):
+        return ", whose forward somebody has replaced"
+    conv1d = cls.__name__.endswith("Conv1D") and cls.__module__.startswith("transformers.")
+    if cls.forward is nn.Linear.forward or conv1d:
+        return modules.linear
+    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:
+        odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
+        return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
+    return modules.norm if _looks_like_norm(module, own) else ""
+
+
+_NORM = re.compile("Norm$")
+
+
+def _looks_like_norm(module: nn.Module, own: dict[str, int]) -> bool:
+    """Whether a module multiplies each row by a weight and adds a bias; tried where its name says that it is a norm."""
+    named = any(_NORM.search(cls.__name__) for cls in type(module).__mro__)
+    if not named or isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    there: dict[str, Tensor] = {name: each for name, each in module._parameters.items() if each is not None}
+    if not set(there) <= {"weight", "bias"} or "weight" not in there or list(module.children()):
+        return False
+    shapes = {tuple(getattr(each, "ds_shape", each.shape)) for each in there.values()}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+        return False
+    plain: Callable[..., Any] = type(module).forward
+    try:
+        return modules.probe(module, plain, next(iter(shapes))[0])
+    except (RuntimeError, TypeError, AttributeError):
+        return False

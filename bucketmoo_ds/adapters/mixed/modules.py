@@ -1,0 +1,308 @@
+"""Covered modules: whose parameters get weighted gradients, and how each kind is known.
+
+A covered module keeps its class in every sense but one: its class gets a subclass of the same name, made here, whose
+forward goes through `uses`. A copy of the module, and one that is pickled, has its own class again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bucketmoo_ds.adapters.hooks import Stays
+from bucketmoo_ds.adapters.mixed import uses
+from bucketmoo_ds.adapters.mixed.passes import Pass, Placed
+from bucketmoo_ds.errors import BucketMOOError
+
+OWN = "_bucketmoo_covered"
+
+
+class Driver(Protocol):
+    """What a covered module asks of its session."""
+
+    @property
+    def table(self) -> Tensor:
+        """See `uses.Use`."""
+
+    @property
+    def taps(self) -> Sequence[Tensor]:
+        """A leaf of each block."""
+
+    def current(self) -> Pass | None:
+        """The forward pass that is running, or that is made again in backward; `None` outside of any."""
+
+    def recomputes(self) -> bool:
+        """Whether it is made again."""
+
+
+@dataclasses.dataclass(eq=False)
+class Covered(Stays):
+    """What a covered module knows.
+
+    Args:
+        driver: the session.
+        name: the module's.
+        numbers: of its own trainable parameters, by their names in it, the numbers in the plan.
+        blocks: by the same names, the blocks.
+        forward: of its kind.
+    """
+
+    driver: Driver
+    name: str
+    numbers: Mapping[str, int]
+    blocks: Mapping[str, int]
+    forward: Kind
+
+    def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's forward."""
+        batch = self.driver.current()
+        if silent():
+            with parameters_as(module, {name: getattr(module, name).detach() for name in self.numbers}):
+                return plain(*args, **kwargs)
+        if batch is not None and not self.driver.recomputes():
+            for number in self.numbers.values():
+                batch.uses[number] = batch.uses.get(number, 0) + 1
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        if batch is not None:
+            output = self.forward(self, batch, module, plain, args, kwargs)
+            if output is not NotImplemented:
+                return output
+        return _guarded(plain(*args, **kwargs), self._why(batch, args))
+
+    def use(self, name: str, batch: Pass, placed: Placed) -> uses.Use | None:
+        """Returns the use of a parameter; `None` where it is not trained."""
+        if name not in self.numbers:
+            return None
+        return uses.Use(self.driver.table, self.blocks[name], self.numbers[name], batch, placed)
+
+    def tap(self, name: str, batch: Pass) -> Tensor | None:
+        """Returns the tap of a parameter, where Grams are taken."""
+        return self.driver.taps[self.blocks[name]] if batch.takes_grams and name in self.numbers else None
+
+    def _why(self, batch: Pass | None, args: Sequence[Any]) -> str:
+        if batch is None:
+            return (
+                f'a backward through module "{self.name}" outside of a forward pass of the registered model: call the '
+                "model that was registered, not a module inside of it"
+            )
+        shape = next((list(each.shape) for each in args if isinstance(each, Tensor)), None)
+        return (
+            f'module "{self.name}" gets rows {shape}, which are not the tokens of the micro-batch, '
+            f"{list(batch.rows.languages.shape)}: nothing tells their languages. Freeze its parameters, or use the "
+            "adapter of the wrapper (ddp, fsdp2, ...) with one language in a micro-batch"
+        )
+
+
+class Kind(Protocol):
+    """The forward of a kind of module; `NotImplemented` where its rows are not those of the micro-batch."""
+
+    def __call__(
+        self, covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any: ...
+
+
+def cover(module: nn.Module, covered: Covered) -> None:
+    """Gives a module the forward of its kind."""
+    vars(module)[OWN] = covered
+    module.__class__ = _subclass(type(module))
+
+
+def uncover(module: nn.Module) -> None:
+    """Gives it its own class back."""
+    del vars(module)[OWN]
+    module.__class__ = vars(type(module))["covers"]
+
+
+@functools.cache
+def _subclass(cls: Any) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)[OWN](self, functools.partial(cls.forward, self), args, kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made, (_, *rest), state, *more = cls.__reduce_ex__(self, protocol)
+        return made, (cls, *rest), {name: value for name, value in state.items() if name != OWN}, *more
+
+    space = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "covers": cls}
+    return type(cls.__name__, (cls,), {**space, "__qualname__": cls.__qualname__})
+
+
+# --- kinds ----------------------------------------------------------------------------------------------------------
+
+
+def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`nn.Linear`, and transformers' `Conv1D`, whose weight lies the other way round."""
+    x = args[0] if args else kwargs["input"]
+    placed = batch.placed(x.shape[:-1])
+    if placed is None:
+        return NotImplemented
+    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+    x, weight, bias = _as_autocast(x, weight, module.bias)
+    pair = covered.use("weight", batch, placed), covered.use("bias", batch, placed)
+    return uses.Linear.apply(x, weight, bias, pair, covered.tap("weight", batch), covered.tap("bias", batch))
+
+
+def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`nn.Embedding`. Positions that all sequences share are looked up for each of them."""
+    indices = batch.expanded(args[0] if args else kwargs["input"])
+    placed = batch.placed(indices.shape)
+    use = covered.use("weight", batch, placed) if placed is not None else None
+    if use is None:
+        return NotImplemented
+    return uses.Embedding.apply(indices, module.weight, module.padding_idx, use, covered.tap("weight", batch))
+
+
+def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A module whose parameters, `weight` and `bias` `[d]`, multiply and add to each row: `weight * unit(x) + bias`."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    placed = batch.placed(x.shape[:-1])
+    if placed is None:
+        return NotImplemented
+    live = {name: getattr(module, name) for name in covered.numbers}
+    with parameters_as(module, {name: each.detach() for name, each in live.items()}):
+        output = plain(*args, **kwargs)
+    like = next(iter(live.values())).detach()
+    autocast = _autocast_of(x.device.type)
+
+    def unit(rows: Tensor) -> Tensor:
+        with torch.no_grad(), autocast():
+            return unit_of(module, plain, set(live), like, rows)
+
+    pair = covered.use("weight", batch, placed), covered.use("bias", batch, placed)
+    taps = covered.tap("weight", batch), covered.tap("bias", batch)
+    return uses.Elementwise.apply(output, live.get("weight"), live.get("bias"), x, unit, pair, *taps)
+
+
+def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tensor, rows: Tensor) -> Tensor:
+    """Returns what a norm's weight multiplies: what a weight of ones gives beyond one of zeros."""
+    others = {name: torch.zeros_like(like) for name in names}
+    with parameters_as(module, {**others, "weight": torch.ones_like(like)}):
+        ones = plain(rows)
+    with parameters_as(module, {**others, "weight": torch.zeros_like(like)}):
+        return ones - plain(rows)
+
+
+def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
+    parameters' sake."""
+    live = [getattr(module, name) for name in covered.numbers]
+    with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
+        output = plain(*args, **kwargs)
+    leaves, form = pytree.tree_flatten(output)
+    wanted = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    rows = [batch.placed(leaves[place].shape[:-1]) for place in wanted]
+    found = [each for each in rows if each is not None]
+    if not found or len(found) < len(rows):
+        return NotImplemented
+    inputs, inputs_form = pytree.tree_flatten((args, kwargs))
+    kept = [each.detach() if isinstance(each, Tensor) else each for each in inputs]
+    autocast = _autocast_of(leaves[wanted[0]].device.type)
+
+    def again() -> tuple[list[Tensor], list[Tensor]]:
+        own = [getattr(module, name).detach().requires_grad_() for name in covered.numbers]
+        positional, named = pytree.tree_unflatten(kept, inputs_form)
+        with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), _silence():
+            made = pytree.tree_flatten(plain(*positional, **named))[0]
+        return [made[place] for place in wanted], own
+
+    uses_of = [covered.use(name, batch, found[0]) for name in covered.numbers]
+    taps = [tap for name in covered.numbers if (tap := covered.tap(name, batch)) is not None]
+    outputs = [leaves[place] for place in wanted]
+    made = uses.RowWise.apply(again, uses_of, found, len(live), *live, *taps, *outputs)
+    for place, each in zip(wanted, made, strict=True):
+        leaves[place] = each
+    return pytree.tree_unflatten(leaves, form)
+
+
+# --- what kinds are made of -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the module's own parameters are these tensors; by whatever means a wrapper has put them there."""
+    before, hidden = module._parameters, {name: vars(module).pop(name) for name in values if name in vars(module)}
+    module._parameters = {**{name: before[name] for name in before}, **values}  # type: ignore[dict-item]
+    try:
+        yield
+    finally:
+        module._parameters = before
+        vars(module).update(hidden)
+
+
+_silent = [False]
+
+
+def silent() -> bool:
+    """Whether a module inside of a row-wise one is called for the sake of the other's parameters."""
+    return _silent[0]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    _silent[0], before = True, _silent[0]
+    try:
+        yield
+    finally:
+        _silent[0] = before
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype in which autocast would multiply them."""
+    kind = next(each.device.type for each in tensors if each is not None)
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors]
+
+
+def _autocast_of(kind: str) -> Callable[[], Any]:
+    """What enters the state of autocast that holds now."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
+def _guarded(output: Any, why: str) -> Any:
+    """The output, which no gradient may come to."""
+
+    def refuse(gradient: Tensor) -> None:
+        raise BucketMOOError(why)
+
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(refuse)
+    return output
+
+
+def probe(module: nn.Module, plain: Callable[..., Any], size: int) -> bool:
+    """Whether a module is a norm in the sense of `norm`: tried on random rows and parameters."""
+    clone = copy.copy(module)
+    trained = [name for name, each in module._parameters.items() if each is not None]
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
+    values = {name: draw(size) for name in trained}
+    rows = draw(1, 4, size)
+    other = torch.cat([draw(1, 1, size), rows[:, 1:]], dim=1)
+    with torch.no_grad(), parameters_as(clone, values):
+        output, changed = plain(clone, rows), plain(clone, other)
+    with torch.no_grad():
+        unit = unit_of(clone, functools.partial(plain, clone), set(trained), values["weight"], rows)
+        with parameters_as(clone, {**values, "weight": torch.zeros(size)}):
+            rest = plain(clone, rows)
+    close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2)  # modules may round to 16 bits inside
+    expected = values["weight"] * unit + rest
+    biased = rest - values["bias"] if "bias" in values else rest
+    return (
+        isinstance(output, Tensor)
+        and output.shape == rows.shape
+        and close(output, expected)
+        and close(output[:, 1:], changed[:, 1:])
+        and close(biased, biased[:, :1].expand_as(biased)) | ("bias" not in values)
+    )

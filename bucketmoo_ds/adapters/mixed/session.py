@@ -1,0 +1,354 @@
+"""A model whose micro-batches mix languages, resolved inside its own backward.
+
+No communication hook: what a wrapper reduces is an ordinary gradient, weighted already (design: docs/theory.md). This
+session knows which forward pass is which, opens a micro-step when a backward comes to what one has returned, and fills
+the table of weights that the uses read; a window ends with the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from bucketmoo_ds import ops
+from bucketmoo_ds.adapters.hooks import Hook, Stays, after_backward, graph_task, tensors_of, watch, weak
+from bucketmoo_ds.adapters.mixed import accounted, coverage, modules
+from bucketmoo_ds.adapters.mixed.passes import Pass
+from bucketmoo_ds.comm.agreement import check_equal, digest, tell_ranks
+from bucketmoo_ds.comm.exchange import Exchange
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data import switched_on
+from bucketmoo_ds.data.batch import Passage
+from bucketmoo_ds.data.row_tracker import MixedBatch, MixedSlot, RowTracker
+from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
+from bucketmoo_ds.logs import logger, show_by_default
+from bucketmoo_ds.pipeline.estimate import GramEstimate
+from bucketmoo_ds.pipeline.mixed_window import MixedWindow
+from bucketmoo_ds.pipeline.resolution import Record, Resolution
+from bucketmoo_ds.plan.blocks import plan_blocks
+from bucketmoo_ds.transfer import ToHost, to_device
+
+BUCKET_BYTES = 25 * 2**20  # DDP's own default; here a bucket is a block of granularity `bucket`, and nothing else
+
+
+class MixedSession(Stays):
+    """Made by `register`.
+
+    Args:
+        model: the model that the user calls, wrapped or not.
+        covered: its trained parameters and their modules.
+        config: the settings.
+        exchange: the data-parallel ranks.
+        micro_steps: tells M, the micro-steps that a loss is divided by, as the framework has it now.
+        divisor: what the framework divides the sum of the ranks' gradients by.
+        device: where gradients are.
+
+    Raises:
+        DisagreementError: on every rank, if their settings or models differ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        covered: coverage.Coverage,
+        config: BucketMOOConfig,
+        exchange: Exchange,
+        micro_steps: Callable[[], int],
+        divisor: float,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.exchange = exchange
+        self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, config.granularity)
+        self.record = Record(config, self.plan, speaks=exchange.rank == 0)
+        self._model = model
+        self._micro_steps = micro_steps
+        self._divisor = divisor
+        self._device = device
+        self._covered = covered
+        blocks, self._count = len(self.plan.blocks), len(config.languages)
+        backend = ops.choose_backend(config.backend, device)
+        self.estimate = GramEstimate(config, blocks, exchange, backend, device)
+        self.window = MixedWindow(self._count, config.weighting)
+        self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
+        self.taps = [
+            torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
+            for _ in range(blocks)
+        ]
+        settings = json.dumps(config.to_json(), sort_keys=True)
+        self._fingerprint = digest((settings + self.plan.fingerprint()).encode())
+        check_equal(
+            exchange,
+            struct.pack("<q", self._fingerprint),
+            "ranks disagree about the settings or the trained parameters: run one script on all",
+        )
+        self._tracker = RowTracker(config, model)
+        self._current: Pass | None = None
+        self._found: tuple[MixedBatch | LanguageError, Pass | None] | None = None
+        self._passes: dict[Passage, Pass] = {}
+        self._reaching: list[tuple[Passage, int | None]] = []
+        self._task: int | None = None  # the backward that has opened the micro-step
+        self._open: list[Pass] = []  # the passes of it
+        self._slot: MixedSlot | None = None
+        self._decided: tuple[ToHost, ToHost] | None = None
+        self._solved_for: list[int] = []
+        self._unaccounted = True
+        for found in covered.found:
+            of = {name: self.plan.block_of[number] for name, number in found.numbers.items()}
+            modules.cover(found.module, modules.Covered(self, found.name, found.numbers, of, found.kind))
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True, prepend=True),
+            model.register_forward_hook(Hook(self._after_forward)),
+            register_optimizer_step_pre_hook(weak(self._before_optimizer_step)),
+        ]
+        switched_on.note(self)
+        show_by_default()
+        if exchange.rank == 0:
+            logger.info(self.describe())
+
+    # --- what users call ----------------------------------------------------------------------------------------
+
+    def language(
+        self, language: object, target_tokens: object = None, loss_divisor: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Sets the languages of the forward passes inside the `with` block.
+
+        Args:
+            language: whatever the batch's entry may be: of the batch, of each sequence, or of each token.
+            target_tokens: `[K]`, tokens of each language that the loss is taken over; counted from `labels` where left
+                out.
+            loss_divisor: see `bucketmoo_ds.data.batch`.
+        """
+        return self._tracker.language(language, target_tokens, loss_divisor)  # type: ignore[arg-type]
+
+    def expect(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Tells the micro-batches of the window that comes, so that each language's tokens are known before the first
+        backward. On all ranks, or on none.
+
+        Raises:
+            LanguageError: one of them names no valid languages.
+        """
+        self.window.expect(self._tracker.count(batches).tolist())
+
+    @property
+    def last(self) -> Resolution | None:
+        """What was decided in the latest window."""
+        return self.record.last
+
+    def abandon(self) -> None:
+        """Gives up the window under way, after an error that was caught; to be called on all ranks. Clears the
+        gradients."""
+        self._tracker.forget()
+        self._passes.clear()
+        self._reaching.clear()
+        self._close_micro_step()
+        self.window.clear()
+        self.estimate.clear()
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs, as plain JSON values; save it with the model and the optimizer.
+
+        Raises:
+            BucketMOOError: in the middle of a window.
+        """
+        if self.window.micro_steps:
+            raise BucketMOOError("state_dict in the middle of a window: save after optimizer.step()")
+        return {**self.record.state_dict(), **self.estimate.state_dict(), **self.window.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ConfigError: the state is of another model or granularity, or of another mode.
+        """
+        if "grams" not in state:
+            raise ConfigError("the checkpoint has no Grams: it was written by another mode than mixed")
+        self.record.load_state_dict(state)
+        self.estimate.load_state_dict(state)
+        self.window.load_state_dict(state)
+
+    def close(self) -> None:
+        """Takes the hooks off again, and gives the modules their own forward."""
+        for handle in self._handles:
+            handle.remove()
+        for found in self._covered.found:
+            modules.uncover(found.module)
+
+    def describe(self) -> str:
+        """Returns the line that is logged at start-up."""
+        config = self.config
+        return (
+            f"bucket_moo: mixed, aggregator {config.aggregator}, granularity {config.granularity} "
+            f"({len(self.plan.blocks)} blocks), {self._count} languages ({', '.join(config.languages)}), world size "
+            f"{self.exchange.world_size}, Grams every {config.gram_every} windows, smoothing {config.smoothing:g}; the "
+            f"first window averages. {self._covered.describe()}"
+        )
+
+    # --- what covered modules ask -------------------------------------------------------------------------------
+
+    def current(self) -> Pass | None:
+        """See `modules.Driver`."""
+        if not self.recomputes():
+            return self._current
+        passes = {self._passes.get(passage) for passage, _ in self._reaching}
+        if len(passes) > 1:
+            raise BucketMOOError(
+                "activation checkpointing in a backward through several forward passes: nothing tells which of them is "
+                "computed again; call backward after each, or concatenate their batches"
+            )
+        return next(iter(passes), None)
+
+    def recomputes(self) -> bool:
+        """See `modules.Driver`."""
+        return graph_task() is not None
+
+    # --- hooks --------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs, entries = self._tracker.strip(args, kwargs)
+        if self.recomputes():
+            return args, kwargs
+        self._current = self._found = None
+        if torch.is_grad_enabled():
+            found = self._tracker.found(entries, args, kwargs)
+            if isinstance(found, MixedBatch) and found.rows is not None:
+                self._current = Pass(found.rows, self._count, self._takes_grams)
+            self._found = found, self._current
+        return args, kwargs
+
+    @torch.compiler.disable
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._found is None or self.recomputes():
+            return
+        found, batch = self._found
+        self._found = self._current = None
+        passage = self._tracker.remember(found, module.training)
+        if batch is not None:
+            self._passes[passage] = batch
+            if self._unaccounted:
+                names = accounted.names_of(self._model)
+                accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
+                self._unaccounted = False
+        watch(output, lambda: self._reached(passage))
+
+    def _reached(self, passage: Passage) -> None:
+        task = graph_task()
+        if (passage, task) in self._reaching:
+            return
+        self._reaching.append((passage, task))
+        if self._task is None:
+            self._task = task
+            self._open_micro_step()
+        after_backward(lambda: self._after_backward(passage, task))
+
+    def _after_backward(self, passage: Passage, task: int | None) -> None:
+        self._reaching.remove((passage, task))
+        batch = self._passes.pop(passage, None)
+        if batch is not None:
+            self._open.append(batch)
+        if task == self._task and all(other != task for _, other in self._reaching):
+            self._end_micro_step()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        if any(id(each) in stepped for each in self._model.parameters()):
+            self.end_window()
+
+    # --- a micro-step -------------------------------------------------------------------------------------------
+
+    @property
+    def _takes_grams(self) -> bool:
+        return self.record.windows % self.config.gram_every == 0
+
+    def _open_micro_step(self) -> None:
+        """Agrees with the other ranks on the languages of the micro-step, and fills the table."""
+        slot = self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
+        position = {
+            "window": self.record.windows,
+            "micro-step": self.window.micro_steps,
+            "settings or blocks": self._fingerprint,
+        }
+        error, mine = (str(slot), MixedSlot((0,) * self._count, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
+        told = tell_ranks(self.exchange, self.window.to_numbers(mine.target_tokens), error, position)
+        self.window.add(told, self._micro_steps())
+        self._slot = mine
+        self._fill(mine.scale * self._divisor)
+
+    @torch.no_grad()
+    def _fill(self, factor: float) -> None:
+        """Writes what the gradient of each row counts: the weight of its language in its block, times what makes the
+        sum over ranks and micro-steps, divided by the framework as it is, the mean over the language's tokens."""
+        shares = self.window.shares()
+        if self.window.micro_steps == 1 or self.window.present != self._solved_for:
+            self._solved_for = self.window.present
+            gram, known = self.estimate.gram()
+            units = to_device(self.window.units(), torch.float64, self._device)
+            gram = gram * torch.outer(units, units)
+            weights = self.estimate.weights(gram, known, self.window.present, self.record.generator())
+            self._decided, self._weights = (ToHost(gram), ToHost(weights)), weights
+        counts = to_device([share * factor for share in shares], torch.float64, self._device)
+        self.table.data[:, :-1] = self._weights * counts  # `.data`: autograd has saved the table
+
+    @torch.no_grad()
+    def _end_micro_step(self) -> None:
+        assert self._slot is not None
+        if any(batch.takes_grams for batch in self._open):
+            zeros = torch.zeros_like(self.taps[0])
+            groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
+            tokens = sum(batch.target_tokens_by_group() for batch in self._open)
+            self.estimate.add(groups, self._slot.scale, tokens)  # type: ignore[arg-type]
+        self._close_micro_step()
+
+    def _close_micro_step(self) -> None:
+        for tap in self.taps:
+            tap.grad = None
+        self._open, self._task, self._slot = [], None, None
+
+    def end_window(self) -> None:
+        """The optimizer steps: what has come since the last step was one window.
+
+        Raises:
+            BucketMOOError: a backward has not come to its end.
+        """
+        if self._task is not None:
+            raise BucketMOOError(
+                "optimizer.step() after a backward that did not come to its end: after an error that you catch, call "
+                "abandon() on every rank, clear the gradients, and begin the window anew"
+            )
+        if not self.window.micro_steps:
+            return
+        assert self._decided is not None
+        if self._takes_grams:
+            self.estimate.finish()
+        gram, weights = (each.read() for each in self._decided)
+        self.record.add(
+            Resolution(
+                window=self.record.windows,
+                gram=gram,
+                weights=self.window.used(weights),
+                present=tuple(self.window.fed),
+                target_tokens=tuple(self.window.target_tokens),
+                nonfinite=(),
+            )
+        )
+        self.window.clear()
+
+
+def check_mode(config: BucketMOOConfig) -> None:
+    """Raises `ConfigError` where the settings ask for what the mixed mode does not do."""
+    if not config.enabled:
+        raise ConfigError("bucket_moo.enabled = false: register changes the model; leave the call out")
+    if config.mode not in ("auto", "mixed"):
+        raise ConfigError(f'bucket_moo.mode = "{config.mode}": mixed.register resolves in mode "mixed"; leave it out')

@@ -1,0 +1,144 @@
+"""Weights from Grams of earlier windows, where the rows themselves are never there: the mixed mode's resolver.
+
+Every `gram_every` windows each rank hands over, for each of its micro-batches, the Gram of the gradients of its 2 K
+groups (`[B, 2 K, 2 K]`), two halves of a language's documents each. With s the scale of the micro-batch, such that
+s times a group's gradient is the sum of its token losses' gradients, and n_g its target tokens,
+
+    G_ij = sum over micro-batches of s^2 <g_i, g_j>  /  sum over micro-batches of n_i n_j.
+
+Off the diagonal g_i is the sum of both halves of language i. On it the two halves are taken with each other, so that
+the noise of one is independent of the other's and does not make a noisy language look long: every entry is unbiased,
+and the Gram may be indefinite. It is averaged over windows with `smoothing`, and projected to the nearest positive
+semidefinite one before the rule sees it. A language that never had two documents in one micro-batch has no unbiased
+diagonal, and is shown with its noise until it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds import aggregate, ops
+from bucketmoo_ds.comm.exchange import Exchange
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.plan.choices import create_aggregator
+from bucketmoo_ds.transfer import to_device
+
+
+class GramEstimate:
+    """The running estimate of the Grams of all blocks, alike on all ranks. It stays on the device.
+
+    Args:
+        config: the settings; `smoothing` is the share that the estimate keeps when a new one comes.
+        num_blocks: B.
+        exchange: the data-parallel ranks.
+        backend: of the ops that rules use.
+        device: where gradients are.
+
+    Raises:
+        ConfigError: an unknown aggregator or option.
+    """
+
+    def __init__(
+        self, config: BucketMOOConfig, num_blocks: int, exchange: Exchange, backend: str, device: torch.device
+    ) -> None:
+        self.aggregator = create_aggregator(config)
+        self._config = config
+        self._exchange = exchange
+        self._backend = backend
+        self._device = device
+        self._blocks, self._count = num_blocks, len(config.languages)
+        shape = (self._blocks + 1, self._count, self._count)  # the last one holds what was counted
+        self._kept, self._kept_noisy = self._zeros(*shape), self._zeros(*shape)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what this window has brought."""
+        shape = (self._blocks + 1, self._count, self._count)
+        self._sum, self._noisy = self._zeros(*shape), self._zeros(*shape)
+
+    def add(self, groups: Tensor, scale: float, target_tokens: Tensor) -> None:
+        """Adds a micro-batch.
+
+        Args:
+            groups: `[B, 2 K, 2 K]` float64: the Grams of the groups' gradients.
+            scale: s.
+            target_tokens: `[2 K]`: n of every group.
+        """
+        counts = target_tokens.to(torch.float64)
+        halves = (self._count, 2, self._count, 2)
+        both = torch.cat([groups * scale**2, torch.outer(counts, counts).unsqueeze(0)]).view(-1, *halves)
+        whole = both.sum((2, 4))
+        crossed = torch.diag_embed(both[:, :, 0, :, 1].diagonal(dim1=1, dim2=2))
+        self._sum += torch.where(torch.eye(self._count, dtype=torch.bool, device=self._device), crossed, whole)
+        self._noisy += whole
+
+    def finish(self) -> None:
+        """Takes what all ranks have brought in a window into the estimate. What is not finite is left out."""
+        both = self._exchange.all_gather_grams(torch.stack([self._sum, self._noisy])).cumsum(0)[-1]
+        for kept, new in zip((self._kept, self._kept_noisy), both.unbind(), strict=True):
+            counted = new[-1]
+            usable = (counted > 0) & new.isfinite().all(0)
+            mean = torch.where(usable, new[:-1] / torch.where(usable, counted, 1.0), 0.0)
+            share = 1.0 - self._config.smoothing
+            # The last matrix is the sum of the shares: the mean over windows is unbiased from the first on.
+            taken = torch.cat([mean, torch.ones_like(mean[:1])])
+            kept.copy_(torch.where(usable, (1.0 - share) * kept + share * taken, kept))
+        self.clear()
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """Returns the estimate `[B, K, K]`, made positive semidefinite, and the languages `[K]` bool that have one."""
+        gram, noisy = (kept[:-1] / torch.where(kept[-1] > 0, kept[-1], 1.0) for kept in (self._kept, self._kept_noisy))
+        unknown = torch.diag(self._kept[-1].diagonal() == 0)
+        gram = torch.where(unknown, noisy, gram)
+        known = self._kept_noisy[-1].diagonal() > 0
+        return positive_semidefinite((gram + gram.mT) / 2), known
+
+    def weights(self, gram: Tensor, known: Tensor, present: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Returns `[B, K]` float64, the weights of the languages present; those without an estimate get their even
+        share, and the rule divides the rest among the others.
+
+        Args:
+            gram, known: as `gram` returns them, in the units of the rows.
+            present: the languages that take part.
+        """
+        there = torch.zeros(self._count, dtype=torch.bool)
+        there[list(present)] = True
+        takes_part = to_device(there, torch.bool, self._device)
+        solved = takes_part & known
+        mask = solved.expand(self._blocks, -1)
+        with ops.using(self._backend):
+            weights = aggregate.solve(
+                gram,
+                mask,
+                self.aggregator,
+                normalize=self._config.normalize,
+                rescale=self._config.rescale,
+                generator=generator,
+            )
+        even = takes_part.to(torch.float64) / len(present)
+        return torch.where(solved, weights * (solved.sum() / len(present)), even)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the estimate as plain JSON values; alike on all ranks."""
+        return {"grams": self._kept.tolist(), "noisy_grams": self._kept_noisy.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken."""
+        for kept, name in ((self._kept, "grams"), (self._kept_noisy, "noisy_grams")):
+            kept.copy_(torch.tensor(state[name], dtype=torch.float64))
+        self.clear()
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._device)
+
+
+def positive_semidefinite(gram: Tensor) -> Tensor:
+    """Returns the nearest positive semidefinite matrices, in Frobenius' norm, to symmetric ones `[B, K, K]`."""
+    finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
+    projected = (vectors * values.clamp(min=0.0).unsqueeze(-2)) @ vectors.mT
+    return torch.where(finite, projected, gram)
