@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the result goes, as JSON")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no run begins (default: all are made)")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, nargs="+", default=[8, 1, 16, 4], help="windows from Gram to Gram")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bucketmoo_ds", help="fetched text")
     parser.add_argument("--folder", type=Path, default=Path("runs/mixed-study"), help="data and base model")
@@ -119,10 +119,11 @@ def main() -> None:
         unseen=(),
         steps=options.steps,
         sequences=2,
+        sequence_length=64,
         processes=1,
-        vocabulary=2048,
+        vocabulary=1024,
         hidden=64,
-        layers=3,
+        layers=2,
     )
     study = Study(quickstart, options.folder, options.cache)
     settings = json.loads(json.dumps(dataclasses.asdict(quickstart))) | {"granularity": GRANULARITY}
