@@ -1,6 +1,6 @@
-"""TRL's fused LM head reads the head's weight outside of the head, and makes its gradient inside the loss: a gradient of
-all languages together. Where languages are told apart, a training pass goes through the head itself, and returns the
-same fields from its logits; they take the memory that the fusion saves. Evaluation stays fused.
+"""TRL's fused LM head reads the head's weight outside of the head, and makes its gradient inside the loss, of all
+languages together. Where languages are told apart, a training pass goes through the head itself, and returns the same
+fields from its logits, which take the memory that the fusion saves. Evaluation stays fused.
 
 Read in TRL 1.16 (`trainer/utils.py`, `add_fused_lm_head`).
 """
@@ -18,9 +18,10 @@ _FUSED = "_fused_forward"
 def unfuse(model: nn.Module) -> None:
     """Lets the training passes of a model that TRL has given a fused head go through the head itself."""
     for module in model.modules():
-        fused = vars(module).get("forward")
-        if getattr(getattr(fused, "__func__", None), "__code__", None) and fused.__func__.__code__.co_name == _FUSED:
-            module.forward = _through_head(fused)  # type: ignore[method-assign]
+        fused: Any = vars(module).get("forward")
+        code = getattr(getattr(fused, "__func__", None), "__code__", None)
+        if code is not None and code.co_name == _FUSED:
+            module.forward = _through_head(fused)
 
 
 def _through_head(fused: Any) -> Any:

@@ -203,8 +203,8 @@ def _check_column(dataset: Any, column: str) -> None:
     names = getattr(dataset, "column_names", None)
     if names is not None and column not in names:
         raise ConfigError(
-            f'the training data has no column "{column}" (it has {", ".join(names)}): add one that says the language of '
-            "each row, or name it, language_column=..."
+            f'the training data has no column "{column}" (it has {", ".join(names)}): add one that says the language '
+            "of each row, or name it, language_column=..."
         )
 
 
@@ -216,7 +216,7 @@ def _divided_by(trainer: Any) -> int:
 def _state_keeper(session: mixed.MixedSession) -> Any:
     from transformers import TrainerCallback
 
-    class StateKeeper(TrainerCallback):  # type: ignore[misc]
+    class StateKeeper(TrainerCallback):
         """Writes the session's state into each checkpoint."""
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

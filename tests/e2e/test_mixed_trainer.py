@@ -1,4 +1,5 @@
-"""Trainer and SFTTrainer as users write them, with languages mixed in every micro-batch: two lines and a column more."""
+"""Trainer and SFTTrainer as users write them, with languages mixed in every micro-batch: two lines more, and a column.
+"""
 
 from __future__ import annotations
 

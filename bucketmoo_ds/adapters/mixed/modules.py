@@ -113,7 +113,8 @@ class Kind(Protocol):
 def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
-    module.__class__ = _subclass(type(module))
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls)
 
 
 def uncover(module: nn.Module) -> None:
