@@ -34,6 +34,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _MASKED_BY_POSITION = ("eager", "sdpa", "flex_attention")
+_OF_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -50,12 +51,18 @@ class Attention:
         masking = [each for each in theirs if any(map(_masks_by_position, type(each).__mro__))]
         self._module: Any = next(itertools.chain(masking, theirs), None)
         self._by_position = bool(masking)
+        two = (getattr(getattr(each, "config", None), "is_encoder_decoder", None) for each in modules)
+        self._has_decoder = next((each for each in two if each is not None), False)  # the outermost that says so
         self._names = next(filter(None, map(_argument_names, modules)), ("input_ids",))
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the inputs of a forward pass by name. A dictionary as the first argument holds them by name too."""
         first = dict(args[0]) if args and isinstance(args[0], Mapping) else dict(zip(self._names, args, strict=False))
         return first | dict(kwargs)
+
+    def has_decoder(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the model has an encoder and a decoder, each with sequences of its own."""
+        return self._has_decoder or any(inputs.get(name) is not None for name in _OF_A_DECODER)
 
     def why_not(self, name: str, inputs: Mapping[str, Any], batch: int) -> str:
         """Returns why the model would not keep documents apart by an input that is there; empty where it would."""

@@ -22,7 +22,7 @@ class Documents:
 
     Args:
         numbers: `[batch, sequence]` int64, for each token that of its document, from 0 through the whole micro-batch
-            without a gap. Padding that is told apart has numbers of its own.
+            without a gap. Hidden tokens have any.
         told_by: the input that tells; empty where none does, and each sequence is a document.
         unread: the inputs that may tell and that the model does not read, and why; empty where there are none.
         hidden: `[batch, sequence]`, the tokens that nobody attends to; `None` where that is not told.
@@ -45,6 +45,9 @@ def documents_of(
         device: where they lie.
         attention: what the model reads of them.
     """
+    rows = torch.arange(shape[0], device=device).unsqueeze(1).expand(shape)
+    if attention.has_decoder(inputs):  # its masks are the encoder's
+        return Documents(rows)
     unread: list[str] = []
     for name, starts_of in _STARTS.items():
         told = inputs.get(name)
@@ -61,7 +64,6 @@ def documents_of(
         return Documents(_numbered_by_value(mask), "attention_mask", "; ".join(unread), mask == 0)
     if mask is not None and not isinstance(mask, Tensor) and inputs.get("seq_idx") is None:
         unread.append("attention_mask: it does not say which documents it keeps apart; pass seq_idx as well")
-    rows = torch.arange(shape[0], device=device).unsqueeze(1).expand(shape)
     return Documents(rows, unread="; ".join(unread))
 
 
@@ -141,10 +143,11 @@ def _numbered(starts: Tensor) -> Tensor:
 
 
 def _numbered_by_value(values: Tensor) -> Tensor:
-    """Numbers documents by `[batch, sequence]` values. Tokens of a sequence with one value are of one document, also
-    where others stand between: so a mask of 0 and 1 tells of a single one, beside the padding."""
+    """Numbers documents by `[batch, sequence]` values, where 0 is none. Tokens of a sequence with one value are of one
+    document, also where others stand between: so a mask of 0 and 1 tells of a single one."""
     length = values.shape[1]
     here = torch.arange(length, device=values.device).expand(values.shape)
     kinds = values.clamp(0, length)
     leaders = values.new_full((len(values), length + 1), length).scatter_reduce(1, kinds, here, "amin").gather(1, kinds)
-    return _numbered(leaders == here).gather(1, leaders)
+    numbers = ((leaders == here) & (kinds > 0)).flatten().cumsum(0) - 1
+    return numbers.clamp(min=0).view(values.shape).gather(1, leaders)

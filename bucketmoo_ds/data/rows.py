@@ -25,7 +25,6 @@ from bucketmoo_ds.errors import LanguageError
 
 # The inputs that tell the shape of a batch, the likeliest first; without one of them it is the first tensor.
 _SHAPES = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
-_OF_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")
 
 _RAGGED = "language: expected one for each sequence, or for each as many as it has tokens, all sequences equally long"
 _WAY_OUT = (
@@ -41,7 +40,8 @@ class Rows:
 
     Args:
         languages: `[batch, sequence]` int64, the language of each token; -1: none.
-        documents: `[batch, sequence]` int64, the document of each token, from 0 through the whole micro-batch.
+        documents: `[batch, sequence]` int64, the document of each token, from 0 through the whole micro-batch;
+            of padding it says nothing.
         target_tokens: `[K]` int64, tokens that the loss is taken over, by language.
         checks: what is only known once a device has answered.
         by_sequence: `[batch]` int64, the language of each sequence; `None` where it was given by token.
@@ -95,7 +95,7 @@ def rows_of(
     Args:
         value: the batch's languages: a name or index for all of it; `[batch]` or `[batch, sequence]` of them, as lists,
             arrays or tensors. In these -1 is none, for padding.
-        args, kwargs: of the forward pass.
+        args, kwargs: of the forward pass, without the languages.
         table: the languages.
         shifted: whether position t predicts `labels[..., t + 1]`.
         attention: what the model reads of its inputs; without it the model is taken at its word.
@@ -123,7 +123,7 @@ def rows_of(
         by_sequence, languages = told, told.unsqueeze(1).expand(shape)
     else:
         languages = told
-        _check_by_token(told, shape, inputs)
+        _check_by_token(told, shape, inputs, attention)
         _check_documents(told, documents, len(table), shifted, faults)
     number = inputs.get(TOKENS_KEY) if target_tokens is None else target_tokens
     if number is None:
@@ -160,13 +160,14 @@ def _indices(value: object, table: LanguageTable, faults: Faults) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.dtype == torch.bool:
             raise LanguageError(f"language: a tensor of {value.dtype}; expected whole numbers")
-        wrong = (value < -1) | (value >= len(table))
+        value = value.long()
+        wrong = (value < (-1 if value.dim() else 0)) | (value >= len(table))
         faults.expect_none(
             wrong.sum(),
             f"language: an index that is none; expected 0 to {len(table) - 1} ({', '.join(table.names)}), or -1 for "
             "padding",
         )
-        return torch.where(wrong, -1, value.long())  # an index beyond a table's end would stop the device
+        return torch.where(wrong, -1, value)  # an index beyond a table's end would stop the device
     value = _plain(value)
     if not isinstance(value, (list, tuple)):
         return torch.tensor(table.index(value))
@@ -186,12 +187,11 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _check_by_token(told: Tensor, shape: tuple[int, int], inputs: Mapping[str, Any]) -> None:
-    decoder = [name for name in _OF_A_DECODER if inputs.get(name) is not None]
-    if decoder:
+def _check_by_token(told: Tensor, shape: tuple[int, int], inputs: Mapping[str, Any], attention: Attention) -> None:
+    if attention.has_decoder(inputs):
         raise LanguageError(
-            f"language: given by token {list(told.shape)}, but {decoder[0]} makes this a model of an encoder and a "
-            "decoder, whose sequences differ; give one for each sequence, [batch]"
+            f"language: given by token, {list(told.shape)}, to a model of an encoder and a decoder, whose sequences "
+            "differ; give one for each sequence, [batch]"
         )
     if told.shape != shape:
         raise LanguageError(f"language: {list(told.shape)} for a batch of {list(shape)} tokens, [batch, sequence]")

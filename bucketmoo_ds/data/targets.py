@@ -55,8 +55,8 @@ def labelled(
 
 
 def stated(number: Any, languages: Tensor, count: int, faults: Faults) -> Tensor:
-    """Returns the target tokens by language, `[K]`, of a batch that states them: `[K]`, or one number where it is of one
-    language."""
+    """Returns the target tokens by language, `[K]`, of a batch that states them: as such, or as one number where it is
+    of one language."""
     try:
         told = number if isinstance(number, Tensor) else torch.as_tensor(number)
     except (TypeError, ValueError, RuntimeError):
