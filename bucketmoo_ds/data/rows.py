@@ -20,7 +20,7 @@ from bucketmoo_ds.data.batch import TOKENS_KEY
 from bucketmoo_ds.data.documents import Documents, documents_of, onto
 from bucketmoo_ds.data.faults import Check, Faults
 from bucketmoo_ds.data.languages import LanguageTable
-from bucketmoo_ds.data.targets import labelled, stated
+from bucketmoo_ds.data.targets import by_language, labelled, stated
 from bucketmoo_ds.errors import LanguageError
 
 # The inputs that tell the shape of a batch, the likeliest first; without one of them it is the first tensor.
@@ -42,7 +42,8 @@ class Rows:
         languages: `[batch, sequence]` int64, the language of each token; -1: none.
         documents: `[batch, sequence]` int64, the document of each token, from 0 through the whole micro-batch;
             of padding it says nothing.
-        target_tokens: `[K]` int64, tokens that the loss is taken over, by language.
+        targets: `[batch, sequence]`, tokens that the loss is taken over and that each token predicts.
+        target_tokens: `[K]` int64, their sum by language.
         checks: what is only known once a device has answered.
         by_sequence: `[batch]` int64, the language of each sequence; `None` where it was given by token.
         packed: whether an input tells of documents within the sequences.
@@ -50,6 +51,7 @@ class Rows:
 
     languages: Tensor
     documents: Tensor
+    targets: Tensor
     target_tokens: Tensor
     checks: tuple[Check, ...] = ()
     by_sequence: Tensor | None = None
@@ -67,9 +69,14 @@ class Rows:
 
     def of_shape(self, leading: torch.Size) -> Tensor | None:
         """Returns the languages of activations, int64 of the shape `leading`: that of all their dimensions but the
-        last, which are `[batch, sequence]`, the same in one dimension, or, where languages are given by sequence,
-        `[batch]` or `[batch, other]`. `None`: they are of another shape."""
+        last, which are `[batch, sequence]`, with further ones such as heads, the two in one dimension, or, where
+        languages are given by sequence, `[batch]` or `[batch, other]`. `None`: they are of another shape."""
         return _shaped(self.languages, self.by_sequence, leading)
+
+    def groups_of_shape(self, groups: Tensor, leading: torch.Size) -> Tensor | None:
+        """As `of_shape`, of any numbers `[batch, sequence]` that follow from languages and documents; of another
+        sequence length each sequence has its first token's."""
+        return _shaped(groups, None if self.by_sequence is None else groups[:, 0], leading)
 
     def documents_of_shape(self, leading: torch.Size) -> Tensor | None:
         """As `of_shape`, the documents; `None` also for another sequence length if sequences hold several of them."""
@@ -130,12 +137,14 @@ def rows_of(
         targets = labelled(inputs, languages, by_sequence, len(table), shifted, faults)
     else:
         targets = stated(number, languages, len(table), faults)
-    return Rows(languages, documents.numbers, targets, tuple(faults.open), by_sequence, bool(documents.told_by))
+    target_tokens = by_language(languages, targets, len(table)).round().long()
+    checks, packed = tuple(faults.open), bool(documents.told_by)
+    return Rows(languages, documents.numbers, targets, target_tokens, checks, by_sequence, packed)
 
 
 def _shaped(numbers: Tensor, by_sequence: Tensor | None, leading: torch.Size) -> Tensor | None:
-    if leading == numbers.shape:
-        return numbers
+    if leading[:2] == numbers.shape:
+        return numbers.reshape(*numbers.shape, *(1,) * (len(leading) - 2)).expand(leading)
     if by_sequence is not None and len(leading) in (1, 2) and leading[0] == len(by_sequence):
         return by_sequence if len(leading) == 1 else by_sequence.unsqueeze(1).expand(leading)
     return numbers.reshape(leading) if leading == (numbers.numel(),) else None

@@ -141,7 +141,9 @@ def test_the_shape_of_a_batch(args: Any, kwargs: Any, shape: tuple[int, int]) ->
 def test_activations_of_other_shapes() -> None:
     sequences, tokens = rows(["de", "fr"]), rows([[0, 0, 0], [1, 1, -1]])
     for each in (sequences, tokens):
-        assert each.of_shape(torch.Size((2, 3))) is each.languages
+        assert torch.equal(each.of_shape(torch.Size((2, 3))), each.languages)
+        heads = each.of_shape(torch.Size((2, 3, 4)))
+        assert torch.equal(heads, each.languages.unsqueeze(-1).expand(2, 3, 4))
         flat = each.of_shape(torch.Size((6,)))
         assert flat is not None
         assert flat.tolist() == each.languages.flatten().tolist()

@@ -78,20 +78,20 @@ class Pass:
         return indices
 
     def target_tokens_by_group(self) -> Tensor:
-        """Returns the target tokens of each group, `[2 K]`."""
+        """Returns the target tokens of each group, `[2 K]` float64."""
         assert self.groups is not None
-        counted = torch.zeros(2 * self._count + 1, dtype=torch.int64, device=self.groups.device)
-        return counted.scatter_add_(0, self.groups.flatten(), self.rows.is_target.flatten().to(torch.int64))[:-1]
+        counted = torch.zeros(2 * self._count + 1, dtype=torch.float64, device=self.groups.device)
+        return counted.scatter_add_(0, self.groups.flatten(), self.rows.targets.flatten().double())[:-1]
 
     def _place(self, leading: torch.Size) -> Placed | None:
-        languages = self.rows.of_shape(self.rows.languages, leading)
+        languages = self.rows.of_shape(leading)
         if languages is None:
             return None
         languages = languages.flatten()
         columns = torch.where(languages < 0, self._count, languages)
         if self.groups is None:
             return Placed(columns, None)
-        groups = self.rows.of_shape(self.groups, leading)
+        groups = self.rows.groups_of_shape(self.groups, leading)
         assert groups is not None
         return Placed(columns, LateGroups(groups.flatten(), 2 * self._count))
 
