@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.mixed.products import Groups
 from bucketmoo_ds.data.rows import Rows
+from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.transfer import ToHost
 
 
@@ -52,6 +54,7 @@ class Pass:
     Attributes:
         held: by parameter, the uses whose backward has come, where a parameter has several.
         uses: by parameter, how often it is used.
+        reached: to be called when a backward has come to one of its uses; the session sets it.
     """
 
     def __init__(self, rows: Rows, num_languages: int, takes_grams: bool) -> None:
@@ -59,6 +62,7 @@ class Pass:
         self.takes_grams = takes_grams
         self.held: dict[int, list[Any]] = {}
         self.uses: dict[int, int] = {}
+        self.reached: Callable[[], None] = _nobody
         self._count = num_languages
         self._placed: dict[torch.Size, Placed | None] = {}
         self.groups = halves(rows.languages, rows.documents, num_languages) if takes_grams else None
@@ -94,6 +98,10 @@ class Pass:
         groups = self.rows.groups_of_shape(self.groups, leading)
         assert groups is not None
         return Placed(columns, LateGroups(groups.flatten(), 2 * self._count))
+
+
+def _nobody() -> None:
+    raise BucketMOOError("a backward through a forward pass of the registered model that is not over yet")
 
 
 def halves(languages: Tensor, documents: Tensor, num_languages: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ class MixedSession(Stays):
         self._tracker = RowTracker(config, model)
         self._current: Pass | None = None
         self._found: tuple[MixedBatch | LanguageError, Pass | None] | None = None
-        self._passes: dict[Passage, Pass] = {}
+        self._passes: weakref.WeakKeyDictionary[Passage, Pass] = weakref.WeakKeyDictionary()
         self._reaching: list[tuple[Passage, int | None]] = []
         self._task: int | None = None  # the backward that has opened the micro-step
         self._open: list[Pass] = []  # the passes of it
@@ -135,7 +136,7 @@ class MixedSession(Stays):
         Raises:
             LanguageError: one of them names no valid languages.
         """
-        self.window.expect(self._tracker.count(batches).tolist())
+        self.window.expect(self._tracker.count(batches).tolist(), len(batches))
 
     @property
     def last(self) -> Resolution | None:
@@ -222,6 +223,7 @@ class MixedSession(Stays):
             return args, kwargs
         self._current = self._found = None
         if torch.is_grad_enabled():
+            self._check_not_interrupted()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._current = Pass(found.rows, self._count, self._takes_grams)
@@ -237,6 +239,7 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
+            batch.reached = lambda: self._reached(passage)
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -291,7 +294,7 @@ class MixedSession(Stays):
         """Writes what the gradient of each row counts: the weight of its language in its block, times what makes the
         sum over ranks and micro-steps, divided by the framework as it is, the mean over the language's tokens."""
         shares = self.window.shares()
-        if self.window.micro_steps == 1 or self.window.present != self._solved_for:
+        if self.window.begins or self.window.present != self._solved_for:
             self._solved_for = self.window.present
             gram, known = self.estimate.gram()
             units = to_device(self.window.units(), torch.float64, self._device)
@@ -316,17 +319,20 @@ class MixedSession(Stays):
             tap.grad = None
         self._open, self._task, self._slot = [], None, None
 
+    def _check_not_interrupted(self) -> None:
+        if self._task is not None:
+            raise BucketMOOError(
+                "the last backward did not come to its end, so that its window holds half a micro-step: after an error "
+                "that you catch, call abandon() on every rank, clear the gradients, and begin the window anew"
+            )
+
     def end_window(self) -> None:
         """The optimizer steps: what has come since the last step was one window.
 
         Raises:
             BucketMOOError: a backward has not come to its end.
         """
-        if self._task is not None:
-            raise BucketMOOError(
-                "optimizer.step() after a backward that did not come to its end: after an error that you catch, call "
-                "abandon() on every rank, clear the gradients, and begin the window anew"
-            )
+        self._check_not_interrupted()
         if not self.window.micro_steps:
             return
         assert self._decided is not None
