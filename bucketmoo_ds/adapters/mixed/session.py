@@ -239,7 +239,7 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
-            batch.reached = lambda: self._reached(passage)
+            batch.reached = lambda: self._reached_inside(passage)
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -255,6 +255,12 @@ class MixedSession(Stays):
             self._task = task
             self._open_micro_step()
         after_backward(lambda: self._after_backward(passage, task))
+
+    def _reached_inside(self, passage: Passage) -> None:
+        """A backward has come to a use. It came to the outputs before, or to none of them; a backward of its own, as
+        reentrant checkpointing runs it, is part of the one that did."""
+        if all(reached is not passage for reached, _ in self._reaching):
+            self._reached(passage)
 
     def _after_backward(self, passage: Passage, task: int | None) -> None:
         self._reaching.remove((passage, task))
