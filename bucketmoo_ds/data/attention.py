@@ -7,9 +7,10 @@ of transformers obey, read in version 5.23; `tests/unit/test_documents.py` pertu
                                 eager, sdpa and flex attention, if there is no attention_mask and *no cache*. With
                                 `use_cache`, which most configurations set, a forward pass that trains makes one too,
                                 unless it is checkpointed. Flash attention reads them in a batch of one row alone,
-                                cache or not, and cuts where the lowest position stands. Models that make their masks
-                                without position_ids never obey them (BLOOM, Falcon, OPT, XGLM, GPT-OSS; those that
-                                attend both ways), which their source tells.
+                                cache or not, and cuts where the lowest position stands. (Under an attention_mask of
+                                ones as well, but whether it is one of ones is not known without a wait.) Models that
+                                make their masks without position_ids never obey them, which their source tells: BLOOM,
+                                Falcon, OPT, XGLM, GPT-OSS, and those that attend both ways.
     cu_seq_lens_q               flash attention, beside cu_seq_lens_k, max_length_q and max_length_k, if there is no
                                 attention_mask
     attention_mask [B, 1, S, S] of 0 and minus infinity: all but flash attention. Of truth values: sdpa; eager and flex

@@ -80,10 +80,12 @@ def _by_visibility(mask: Tensor, shape: tuple[int, int], device: torch.device, a
     mask = onto(mask, device)
     visible = mask > _HIDDEN if mask.is_floating_point() else mask != 0
     visible = visible.any(1) if visible.dim() == 4 else visible
-    here = torch.arange(length, device=device)
-    visible = visible | visible.mT | (here == here.unsqueeze(1))
-    first = visible.to(torch.uint8).argmax(-1)  # the first of equal ones
-    return first.flip(-1).cummin(-1).values.flip(-1) == here
+    here, some = torch.arange(length, device=device), visible.any(-1)
+    visible = visible.to(torch.uint8)  # `argmax` takes no truth values, and gives the first of equal ones
+    first = torch.where(some, visible.argmax(-1), here).minimum(here)
+    last = torch.where(some, length - 1 - visible.flip(-1).argmax(-1), here).maximum(here)
+    backward = first.flip(-1).cummin(-1).values.flip(-1) >= here
+    return backward & (last.cummax(-1).values.roll(1, -1) < here)
 
 
 def _by_lengths(told: Any, shape: tuple[int, int], device: torch.device, attention: Attention) -> Tensor | None:

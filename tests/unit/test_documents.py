@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -170,6 +172,31 @@ def test_a_block_mask_needs_numbers() -> None:
     assert not told
     assert "pass seq_idx as well" in unread
     assert told_apart(model, inputs | _inputs("numbers", 1), 1)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_documents_of_any_visibility(data: st.DataObject) -> None:
+    """A document starts where no token attends across, in whichever direction and whether or not to itself."""
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 7))
+    place = st.integers(0, length - 1)
+    seen = data.draw(st.sets(st.tuples(st.integers(0, batch - 1), place, place), max_size=length))
+    mask = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    for row, query, key in seen:
+        mask[row, 0, query, key] = True
+    expected, number = torch.zeros(batch, length, dtype=torch.long), -1
+    for row, at in itertools.product(range(batch), range(length)):
+        number += not any(r == row and min(q, k) < at <= max(q, k) for r, q, k in seen)
+        expected[row, at] = number
+    found = documents_of({"attention_mask": mask}, (batch, length), torch.device("cpu"), Attention())
+    assert torch.equal(found.numbers, expected)
+
+
+def test_a_class_made_on_the_fly_has_the_source_of_its_bases() -> None:
+    """As FSDP2 makes them."""
+    model = made("llama", "sdpa")
+    model.model.__class__ = type("FSDPLlamaModel", (type(model.model),), {})
+    assert told_apart(model, _inputs("positions", 2), 2)[0]
 
 
 def test_inputs_get_their_names() -> None:

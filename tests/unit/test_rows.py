@@ -290,13 +290,12 @@ def check(batch: Packed, shifted: bool, shift_labels: bool = False, **told: Any)
     numbers = batch.by_token(lambda document, language, place: document, -1)
     assert torch.equal(found.languages, languages)
     assert found.target_tokens.tolist() == expected_targets(batch, shifted and not shift_labels)
-    pairs = {
-        (a, b) for a, b in zip(numbers.flatten().tolist(), found.documents.flatten().tolist(), strict=True) if a >= 0
-    }
-    assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}), "the same documents"
-    assert [b for _, b in sorted(pairs)] == sorted(b for _, b in pairs), "in their order"
-    one = [numbers[row][languages[row] >= 0].unique().numel() == 1 for row in range(len(numbers))]
-    assert all(one) or len({*range(found.documents.max() + 1)} - set(found.documents.flatten().tolist())) == 0
+    both = zip(numbers.flatten().tolist(), found.documents.flatten().tolist(), strict=True)
+    pairs = sorted({(expected, number) for expected, number in both if expected >= 0})
+    numbered = [number for _, number in pairs]
+    assert [expected for expected, _ in pairs] == list(range(len(pairs))), "documents are whole"
+    assert numbered == sorted(set(numbered)), "and apart, in their order"
+    assert found.documents.unique().tolist() == list(range(int(found.documents.max()) + 1)), "without a gap"
 
 
 @settings(max_examples=60, deadline=None)
