@@ -8,6 +8,7 @@ the table of weights that the uses read; a window ends with the optimizer's step
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 import weakref
@@ -50,6 +51,7 @@ class MixedSession(Stays):
         micro_steps: tells M, the micro-steps that a loss is divided by, as the framework has it now.
         divisor: what the framework divides the sum of the ranks' gradients by.
         device: where gradients are.
+        loss_scale: tells what losses are multiplied by.
 
     Raises:
         DisagreementError: on every rank, if their settings or models differ.
@@ -64,6 +66,7 @@ class MixedSession(Stays):
         micro_steps: Callable[[], int],
         divisor: float,
         device: torch.device,
+        loss_scale: Callable[[], float],
     ) -> None:
         self.config = config
         self.exchange = exchange
@@ -72,6 +75,7 @@ class MixedSession(Stays):
         self._model = model
         self._micro_steps = micro_steps
         self._divisor = divisor
+        self._loss_scale = loss_scale
         self._device = device
         self._covered = covered
         blocks, self._count = len(self.plan.blocks), len(config.languages)
@@ -142,6 +146,16 @@ class MixedSession(Stays):
     def last(self) -> Resolution | None:
         """What was decided in the latest window."""
         return self.record.last
+
+    @property
+    def windows(self) -> int:
+        """How many windows have been resolved."""
+        return self.record.windows
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What has been counted since the run began."""
+        return self.record.counters
 
     def abandon(self) -> None:
         """Gives up the window under way, after an error that was caught; to be called on all ranks. Clears the
@@ -223,7 +237,7 @@ class MixedSession(Stays):
             return args, kwargs
         self._current = self._found = None
         if torch.is_grad_enabled():
-            self._check_not_interrupted()
+            self.check_finished()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._current = Pass(found.rows, self._count, self._takes_grams)
@@ -317,7 +331,7 @@ class MixedSession(Stays):
             zeros = torch.zeros_like(self.taps[0])
             groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
             tokens = sum(batch.target_tokens_by_group() for batch in self._open)
-            self.estimate.add(groups, self._slot.scale, tokens)  # type: ignore[arg-type]
+            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)  # type: ignore[arg-type]
         self._close_micro_step()
 
     def _close_micro_step(self) -> None:
@@ -325,7 +339,8 @@ class MixedSession(Stays):
             tap.grad = None
         self._open, self._task, self._slot = [], None, None
 
-    def _check_not_interrupted(self) -> None:
+    def check_finished(self) -> None:
+        """Raises `BucketMOOError` where a backward has not come to its end."""
         if self._task is not None:
             raise BucketMOOError(
                 "the last backward did not come to its end, so that its window holds half a micro-step: after an error "
@@ -336,9 +351,9 @@ class MixedSession(Stays):
         """The optimizer steps: what has come since the last step was one window.
 
         Raises:
-            BucketMOOError: a backward has not come to its end.
+            BucketMOOError: see `check_finished`.
         """
-        self._check_not_interrupted()
+        self.check_finished()
         if not self.window.micro_steps:
             return
         assert self._decided is not None
@@ -364,3 +379,10 @@ def check_mode(config: BucketMOOConfig) -> None:
         raise ConfigError("bucket_moo.enabled = false: register changes the model; leave the call out")
     if config.mode not in ("auto", "mixed"):
         raise ConfigError(f'bucket_moo.mode = "{config.mode}": mixed.register resolves in mode "mixed"; leave it out')
+    plain = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in ("exchange", "ranks_per_node", "row_storage"):
+        if getattr(config, name) != plain[name]:
+            raise ConfigError(
+                f"bucket_moo.{name} = {getattr(config, name)!r}: means nothing in mode \"mixed\", where the wrapper "
+                "reduces gradients and no rows are kept; leave it out"
+            )
