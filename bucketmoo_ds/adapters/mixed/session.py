@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ class MixedSession(Stays):
         self._tracker = RowTracker(config, model)
         self._current: Pass | None = None
         self._found: tuple[MixedBatch | LanguageError, Pass | None] | None = None
-        self._passes: dict[Passage, Pass] = {}
+        self._passes: weakref.WeakKeyDictionary[Passage, Pass] = weakref.WeakKeyDictionary()
         self._reaching: list[tuple[Passage, int | None]] = []
         self._task: int | None = None  # the backward that has opened the micro-step
         self._open: list[Pass] = []  # the passes of it
@@ -307,8 +308,8 @@ class MixedSession(Stays):
         if any(batch.takes_grams for batch in self._open):
             zeros = torch.zeros_like(self.taps[0])
             groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
-            tokens = sum(batch.target_tokens_by_group() for batch in self._open)
-            self.estimate.add(groups, self._slot.scale, tokens)  # type: ignore[arg-type]
+            tokens = torch.stack([batch.target_tokens_by_group() for batch in self._open])
+            self.estimate.add(groups, self._slot.scale, tokens)
         self._close_micro_step()
 
     def _close_micro_step(self) -> None:
