@@ -69,8 +69,8 @@ class Rows:
 
     def of_shape(self, leading: torch.Size) -> Tensor | None:
         """Returns the languages of activations, int64 of the shape `leading`: that of all their dimensions but the
-        last, which are `[batch, sequence]`, with further ones such as heads, the two in one dimension, or, where
-        languages are given by sequence, `[batch]` or `[batch, other]`. `None`: they are of another shape."""
+        last, which are `[batch, sequence]`, the same in one dimension, or, where languages are given by sequence,
+        `[batch]` or `[batch, other]`. `None`: they are of another shape."""
         return _shaped(self.languages, self.by_sequence, leading)
 
     def groups_of_shape(self, groups: Tensor, leading: torch.Size) -> Tensor | None:
@@ -143,8 +143,8 @@ def rows_of(
 
 
 def _shaped(numbers: Tensor, by_sequence: Tensor | None, leading: torch.Size) -> Tensor | None:
-    if leading[:2] == numbers.shape:
-        return numbers.reshape(*numbers.shape, *(1,) * (len(leading) - 2)).expand(leading)
+    if leading == numbers.shape:
+        return numbers
     if by_sequence is not None and len(leading) in (1, 2) and leading[0] == len(by_sequence):
         return by_sequence if len(leading) == 1 else by_sequence.unsqueeze(1).expand(leading)
     return numbers.reshape(leading) if leading == (numbers.numel(),) else None

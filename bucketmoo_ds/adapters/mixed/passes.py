@@ -77,9 +77,10 @@ class Pass:
     def expanded(self, indices: Tensor) -> Tensor:
         """Returns the indices that go into an embedding, for every sequence of the batch where all share them."""
         batch, sequence = self.rows.languages.shape
-        if batch > 1 and indices.shape in ((sequence,), (1, sequence)):
-            return indices.expand(batch, sequence)
-        return indices
+        shared = batch > 1 and indices.shape in ((sequence,), (1, sequence))
+        if shared and indices.shape == (batch,):  # one for each sequence, or for each place in them?
+            shared = torch.equal(indices - indices[0], torch.arange(sequence, device=indices.device))
+        return indices.expand(batch, sequence) if shared else indices
 
     def target_tokens_by_group(self) -> Tensor:
         """Returns the target tokens of each group, `[2 K]` float64."""
@@ -88,16 +89,31 @@ class Pass:
         return counted.scatter_add_(0, self.groups.flatten(), self.rows.targets.flatten().double())[:-1]
 
     def _place(self, leading: torch.Size) -> Placed | None:
-        languages = self.rows.of_shape(leading)
+        languages = self._spread(self.rows.languages, leading)
         if languages is None:
             return None
         languages = languages.flatten()
         columns = torch.where(languages < 0, self._count, languages)
         if self.groups is None:
             return Placed(columns, None)
-        groups = self.rows.groups_of_shape(self.groups, leading)
+        groups = self._spread(self.groups, leading)
         assert groups is not None
         return Placed(columns, LateGroups(groups.flatten(), 2 * self._count))
+
+    def _spread(self, each: Tensor, leading: torch.Size) -> Tensor | None:
+        """What tokens have, in the shape of activations `[*leading, features]`; heads may stand behind the tokens, or
+        between sequences and tokens, but not so that nothing tells which are the tokens."""
+        found = self.rows.groups_of_shape(each, leading)
+        if found is not None or len(leading) < 2:
+            return found
+        batch, sequence = each.shape
+        behind = self._spread(each, leading[:-1])
+        behind = behind.unsqueeze(-1).expand(leading) if behind is not None else None
+        if len(leading) > 2 and leading[0] == batch and leading[-1] == sequence:
+            between = each.view(batch, *(1,) * (len(leading) - 2), sequence).expand(leading)
+            unique = leading[1] != sequence or (behind is not None and torch.equal(behind, between))
+            return between if unique else None
+        return behind
 
 
 def _nobody() -> None:

@@ -330,8 +330,8 @@ class MixedSession(Stays):
         if any(batch.takes_grams for batch in self._open):
             zeros = torch.zeros_like(self.taps[0])
             groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
-            tokens = sum(batch.target_tokens_by_group() for batch in self._open)
-            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)  # type: ignore[arg-type]
+            tokens = torch.stack([batch.target_tokens_by_group() for batch in self._open])
+            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)
         self._close_micro_step()
 
     def _close_micro_step(self) -> None:
