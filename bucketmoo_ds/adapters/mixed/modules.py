@@ -187,6 +187,8 @@ def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], 
 
 def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tensor, rows: Tensor) -> Tensor:
     """Returns what a norm's weight multiplies: what a weight of ones gives beyond one of zeros."""
+    if getattr(plain, "func", None) is nn.LayerNorm.forward:
+        return nn.functional.layer_norm(rows, module.normalized_shape, None, None, module.eps)
     others = {name: torch.zeros_like(like) for name in names}
     with parameters_as(module, {**others, "weight": torch.ones_like(like)}):
         ones = plain(rows)
@@ -234,11 +236,11 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
 def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the module's own parameters are these tensors; by whatever means a wrapper has put them there."""
     before, hidden = module._parameters, {name: vars(module).pop(name) for name in values if name in vars(module)}
-    module._parameters = {**{name: before[name] for name in before}, **values}  # type: ignore[dict-item]
+    vars(module)["_parameters"] = {**{name: before[name] for name in before}, **values}
     try:
         yield
     finally:
-        module._parameters = before
+        vars(module)["_parameters"] = before
         vars(module).update(hidden)
 
 
