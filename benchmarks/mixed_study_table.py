@@ -1,0 +1,62 @@
+"""Renders a result of `mixed_study.py` as Markdown."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import step_table
+
+from bucketmoo_ds.apps.bench import provenance
+
+CUT = (
+    "Cut for two shared cores: a model, sequences, a vocabulary and steps smaller than the quickstart's; one learning "
+    "rate for all, tuned for none; one process."
+)
+
+
+def render(result: dict[str, Any]) -> str:
+    """Returns the table with where it comes from."""
+    settings, corpus = result["settings"], result["corpus"]
+    plain = result["values"]["averaging"]
+    rows = []
+    for name, runs in result["values"].items():
+        seeds = [seed for seed in runs if seed in plain]
+        differences = [runs[seed]["bits_per_byte"] - plain[seed]["bits_per_byte"] for seed in seeds]
+        low, high = _interval(differences)
+        rows.append(
+            (
+                name,
+                f"{statistics.fmean(runs[seed]['bits_per_byte'] for seed in seeds):.3f}",
+                "" if name == "averaging" else f"{statistics.fmean(differences):+.3f} ({low:+.3f} to {high:+.3f})",
+                "" if name == "averaging" else f"{sum(each < 0 for each in differences)} of {len(seeds)}",
+                "" if name == "averaging" else f"{max(run['largest_weight'] for run in runs.values()):.1f}",
+                "" if name == "averaging" else f"{statistics.fmean(run['above_one'] for run in runs.values()):.0%}",
+            )
+        )
+    head = ("arm", "bits per byte", "minus averaging, paired", "better in", "largest weight", "above 1")
+    return "\n".join(
+        [
+            f"{provenance.headline(result)}; `{result['command']}`",
+            "",
+            f"{corpus['source']} {corpus['version']}; {len(settings['seen'])} languages, {settings['steps']} windows of "
+            f"{settings['sequences']} sequences of {settings['sequence_length']} tokens a language, {settings['layers']}"
+            f" layers of width {settings['hidden']}, granularity `{settings['granularity']}`; base model "
+            f"{result['base']:.3f}. {CUT}",
+            "",
+            "Held-out bits per byte, mean of the languages, lower is better; the paired difference with its bootstrap "
+            "interval of 95 % over the seeds; the largest weight of a language in any window and block, and the share "
+            "of windows and blocks where one was above 1 (averaging gives 1/8 to each).",
+            "",
+            *step_table.table(head, rows),
+        ]
+    )
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Where 95 of 100 means lie of as many differences drawn from these with replacement; the same each time."""
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(differences, k=len(differences))) for _ in range(2000))
+    return means[50], means[1949]
