@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,14 +22,32 @@ _declared: set[type] = set()
 ROW_WISE = frozenset(
     {
         "DoraLinearLayer",  # peft
+        "DeepseekV2Experts",
+        "DeepseekV3Experts",
+        "DeepseekV3TopkRouter",
+        "Ernie4_5_MoeExperts",
+        "Ernie4_5_MoeTopKRouter",
+        "Glm4MoeExperts",
+        "Glm4MoeTopkRouter",
+        "GptOssExperts",
+        "GptOssTopKRouter",
+        "GraniteMoeExperts",
+        "GraniteMoeTopKRouter",
+        "Lfm2MoeExperts",
+        "MiniMaxExperts",
+        "MiniMaxTopKRouter",
         "MixtralExperts",
         "MixtralTopKRouter",
         "OlmoeExperts",
         "OlmoeTopKRouter",
+        "PhimoeExperts",
+        "PhimoeTopKRouter",
         "Qwen2MoeExperts",
         "Qwen2MoeTopKRouter",
         "Qwen3MoeExperts",
         "Qwen3MoeTopKRouter",
+        "Qwen3NextExperts",
+        "Qwen3NextTopKRouter",
     }
 )
 
@@ -90,7 +109,7 @@ def of_model(model: nn.Module) -> Coverage:
     if not trained:
         raise ConfigError("mixed.register: the model has no trainable parameter")
     number = {each: index for index, each in enumerate(trained.values())}
-    found, refused = [], []
+    found, refused, unknown = [], [], []
     for name, module in model.named_modules():
         own = {
             attribute: number[each]
@@ -101,9 +120,14 @@ def of_model(model: nn.Module) -> Coverage:
             continue
         kind = _kind(module, own)
         if isinstance(kind, str):
-            refused.append(f'"{name}" ({type(module).__name__}{kind})')
+            unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
             found.append(Found(plain_name(name), module, kind, own))
+    used = {each for one in found for each in one.numbers.values()}
+    for module, own, what in unknown:  # it may only hold what a module of a kind uses, as BERT's heads do
+        names = type(module).forward.__code__.co_names if inspect.isfunction(type(module).forward) else tuple(own)
+        if not set(own.values()) <= used or set(own) & set(names):
+            refused.append(what)
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise ConfigError(
@@ -128,14 +152,26 @@ def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return ", whose weight nn.MultiheadAttention uses without its forward"
     plain = set(own) <= {"weight", "bias"}  # and not what a parametrization makes them of
-    if (cls.forward is nn.Linear.forward or conv1d) and plain:
+    if (isinstance(module, nn.Linear) and _through_base(cls) or conv1d) and plain:
         return modules.linear
-    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and plain:
+    if isinstance(module, nn.Embedding) and _through_base(cls) and plain:
         odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
         return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
     return modules.norm if _looks_like_norm(module, own) else ""
 
 
+def _through_base(cls: type) -> bool:
+    """Whether a class's forward is that of `modules.base_of`, or calls it and uses parameters nowhere else."""
+    above = cls.__mro__[: cls.__mro__.index(modules.base_of(cls))]
+    forwards = [vars(each)["forward"] for each in above if "forward" in vars(each)]
+    try:
+        texts = [inspect.getsource(each) for each in forwards]
+    except (OSError, TypeError):
+        return False
+    return all("super().forward(" in each and not _USED.search(each) for each in texts)
+
+
+_USED = re.compile(r"self\.(weight|bias)\b(?!\.(dtype|device)\b)")
 _NORM = re.compile("Norm$")
 
 

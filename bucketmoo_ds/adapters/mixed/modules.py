@@ -24,6 +24,7 @@ from bucketmoo_ds.adapters.mixed.passes import Pass, Placed
 from bucketmoo_ds.errors import BucketMOOError
 
 OWN = "_bucketmoo_covered"
+GUARDED = "_bucketmoo_guarded"  # in the metadata of a node of the graph: no gradient may come to it
 
 
 class Driver(Protocol):
@@ -115,7 +116,7 @@ class Kind(Protocol):
 def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
-    module.__class__ = _subclass(type(module))
+    module.__class__ = _subclass(type(module), base_of(type(module)))
 
 
 def uncover(module: nn.Module) -> None:
@@ -125,11 +126,17 @@ def uncover(module: nn.Module) -> None:
         module.__class__ = vars(type(module))["covers"]
 
 
+def base_of(cls: type) -> type:
+    """The class whose forward is replaced. The forward of a class derived from an embedding or a linear layer stays,
+    and comes to ours by its `super().forward`."""
+    return next((base for base in (nn.Linear, nn.Embedding) if issubclass(cls, base)), cls)
+
+
 @functools.cache
-def _subclass(cls: Any) -> type:
+def _subclass(cls: Any, base: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         covered = vars(self).get(OWN)
-        plain = functools.partial(cls.forward, self)
+        plain = functools.partial(base.forward, self)
         return plain(*args, **kwargs) if covered is None else covered(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -137,8 +144,9 @@ def _subclass(cls: Any) -> type:
         made = copyreg._reconstructor, (cls, object, None)  # type: ignore[attr-defined]  # pickle's own of old
         return *made, {name: value for name, value in state.items() if name != OWN}
 
-    space = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "covers": cls}
-    return type(cls.__name__, (cls,), {**space, "__qualname__": cls.__qualname__})
+    ours = type(base.__name__, (base,), {"forward": forward})
+    space = {"__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "covers": cls}
+    return type(cls.__name__, (ours,) if cls is base else (cls, ours), space)
 
 
 # --- kinds ----------------------------------------------------------------------------------------------------------
@@ -301,6 +309,8 @@ def _guarded(output: Any, why: str) -> Any:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(refuse)
+            if leaf.grad_fn is not None:
+                leaf.grad_fn.metadata[GUARDED] = True
     return output
 
 

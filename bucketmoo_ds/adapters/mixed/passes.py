@@ -71,18 +71,26 @@ class Pass:
         return self._placed[leading]
 
     def expanded(self, indices: Tensor) -> Tensor:
-        """Returns the indices that go into an embedding, for every sequence of the batch where all share them."""
+        """Returns the indices that go into an embedding, for every sequence of the batch where all share them: places
+        in a sequence, `[length]` or `[1, length]`."""
         batch, sequence = self.rows.languages.shape
-        shared = batch > 1 and indices.shape in ((sequence,), (1, sequence))
-        if shared and indices.shape == (batch,):  # one for each sequence, or for each place in them?
-            shared = torch.equal(indices - indices[0], torch.arange(sequence, device=indices.device))
-        return indices.expand(batch, sequence) if shared else indices
+        row = indices.squeeze(0) if indices.dim() == 2 else indices
+        length = row.shape[-1] if row.dim() == 1 else 0
+        if batch == 1 or length in (0, batch * sequence):
+            return indices
+        if length != sequence or indices.shape == (batch,):  # places, or one for each sequence, or neither?
+            here = torch.arange(length, device=row.device)
+            if self.placed(torch.Size((batch, length))) is None or not torch.equal(row - row[0], here):
+                return indices
+        return row.expand(batch, length)
 
     def target_tokens_by_group(self) -> Tensor:
         """Returns the target tokens of each group, `[2 K]`."""
-        assert self.groups is not None
-        counted = torch.zeros(2 * self._count + 1, dtype=torch.int64, device=self.groups.device)
-        return counted.scatter_add_(0, self.groups.flatten(), self.rows.is_target.flatten().to(torch.int64))[:-1]
+        targets = self.rows.is_target
+        groups = self._spread(self.groups, targets.shape) if self.groups is not None else None
+        assert groups is not None
+        counted = torch.zeros(2 * self._count + 1, dtype=torch.int64, device=groups.device)
+        return counted.scatter_add_(0, groups.flatten(), targets.flatten().to(torch.int64))[:-1]
 
     def _place(self, leading: torch.Size) -> Placed | None:
         languages = self._spread(self.rows.languages, leading)
@@ -110,7 +118,6 @@ class Pass:
             unique = leading[1] != sequence or (behind is not None and torch.equal(behind, between))
             return between if unique else None
         return behind
-
 
 
 def halves(languages: Tensor, documents: Tensor, num_languages: int) -> Tensor:
