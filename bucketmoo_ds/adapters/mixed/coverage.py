@@ -23,6 +23,7 @@ ROW_WISE = frozenset(
     {
         "DoraLinearLayer",  # peft
         "DeepseekV2Experts",
+        "DeepseekV2TopkRouter",
         "DeepseekV3Experts",
         "DeepseekV3TopkRouter",
         "Ernie4_5_MoeExperts",
@@ -34,6 +35,7 @@ ROW_WISE = frozenset(
         "GraniteMoeExperts",
         "GraniteMoeTopKRouter",
         "Lfm2MoeExperts",
+        "Lfm2MoeTopKRouter",
         "MiniMaxExperts",
         "MiniMaxTopKRouter",
         "MixtralExperts",
@@ -118,7 +120,7 @@ def of_model(model: nn.Module) -> Coverage:
         }
         if not own:
             continue
-        kind = _kind(module, own)
+        kind = _kind(module, own) if "relative" not in name.rpartition(".")[2] else ", whose rows are pairs of tokens"
         if isinstance(kind, str):
             unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
@@ -152,9 +154,9 @@ def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return ", whose weight nn.MultiheadAttention uses without its forward"
     plain = set(own) <= {"weight", "bias"}  # and not what a parametrization makes them of
-    if (isinstance(module, nn.Linear) and _through_base(cls) or conv1d) and plain:
+    if plain and (conv1d or (isinstance(module, nn.Linear) and _through_base(cls))):
         return modules.linear
-    if isinstance(module, nn.Embedding) and _through_base(cls) and plain:
+    if plain and isinstance(module, nn.Embedding) and _through_base(cls):
         odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
         return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
     return modules.norm if _looks_like_norm(module, own) else ""
