@@ -21,7 +21,8 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _declared: set[type] = set()
 ROW_WISE = frozenset(
     {
-        "DoraLinearLayer",  # peft
+        "peft.tuners.lora.dora.DoraLinearLayer",
+        "peft.tuners.lora.layer.Embedding",
         "DeepseekV2Experts",
         "DeepseekV2TopkRouter",
         "DeepseekV3Experts",
@@ -112,13 +113,20 @@ def of_model(model: nn.Module) -> Coverage:
         raise ConfigError("mixed.register: the model has no trainable parameter")
     number = {each: index for index, each in enumerate(trained.values())}
     found, refused, unknown = [], [], []
+    holders = (nn.ParameterDict, nn.ParameterList)
+    taken: set[nn.Module] = set()
     for name, module in model.named_modules():
+        parts = [("", module)]
+        if _is_row_wise(type(module)):  # its forward is what uses them
+            parts += [(f"{name}.", each) for name, each in module.named_children() if isinstance(each, holders)]
+            taken.update(each for _, each in parts[1:])
         own = {
-            attribute: number[each]
-            for attribute, each in module.named_parameters(recurse=False, remove_duplicate=False)
+            prefix + attribute: number[each]
+            for prefix, part in parts
+            for attribute, each in part.named_parameters(recurse=False, remove_duplicate=False)
             if each in number
         }
-        if not own:
+        if not own or module in taken:
             continue
         kind = _kind(module, own) if "relative" not in name.rpartition(".")[2] else ", whose rows are pairs of tokens"
         if isinstance(kind, str):
@@ -143,10 +151,18 @@ def of_model(model: nn.Module) -> Coverage:
     return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
 
 
+def _is_row_wise(cls: type) -> bool:
+    return (
+        any(base in _declared for base in cls.__mro__)
+        or cls.__name__ in ROW_WISE
+        or f"{cls.__module__}.{cls.__name__}" in ROW_WISE
+    )
+
+
 def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     """The kind of a module, or what keeps it from being of any."""
     cls = type(module)
-    if any(base in _declared for base in cls.__mro__) or cls.__name__ in ROW_WISE:
+    if _is_row_wise(cls):
         return modules.row_wise
     if "forward" in vars(module):
         return ", whose forward somebody has replaced"

@@ -11,7 +11,8 @@ import copy
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class Covered(Stays):
     def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's forward."""
         if silent():
-            with parameters_as(module, {name: getattr(module, name).detach() for name in self.numbers}):
+            with parameters_as(module, {name: each.detach() for name, each in held(module, self.numbers).items()}):
                 return plain(*args, **kwargs)
         batch = self.driver.current()
         if batch is not None and not self.driver.recomputes():
@@ -166,7 +167,7 @@ def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any]
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Embedding`. Positions that all sequences share are looked up for each of them."""
-    indices = batch.expanded(args[0] if args else kwargs["input"])
+    indices = batch.expanded(args[0] if args else kwargs["input"], "position" in covered.name)
     placed = batch.placed(indices.shape)
     use = covered.use("weight", batch, placed) if placed is not None else None
     if use is None:
@@ -180,7 +181,7 @@ def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], 
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    live = {name: getattr(module, name) for name in covered.numbers}
+    live = held(module, covered.numbers)
     with parameters_as(module, {name: each.detach() for name, each in live.items()}):
         output = plain(*args, **kwargs)
     like = next(iter(live.values())).detach()
@@ -207,7 +208,7 @@ def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tenso
 def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
     parameters' sake."""
-    live = [getattr(module, name) for name in covered.numbers]
+    live = list(held(module, covered.numbers).values())
     random = _random_of(live[0].device)
     with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
         output = plain(*args, **kwargs)
@@ -222,7 +223,7 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     autocast = _autocast_of(leaves[wanted[0]].device.type)
 
     def again() -> tuple[list[Tensor], list[Tensor]]:
-        own = [getattr(module, name).detach().requires_grad_() for name in covered.numbers]
+        own = [each.detach().requires_grad_() for each in held(module, covered.numbers).values()]
         positional, named = pytree.tree_unflatten(kept, inputs_form)
         with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), random(), _silence():
             made = pytree.tree_flatten(plain(*positional, **named))[0]
@@ -242,14 +243,33 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
 
 @contextlib.contextmanager
 def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the module's own parameters are these tensors; by whatever means a wrapper has put them there."""
-    before, hidden = module._parameters, {name: vars(module).pop(name) for name in values if name in vars(module)}
-    module._parameters = {**{name: before[name] for name in before}, **values}  # type: ignore[dict-item]
+    """Inside, the module's parameters are these tensors; by whatever means a wrapper has put them there.
+
+    Args:
+        values: by their names in it, which lead into the dictionaries and lists of parameters that it holds.
+    """
+    within: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        within.setdefault(path, {})[attribute] = value
+    restored = []
+    for path, own in within.items():
+        owner = module.get_submodule(path)
+        hidden = {name: vars(owner).pop(name) for name in own if name in vars(owner)}
+        restored.append((owner, owner._parameters, hidden))
+        before = {name: owner._parameters[name] for name in owner._parameters}
+        owner._parameters = {**before, **own}  # type: ignore[dict-item]
     try:
         yield
     finally:
-        module._parameters = before
-        vars(module).update(hidden)
+        for owner, parameters, hidden in restored:
+            owner._parameters = parameters
+            vars(owner).update(hidden)
+
+
+def held(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns a module's parameters by their names in it."""
+    return {name: operator.attrgetter(name)(module) for name in names}
 
 
 _silent = [False]

@@ -70,13 +70,15 @@ class Pass:
             self._placed[leading] = self._place(leading)
         return self._placed[leading]
 
-    def expanded(self, indices: Tensor) -> Tensor:
+    def expanded(self, indices: Tensor, positions: bool) -> Tensor:
         """Returns the indices that go into an embedding, for every sequence of the batch where all share them: places
-        in a sequence, `[length]` or `[1, length]`."""
+        in a sequence, `[length]` or `[1, length]`; those of a decoder, of another length, if it says `positions`."""
         batch, sequence = self.rows.languages.shape
         row = indices.squeeze(0) if indices.dim() == 2 else indices
         length = row.shape[-1] if row.dim() == 1 else 0
         if batch == 1 or length in (0, batch * sequence):
+            return indices
+        if length != sequence and not positions:
             return indices
         if length != sequence or indices.shape == (batch,):  # places, or one for each sequence, or neither?
             here = torch.arange(length, device=row.device)
