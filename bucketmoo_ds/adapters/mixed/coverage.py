@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from bucketmoo_ds.adapters.mixed import modules
-from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.plan.blocks import Parameter, plain_name
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -84,10 +84,26 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """All trained parameters, in the model's order, tied ones once, and the modules that use them."""
+    """All trained parameters, in the model's order, tied ones once, and the modules that use them.
+
+    Args:
+        parameters, found: these.
+        frozen: of parameters that are not trained, names, modules, and names in them.
+    """
 
     parameters: list[Parameter]
     found: list[Found]
+    frozen: list[tuple[str, nn.Module, str]]
+
+    def check_frozen(self) -> None:
+        """Raises `BucketMOOError` where a parameter is trained that was not at `register`."""
+        for name, module, attribute in self.frozen:
+            parameter = module._parameters.get(attribute)
+            if parameter is not None and parameter.requires_grad:
+                raise BucketMOOError(
+                    f'parameter "{name}" is trained since register, and its gradient would be an average of all '
+                    "languages: session.close(), and register anew"
+                )
 
     def describe(self) -> str:
         """Returns how many parameters each kind of module has: each parameter is counted once."""
@@ -133,6 +149,16 @@ def of_model(model: nn.Module) -> Coverage:
             unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
             found.append(Found(plain_name(name), module, kind, own))
+    frozen = [
+        (f"{name}.{attribute}", module, attribute)
+        for name, module in model.named_modules()
+        for attribute, each in module.named_parameters(recurse=False)
+        if each not in number
+    ]
+    multiplied = {one.numbers.get("weight") for one in found if one.kind in (modules.linear, modules.embedding)}
+    for one in found:
+        if one.kind is modules.row_wise and multiplied & set(one.numbers.values()):
+            refused.append(f'"{one.name}" ({type(one.module).__name__}, which shares a matrix with a module of a kind)')
     used = {each for one in found for each in one.numbers.values()}
     for module, own, what in unknown:  # it may only hold what a module of a kind uses, as BERT's heads do
         names = type(module).forward.__code__.co_names if inspect.isfunction(type(module).forward) else tuple(own)
@@ -148,7 +174,7 @@ def of_model(model: nn.Module) -> Coverage:
             'mode "auto")'
         )
     numels = {name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained.items()}  # whole ones
-    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
+    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found, frozen)
 
 
 def _is_row_wise(cls: type) -> bool:

@@ -155,7 +155,7 @@ def _subclass(cls: Any, base: Any) -> type:
 
 def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Linear`, and transformers' `Conv1D`, whose weight lies the other way round."""
-    x = args[0] if args else kwargs["input"]
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
@@ -167,7 +167,7 @@ def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any]
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Embedding`. Positions that all sequences share are looked up for each of them."""
-    indices = batch.expanded(args[0] if args else kwargs["input"], "position" in covered.name)
+    indices = batch.expanded(_only(args, kwargs), "position" in covered.name)
     placed = batch.placed(indices.shape)
     use = covered.use("weight", batch, placed) if placed is not None else None
     if use is None:
@@ -177,7 +177,9 @@ def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., A
 
 def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A module whose parameters, `weight` and `bias` `[d]`, multiply and add to each row: `weight * unit(x) + bias`."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    if len(args) + len(kwargs) > 1:  # what else it adds or multiplies, nobody has tried
+        return row_wise(covered, batch, module, plain, args, kwargs)
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
@@ -236,6 +238,11 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     for place, each in zip(wanted, made, strict=True):
         leaves[place] = each
     return pytree.tree_unflatten(leaves, form)
+
+
+def _only(args: Any, kwargs: Any) -> Any:
+    """The argument of a module that has one."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 # --- what kinds are made of -----------------------------------------------------------------------------------------

@@ -223,6 +223,7 @@ class MixedSession(Stays):
             return args, kwargs
         self._current = self._found = None
         if torch.is_grad_enabled():
+            self._covered.check_frozen()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._current = Pass(found.rows, self._count, self._takes_grams)

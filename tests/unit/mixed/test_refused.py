@@ -145,3 +145,34 @@ def test_rows_of_something_else(detached: bool) -> None:
             BucketMOOError, match=r'module "linear" gets rows \[6, 6\], which are not the tokens of the'
         ):
             loss.backward()
+
+
+def test_what_is_unfrozen_later() -> None:
+    model = Words(lambda model, rows: rows.mean())
+    model.linear.bias.requires_grad_(False)
+    session = bm.mixed.register(model, CONFIG)
+    model(IDS, language=["de", "fr"]).backward()
+    session.end_window()
+    model.linear.bias.requires_grad_(True)
+    with pytest.raises(BucketMOOError, match=r'parameter "linear\.bias" is trained since register.* register anew'):
+        model(IDS, language=["de", "fr"])
+    session.close()
+    bm.mixed.register(model, CONFIG)
+    model(IDS, language=["de", "fr"]).backward()
+    assert model.linear.bias.grad is not None
+
+
+def test_a_matrix_that_two_kinds_share() -> None:
+    @bm.mixed.row_wise
+    class Head(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.table = weight
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return rows @ self.table.mT
+
+    model = Words(lambda model, rows: rows.mean())
+    model.head = Head(model.embedding.weight)
+    with pytest.raises(ConfigError, match=r'"head" \(Head, which shares a matrix with a module of a kind\)'):
+        bm.mixed.register(model, CONFIG)
