@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from bucketmoo_ds.adapters.mixed import modules
-from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.plan.blocks import Parameter, plain_name
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -64,8 +64,31 @@ class Found:
 class Coverage:
     """All trained parameters, in the model's order, tied ones once, and the modules that use them."""
 
+    model: nn.Module
     parameters: list[Parameter]
     found: list[Found]
+
+    def check(self) -> None:
+        """Stops where the model trains what it did not when it was registered.
+
+        Raises:
+            BucketMOOError: a parameter is trained that was not, or a module has been replaced.
+        """
+        known = {each.name for each in self.parameters}
+        for name, parameter in self.model.named_parameters():
+            # FSDP1 may hide parameters in one, whose modules are still the model's.
+            if parameter.requires_grad and plain_name(name) not in known and not name.endswith("_flat_param"):
+                raise BucketMOOError(
+                    f'parameter "{name}" is trained, and was not when the model was registered, so that its gradient '
+                    "would be an average of all languages: unfreeze and add parameters first, and register then"
+                )
+        there = set(map(id, self.model.modules()))
+        for each in self.found:
+            if id(each.module) not in there:
+                raise BucketMOOError(
+                    f'module "{each.name}" has been replaced since the model was registered, and the gradient of the '
+                    "new one would be an average of all languages: replace modules first, and register then"
+                )
 
     def describe(self) -> str:
         """Returns how many parameters each kind of module has: each parameter is counted once."""
@@ -114,7 +137,7 @@ def of_model(model: nn.Module) -> Coverage:
             'mode "auto")'
         )
     numels = {name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained.items()}  # whole ones
-    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
+    return Coverage(model, [Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
 
 
 def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:

@@ -238,6 +238,8 @@ class MixedSession(Stays):
         self._current = self._found = None
         if torch.is_grad_enabled():
             self.check_finished()
+            if self.window.micro_steps == 0:
+                self._covered.check()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._current = Pass(found.rows, self._count, self._takes_grams)
