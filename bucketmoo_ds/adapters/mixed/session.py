@@ -163,8 +163,7 @@ class MixedSession(Stays):
         self._passes.clear()
         self._reaching.clear()
         self._close_micro_step()
-        self.window.clear()
-        self.estimate.clear()
+        self._start_window()
         for parameter in self._model.parameters():
             parameter.grad = None
 
@@ -288,6 +287,9 @@ class MixedSession(Stays):
 
     def _open_micro_step(self) -> None:
         """Agrees with the other ranks on the languages of the micro-step, and fills the table."""
+        whole = self.window.micro_steps >= self._micro_steps()
+        if whole and all(parameter.grad is None for parameter in self._model.parameters()):
+            self._start_window()  # it was cleared without a step, as GradScaler's are after an overflow
         slot = self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
         position = {
             "window": self.record.windows,
@@ -325,6 +327,10 @@ class MixedSession(Stays):
             self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)  # type: ignore[arg-type]
         self._close_micro_step()
 
+    def _start_window(self) -> None:
+        self.window.clear()
+        self.estimate.clear()
+
     def _close_micro_step(self) -> None:
         for tap in self.taps:
             tap.grad = None
@@ -361,7 +367,7 @@ class MixedSession(Stays):
                 nonfinite=(),
             )
         )
-        self.window.clear()
+        self._start_window()
 
 
 def check_mode(config: BucketMOOConfig) -> None:
