@@ -66,11 +66,11 @@ class GramEstimate:
         Args:
             groups: `[B, 2 K, 2 K]` float64: the Grams of the groups' gradients.
             scale: s.
-            target_tokens: `[2 K]`: n of every group.
+            target_tokens: `[P, 2 K]`: n of every group in each of its forward passes, whose Grams are summed.
         """
         counts = target_tokens.to(torch.float64)
         halves = (self._count, 2, self._count, 2)
-        both = torch.cat([groups * scale**2, torch.outer(counts, counts).unsqueeze(0)]).view(-1, *halves)
+        both = torch.cat([groups * scale**2, (counts.mT @ counts).unsqueeze(0)]).view(-1, *halves)
         whole = both.sum((2, 4))
         crossed = torch.diag_embed(both[:, :, 0, :, 1].diagonal(dim1=1, dim2=2))
         self._sum += torch.where(torch.eye(self._count, dtype=torch.bool, device=self._device), crossed, whole)

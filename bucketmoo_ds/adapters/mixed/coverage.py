@@ -125,9 +125,12 @@ def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     if "forward" in vars(module):
         return ", whose forward somebody has replaced"
     conv1d = cls.__name__.endswith("Conv1D") and cls.__module__.startswith("transformers.")
-    if cls.forward is nn.Linear.forward or conv1d:
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return ", whose weight nn.MultiheadAttention uses without its forward"
+    plain = set(own) <= {"weight", "bias"}  # and not what a parametrization makes them of
+    if (cls.forward is nn.Linear.forward or conv1d) and plain:
         return modules.linear
-    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:
+    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and plain:
         odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
         return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
     return modules.norm if _looks_like_norm(module, own) else ""

@@ -113,19 +113,23 @@ class Kind(Protocol):
 def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
-    module.__class__ = _subclass(type(module))
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls)
 
 
 def uncover(module: nn.Module) -> None:
-    """Gives it its own class back."""
+    """Gives it its own class back; a wrapper that has made another class of it since keeps that, with its forward."""
     del vars(module)[OWN]
-    module.__class__ = vars(type(module))["covers"]
+    if "covers" in vars(type(module)):
+        module.__class__ = vars(type(module))["covers"]
 
 
 @functools.cache
 def _subclass(cls: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[OWN](self, functools.partial(cls.forward, self), args, kwargs)
+        covered = vars(self).get(OWN)
+        plain = functools.partial(cls.forward, self)
+        return plain(*args, **kwargs) if covered is None else covered(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         made, (_, *rest), state, *more = cls.__reduce_ex__(self, protocol)
@@ -194,6 +198,7 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
     parameters' sake."""
     live = [getattr(module, name) for name in covered.numbers]
+    random = _random_of(live[0].device)
     with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
         output = plain(*args, **kwargs)
     leaves, form = pytree.tree_flatten(output)
@@ -209,7 +214,7 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     def again() -> tuple[list[Tensor], list[Tensor]]:
         own = [getattr(module, name).detach().requires_grad_() for name in covered.numbers]
         positional, named = pytree.tree_unflatten(kept, inputs_form)
-        with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), _silence():
+        with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), random(), _silence():
             made = pytree.tree_flatten(plain(*positional, **named))[0]
         return [made[place] for place in wanted], own
 
@@ -267,6 +272,22 @@ def _autocast_of(kind: str) -> Callable[[], Any]:
     """What enters the state of autocast that holds now."""
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+
+def _random_of(device: torch.device) -> Callable[[], Any]:
+    """What enters the state of the random generators that holds now."""
+    others = [] if device.type == "cpu" else [device]
+    states = torch.get_rng_state(), [torch.get_device_module(each).get_rng_state(each) for each in others]
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with torch.random.fork_rng(others, device_type=device.type):
+            torch.set_rng_state(states[0])
+            for each, state in zip(others, states[1], strict=True):
+                torch.get_device_module(each).set_rng_state(state, each)
+            yield
+
+    return entered
 
 
 def _guarded(output: Any, why: str) -> Any:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import struct
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class MixedSession(Stays):
         self._tracker = RowTracker(config, model)
         self._current: Pass | None = None
         self._found: tuple[MixedBatch | LanguageError, Pass | None] | None = None
-        self._passes: dict[Passage, Pass] = {}
+        self._passes: weakref.WeakKeyDictionary[Passage, Pass] = weakref.WeakKeyDictionary()
         self._reaching: list[tuple[Passage, int | None]] = []
         self._task: int | None = None  # the backward that has opened the micro-step
         self._open: list[Pass] = []  # the passes of it
@@ -139,7 +140,7 @@ class MixedSession(Stays):
         Raises:
             LanguageError: one of them names no valid languages.
         """
-        self.window.expect(self._tracker.count(batches).tolist())
+        self.window.expect(self._tracker.count(batches).tolist(), len(batches))
 
     @property
     def last(self) -> Resolution | None:
@@ -235,6 +236,7 @@ class MixedSession(Stays):
             return args, kwargs
         self._current = self._found = None
         if torch.is_grad_enabled():
+            self.check_finished()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._current = Pass(found.rows, self._count, self._takes_grams)
@@ -250,6 +252,7 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
+            batch.reached = lambda: self._reached_inside(passage)
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -265,6 +268,12 @@ class MixedSession(Stays):
             self._task = task
             self._open_micro_step()
         after_backward(lambda: self._after_backward(passage, task))
+
+    def _reached_inside(self, passage: Passage) -> None:
+        """A backward has come to a use. It came to the outputs before, or to none of them; a backward of its own, as
+        reentrant checkpointing runs it, is part of the one that did."""
+        if all(reached is not passage for reached, _ in self._reaching):
+            self._reached(passage)
 
     def _after_backward(self, passage: Passage, task: int | None) -> None:
         self._reaching.remove((passage, task))
@@ -307,7 +316,7 @@ class MixedSession(Stays):
         """Writes what the gradient of each row counts: the weight of its language in its block, times what makes the
         sum over ranks and micro-steps, divided by the framework as it is, the mean over the language's tokens."""
         shares = self.window.shares()
-        if self.window.micro_steps == 1 or self.window.present != self._solved_for:
+        if self.window.begins or self.window.present != self._solved_for:
             self._solved_for = self.window.present
             gram, known = self.estimate.gram()
             units = to_device(self.window.units(), torch.float64, self._device)
@@ -323,8 +332,8 @@ class MixedSession(Stays):
         if any(batch.takes_grams for batch in self._open):
             zeros = torch.zeros_like(self.taps[0])
             groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
-            tokens = sum(batch.target_tokens_by_group() for batch in self._open)
-            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)  # type: ignore[arg-type]
+            tokens = torch.stack([batch.target_tokens_by_group() for batch in self._open])
+            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)
         self._close_micro_step()
 
     def _start_window(self) -> None:
@@ -340,8 +349,8 @@ class MixedSession(Stays):
         """Raises `BucketMOOError` where a backward has not come to its end."""
         if self._task is not None:
             raise BucketMOOError(
-                "optimizer.step() after a backward that did not come to its end: after an error that you catch, call "
-                "abandon() on every rank, clear the gradients, and begin the window anew"
+                "the last backward did not come to its end, so that its window holds half a micro-step: after an error "
+                "that you catch, call abandon() on every rank, clear the gradients, and begin the window anew"
             )
 
     def end_window(self) -> None:
