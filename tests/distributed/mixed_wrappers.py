@@ -76,6 +76,9 @@ class Case:
         how: arguments of the wrapper.
         zero: further entries of the JSON's `zero_optimization`.
         top: further entries of the JSON.
+        moo: further settings of ours.
+        off: whether nobody resolves anything.
+        adam: whether the optimizer is Adam.
     """
 
     seed: int
@@ -94,17 +97,26 @@ class Case:
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)
     top: dict[str, Any] = dataclasses.field(default_factory=dict)
+    moo: dict[str, Any] = dataclasses.field(default_factory=dict)
+    off: bool = False
+    adam: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
+        hand = {"aggregator": "by_hand", "aggregator_options": {"seed": self.seed}}
         return {
             "languages": list(LANGUAGES),
-            "aggregator": "by_hand",
-            "aggregator_options": {"seed": self.seed},
             "granularity": self.granularity,
             "gram_every": 1,
             "mode": "mixed",
+            "enabled": not self.off,
+            **({} if "aggregator" in self.moo else hand),
+            **self.moo,
         }
+
+    @property
+    def config(self) -> bucketmoo_ds.BucketMOOConfig:
+        return bucketmoo_ds.BucketMOOConfig(**self.settings)
 
 
 class Layer(nn.Module):
@@ -134,9 +146,7 @@ class Model(nn.Module):
         width = 2 * draw.randint(3, 8)
         self.embed, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(LENGTH, width)
         count = draw.randint(1, 2)
-        self.layers = nn.ModuleList(
-            Layer(width, draw.randint(5, 30), bias=draw.random() < 0.5) for _ in range(count)
-        )
+        self.layers = nn.ModuleList(Layer(width, draw.randint(5, 30), bias=draw.random() < 0.5) for _ in range(count))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
         if tied:
@@ -240,18 +250,21 @@ class Run:
         self.case = case
         self.module: nn.Module = Model(case.seed, tied=case.tied, frozen=case.frozen).to(DTYPES[case.dtype])
         self.twin = copy.deepcopy(self.module).double()
-        config = bucketmoo_ds.BucketMOOConfig(**case.settings)
-        settings: dict[str, Any] = {"micro_steps": case.micro_steps}
+        self.session: Any = None
         if case.wrapper == "zero":
             self._make_engine()
             return
-        if case.before or case.wrapper == "fsdp1":
-            self.session = bucketmoo_ds.mixed.register(self.module, config, **settings)
-            self.model = self._wrap()
-        else:
-            self.model = self._wrap()
-            self.session = bucketmoo_ds.mixed.register(self.model, config, **settings)
-        self.optimizer = torch.optim.SGD([each for each in self.model.parameters() if each.requires_grad], lr=LEARNING_RATE)
+        first = case.before or case.wrapper == "fsdp1"
+        if first and not case.off:
+            self.session = bucketmoo_ds.mixed.register(self.module, case.config, micro_steps=case.micro_steps)
+        self.model = self._wrap()
+        if not first and not case.off:
+            self.session = bucketmoo_ds.mixed.register(self.model, case.config, micro_steps=case.micro_steps)
+        self.optimizer = self._optimizer(self.model)
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        trained = [each for each in module.parameters() if each.requires_grad]
+        return torch.optim.Adam(trained, lr=0.01) if self.case.adam else torch.optim.SGD(trained, lr=LEARNING_RATE)
 
     def _wrap(self) -> Any:
         how, module = dict(self.case.how), self.module
@@ -292,12 +305,13 @@ class Run:
             with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
                 for own, made in zip(self.twin.parameters(), self.module.parameters(), strict=True):
                     own.data = made.detach().double().clone()
-        trained = [each for each in self.module.parameters() if each.requires_grad]
-        optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE)
+        optimizer = self._optimizer(self.module)
         self.model, *_ = bucketmoo_ds.initialize(model=self.module, optimizer=optimizer, config=config)
-        self.session = self.model.moo
+        self.session = None if case.off else self.model.moo
 
     def micro_step(self, batch: dict[str, Any], *, last: bool) -> None:
+        if self.case.off:
+            batch = {name: value for name, value in batch.items() if name != "language"}
         loss = self.model(**batch)
         if self.case.wrapper == "zero":
             self.model.backward(loss)
@@ -381,9 +395,7 @@ def run(**fields: Any) -> dict[str, Any]:
     return {name: max(each[name] for each in errors) for name in errors[0]}
 
 
-def compare(
-    run: Run, window: int, mine: list[reference.MicroGradient], found: dict[str, Tensor]
-) -> dict[str, float]:
+def compare(run: Run, window: int, mine: list[reference.MicroGradient], found: dict[str, Tensor]) -> dict[str, float]:
     everyone: list[Any] = [None] * worker.WORLD_SIZE
     dist.all_gather_object(everyone, mine)
     micros = [micro for rank in everyone for micro in rank]
