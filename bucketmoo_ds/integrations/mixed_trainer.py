@@ -37,19 +37,18 @@ class MixedTrainerMixin:
         language_column: the column of the training data that says a row's language, by name, index or ClassLabel; or,
             where rows are packed already, a list with the language of each token, -1 for none.
 
-    Attributes:
-        moo: the session; `None` without settings.
+    Under DeepSpeed the settings become its JSON's section, with `"mode": "mixed"`, and DeepSpeed's own checkpoints hold
+    the state.
 
     Raises:
         ConfigError: there is no such column, or see `mixed.register`.
     """
 
-    moo: mixed.MixedSession | None = None
-
     def __init__(
         self, *args: Any, moo: BucketMOOConfig | None = None, language_column: str = "language", **kwargs: Any
     ) -> None:
         self._moo_config = moo
+        self._moo: mixed.MixedSession | None = None
         self._language_column = language_column
         super().__init__(*args, **kwargs)
         if moo is None:
@@ -59,14 +58,18 @@ class MixedTrainerMixin:
         trainer.data_collator = LanguageCollator(
             trainer.data_collator, moo, language_column, _classes(trainer.train_dataset, language_column)
         )
-        if trainer.is_deepspeed_enabled:
-            raise ConfigError(
-                f'MixedTrainerMixin under DeepSpeed: put the settings into its JSON, "{SECTION}": {{"mode": "mixed", '
-                '"languages": [...]}, and leave moo out'
-            )
         unfuse(trainer.model)
-        self.moo = mixed.register(trainer.model, moo, micro_steps=lambda: _divided_by(trainer))
-        trainer.add_callback(_state_keeper(self.moo))
+        if trainer.is_deepspeed_enabled:
+            section = {**moo.to_json(), "mode": "mixed"}
+            trainer.accelerator.state.deepspeed_plugin.deepspeed_config[SECTION] = section
+            return
+        self._moo = mixed.register(trainer.model, moo, micro_steps=lambda: _divided_by(trainer))
+        trainer.add_callback(_state_keeper(self._moo))
+
+    @property
+    def moo(self) -> mixed.MixedSession | None:
+        """The session; `None` without settings, and, under DeepSpeed, before there is an engine."""
+        return self._moo or getattr(getattr(self, "model_wrapped", None), "moo", None)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -109,7 +112,7 @@ class MixedTrainerMixin:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's."""
-        if self.moo is not None and resume_from_checkpoint:
+        if self._moo is not None and resume_from_checkpoint:
             trainer: Any = self
             if resume_from_checkpoint is True:
                 from transformers.trainer_utils import get_last_checkpoint
@@ -119,7 +122,7 @@ class MixedTrainerMixin:
                 file = Path(resume_from_checkpoint) / STATE
                 if not file.exists():
                     raise ConfigError(f"{file} is missing: the checkpoint was written by a run without moo")
-                self.moo.load_state_dict(json.loads(file.read_text()))
+                self._moo.load_state_dict(json.loads(file.read_text()))
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
 
