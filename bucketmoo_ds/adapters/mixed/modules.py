@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,12 +67,13 @@ class Covered(Stays):
     blocks: Mapping[str, int]
     forward: Kind
 
+    @torch.compiler.disable  # a graph would keep the languages and groups of the batch that it was traced with
     def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's forward."""
-        batch = self.driver.current()
         if silent():
             with parameters_as(module, {name: getattr(module, name).detach() for name in self.numbers}):
                 return plain(*args, **kwargs)
+        batch = self.driver.current()
         if batch is not None and not self.driver.recomputes():
             for number in self.numbers.values():
                 batch.uses[number] = batch.uses.get(number, 0) + 1
@@ -140,8 +142,9 @@ def _subclass(cls: Any) -> type:
         return plain(*args, **kwargs) if covered is None else covered(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (_, *rest), state, *more = cls.__reduce_ex__(self, protocol)
-        return made, (cls, *rest), {name: value for name, value in state.items() if name != OWN}, *more
+        state = cls.__reduce_ex__(self, protocol)[2]
+        made = copyreg._reconstructor, (cls, object, None)  # type: ignore[attr-defined]  # pickle's own of old
+        return *made, {name: value for name, value in state.items() if name != OWN}
 
     space = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "covers": cls}
     return type(cls.__name__, (cls,), {**space, "__qualname__": cls.__qualname__})
