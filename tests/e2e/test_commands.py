@@ -17,6 +17,7 @@ import pytest
 from draw import some
 from safetensors.torch import load_file
 
+from bucketmoo_ds.apps.cli.main import main
 from bucketmoo_ds.apps.corpus import tokenizer
 from bucketmoo_ds.apps.monitor.reader import read
 from bucketmoo_ds.apps.training.models import load_model
@@ -64,7 +65,7 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "data": {"path": str(text)},
         "evaluation": {"data": {"path": str(text)}, "max_bytes": 2000},
         "training": {
-            "steps": 6,
+            "steps": 8,
             "sequence_length": 32,
             "learning_rate": "4e-3",
             "checkpoint_every": 3,
@@ -101,11 +102,13 @@ def test_doctor_names_what_runs() -> None:
     assert "deepspeed" in done.stdout
 
 
-def test_unknown_backend_is_reported_by_doctor() -> None:
-    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "doctor"]
-    environment = ENVIRONMENT | {"BUCKETMOO_BACKEND": "refrence", "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert 'did you mean "reference"' in done.stdout
+def test_unknown_backend_is_reported_by_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BUCKETMOO_BACKEND", "refrence")
+    monkeypatch.setenv("COLUMNS", "200")
+    main_ends("doctor")
+    assert 'did you mean "reference"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_quickstart_on_own_text(text: Path, tmp_path: Path, aggregators: str, se
     assert "upgrad" in page
     assert "--aggregators" in (out / "command.txt").read_text()
     assert "averaging" in done.stdout
-    assert bucketmoo("quickstart", "--out", out).returncode == 2, "a second run must not overwrite the first"
+    assert main_ends("quickstart", "--out", out) == 2, "a second run must not overwrite the first"
 
 
 @pytest.fixture(scope="module")
@@ -138,33 +141,25 @@ def whole(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, whole: Path, tmp_path: Path) -> None:
-    """A run whose launcher is killed and that is resumed ends with the same metrics and weights, bit for bit.
-
-    Dropout is on, and PCGrad draws random orders: both must continue where they were.
-    """
-    cut, output = write(tmp_path, settings, "cut", checkpoint_every=1)
-    process = start_training(cut, output)
-    kill_launcher(process, cut)
-    resumed = bucketmoo("train", cut, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(output) == losses(whole)
-    assert weights(output) == weights(whole)
-    assert "report.html" in resumed.stdout
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc whether a rank listens")
 @pytest.mark.parametrize("rank", some([(0,), (1,)], 1))
-def test_sigterm_to_one_rank_saves_on_all(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
-    """From the moment at which one rank listens, the ranks agree on a step, save it and end; no step is lost."""
-    path, output = write(tmp_path, settings, "asked", save_on_signal=True)
-    process = popen("train", path)
+def test_interrupted_run_equals_an_uninterrupted_one(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
+    """A run whose launcher is killed, which is resumed and asked to end, and is resumed once more, ends with the same
+    metrics and weights, bit for bit. Dropout is on, and PCGrad draws random orders: both continue where they were.
+
+    A killed run loses what came after its last checkpoint. One that is asked to end, by SIGTERM to one rank, loses no
+    step: from the moment at which that rank listens, the ranks agree on a step, save it and end.
+    """
+    path, output = write(tmp_path, settings, "cut", checkpoint_every=1, save_on_signal=True)
+    kill_launcher(start_training(path, output), path)
+    killed = max(losses(output))
+    process = popen("train", path, "--resume")
     os.kill(listening_rank(process, path, rank), signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     told = re.search(r"SIGTERM: saved a checkpoint of step (\d+); go on with --resume", err)
     assert told is not None, err
-    assert 1 <= int(told[1]) < settings["training"]["steps"]
+    assert 1 <= int(told[1]) < settings["training"]["steps"], f"killed after step {killed}"
     assert f"latest checkpoint: step{told[1]}; go on with" in out
     assert "Traceback" not in err
     assert workers(path) == []
@@ -173,6 +168,7 @@ def test_sigterm_to_one_rank_saves_on_all(settings: dict, whole: Path, tmp_path:
     assert resumed.returncode == 0, resumed.stderr
     assert losses(output) == losses(whole)
     assert weights(output) == weights(whole)
+    assert "report.html" in resumed.stdout
 
 
 def test_a_folder_belongs_to_one_run_which_ctrl_c_ends(settings: dict, tmp_path: Path) -> None:
@@ -221,22 +217,40 @@ def test_a_dead_rank_ends_the_others_with_a_message(settings: dict, tmp_path: Pa
     assert workers(path) == []
 
 
+def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path) -> None:
+    """Here what the ranks find, of which the first one tells."""
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(settings | {"output": str(tmp_path / "out"), "data": {"path": "/nowhere"}}))
+    done = bucketmoo("train", path)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"trainning": {}}, 'trainning: unknown setting; did you mean "training"?'),
-        ({"data": {"path": "/nowhere"}}, "/nowhere"),
         ({"training": {"steps": 6, "sequence_length": 32, "learning_rate": "fast"}}, "training.learning_rate"),
         ({"deepspeed": {"bucketmoo": {}}}, 'did you mean "bucket_moo"?'),
     ],
 )
-def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, change: dict, message: str) -> None:
+def test_bad_settings_are_told_before_ranks_start(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str
+) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(settings | {"output": str(tmp_path / "out")} | change))
-    done = bucketmoo("train", path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main_ends("train", path) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def main_ends(*words: object) -> object:
+    """The exit status of the command, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
 
 
 def popen(*words: object) -> subprocess.Popen[str]:
