@@ -41,9 +41,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What `bucketmoo train` reads; a test adds its output folder."""
+@pytest.fixture(scope="module", params=some([(2,), (3,)], 1), ids="zero{}".format)
+def settings(text: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict:
+    """What `bucketmoo train` reads, on one stage of ZeRO; a test adds its output folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = {name: [path.read_text() for path in sorted((text / name).iterdir())] for name in LANGUAGES}
     tokenizer.save(tokenizer.train(texts, 512), folder)
@@ -75,7 +75,11 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000},
+            "zero_optimization": {
+                "stage": request.param,
+                "reduce_bucket_size": 5000,
+                "stage3_param_persistence_threshold": 100,
+            },
             "bucket_moo": {"languages": list(LANGUAGES), "aggregator": "pcgrad"},
         },
         "processes": 2,
@@ -171,8 +175,9 @@ def test_interrupted_run_equals_an_uninterrupted_one(settings: dict, whole: Path
     assert "report.html" in resumed.stdout
 
 
-def test_a_folder_belongs_to_one_run_which_ctrl_c_ends(settings: dict, tmp_path: Path) -> None:
-    """A second run is refused while the first trains."""
+@pytest.mark.parametrize("end", some([("ctrl_c",), ("dead_rank",)], 1))
+def test_a_folder_belongs_to_one_run_until_it_ends(settings: dict, tmp_path: Path, end: str) -> None:
+    """A second run is refused while the first trains. That ends with a message, by Ctrl-C or with one of its ranks."""
     path, output = write(tmp_path, settings, "held", steps=5000)
     process = start_training(path, output)
     second = bucketmoo("train", path, "--resume", timeout=120)
@@ -181,40 +186,34 @@ def test_a_folder_belongs_to_one_run_which_ctrl_c_ends(settings: dict, tmp_path:
     assert holder is not None, second.stderr
     assert int(holder[1]) in workers(path)
     assert process.poll() is None, "the first run goes on"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 130
-    assert "interrupted; all ranks have ended" in err
-    assert "--resume" in out
-    assert "Traceback" not in err
+    if end == "dead_rank":
+        os.kill(workers(path)[-1], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if end == "dead_rank":
+        assert process.returncode == 1
+        assert "killed by SIGKILL; the other ranks were ended" in err
+    else:
+        assert process.returncode == 130
+        assert "interrupted; all ranks have ended" in err
+        assert "--resume" in out
+        assert "Traceback" not in err
     assert workers(path) == []
 
 
-def test_train_on_zero3_saves_the_whole_model(settings: dict, tmp_path: Path) -> None:
+def test_the_whole_model_is_saved(settings: dict, whole: Path) -> None:
     """ZeRO-3 keeps chunks of the weights on each rank; what is saved is the model that it began with, trained."""
-    zero = {"stage": 3, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 100}
-    run = settings | {"deepspeed": settings["deepspeed"] | {"zero_optimization": zero}}
-    path, output = write(tmp_path, run, "stage3", steps=3, learning_rate=1e-4)
-    done = bucketmoo("train", path)
-    assert done.returncode == 0, done.stderr
-    saved = load_file(output / "model" / "model.safetensors")
+    saved = load_file(whole / "model" / "model.safetensors")
     begun = dict(load_model(ModelSettings(**settings["model"]), seed=0).named_parameters())
     assert saved.keys() == begun.keys()
+    # AdamW moves an element by about the learning rate in each step, whichever sign its gradient has: by less than two
+    # matrices of a standard deviation of 0.02 differ.
+    most = 1.1 * settings["training"]["steps"] * float(settings["training"]["learning_rate"])
     for name, before in begun.items():
         moved = (saved[name] - before).abs().max()
-        # AdamW moves an element by about the learning rate in each of 3 steps, whichever sign its gradient has.
-        assert 0 < moved <= 1.1 * 3 * 1e-4, name
+        assert 0 < moved <= most, name
         assert before.std() > 0.01 or before.dim() == 1
-
-
-def test_a_dead_rank_ends_the_others_with_a_message(settings: dict, tmp_path: Path) -> None:
-    path, output = write(tmp_path, settings, "dies", steps=5000)
-    process = start_training(path, output)
-    os.kill(workers(path)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "killed by SIGKILL; the other ranks were ended" in err
-    assert workers(path) == []
 
 
 def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path) -> None:
