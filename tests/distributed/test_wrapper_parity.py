@@ -1,13 +1,14 @@
 """DDP, FSDP1 and FSDP2: gradients equal the float64 reference on 1 to 4 ranks, and all ways to them give the same bits.
 
 The data, the model and the settings are drawn anew in every run: any two values of two settings of a wrapper meet in
-one case of its array at least, and each feature by itself meets one number of ranks. The nightly list has another array
-of each, and all features on every number of ranks.
+one case of its array at least, on 1 to 3 ranks, and each feature by itself meets one number of ranks, of 1 to 4. The
+nightly list has another array of each, on 4 ranks too, and all features on every number of ranks.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from outcomes import Outcomes
 from bucketmoo_ds import aggregate
 
 WORLD_SIZES = (1, 2, 3, 4)
+# Values of a run's own arrays, which have fewer than those of the nightly list.
+FEWER: Case = {"world_size": (1, 2, 3), "micro_steps": (1, 2, random.Random(SEED).choice((3, 4)))}
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 FP32_WIRE = {"reduce_dtype": torch.float32}
 
@@ -98,7 +101,8 @@ NEVER_ANYWHERE: tuple[Callable[..., bool], ...] = (
 
 def array(wrapper: str, number: int) -> Iterator[tuple[Key, Case]]:
     never = (*NEVER[wrapper], *NEVER_ANYWHERE)
-    for index, drawn in enumerate(pairwise(FACTORS[wrapper], never, seed=f"{SEED}/{wrapper}/{number}")):
+    factors = FACTORS[wrapper] | ({} if number else FEWER)
+    for index, drawn in enumerate(pairwise(factors, never, seed=f"{SEED}/{wrapper}/{number}")):
         case = dict(drawn)
         world_size = case.pop("world_size")
         case["languages"] = max(world_size + case.pop("more_languages"), 1)
