@@ -120,7 +120,7 @@ def test_unknown_backend_is_reported_by_doctor(
 )
 def test_quickstart_on_own_text(text: Path, tmp_path: Path, aggregators: str, seeds: int) -> None:
     out = tmp_path / "out"
-    words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", seeds, "--steps", 3, "--base-steps", 2]
+    words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", seeds, "--steps", 2, "--base-steps", 2]
     done = bucketmoo("quickstart", "--data", text, *words, "--aggregators", aggregators, "--out", out, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text())
