@@ -116,11 +116,17 @@ def test_unknown_backend_is_reported_by_doctor(
 
 
 @pytest.mark.parametrize(
-    ("aggregators", "seeds"), [("upgrad", 1), pytest.param("mgda,upgrad", 2, marks=pytest.mark.nightly)]
+    ("mode", "aggregators", "seeds"),
+    [
+        ("exact", "upgrad", 1),
+        ("mixed", "cagrad", 1),
+        pytest.param("exact", "mgda,upgrad", 2, marks=pytest.mark.nightly),
+    ],
 )
-def test_quickstart_on_own_text(text: Path, tmp_path: Path, aggregators: str, seeds: int) -> None:
+def test_quickstart_on_own_text(text: Path, tmp_path: Path, mode: str, aggregators: str, seeds: int) -> None:
     out = tmp_path / "out"
     words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", seeds, "--steps", 2, "--base-steps", 2]
+    words += ["--mode", mode]
     done = bucketmoo("quickstart", "--data", text, *words, "--aggregators", aggregators, "--out", out, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text())
@@ -129,8 +135,13 @@ def test_quickstart_on_own_text(text: Path, tmp_path: Path, aggregators: str, se
         assert set(results["values"][method]) == {str(seed) for seed in range(seeds)}
         assert set(results["values"][method]["0"]) == {"aa", "bb", "cc"}
         assert (out / "runs" / f"{method}-seed{seeds - 1}" / "checkpoints" / "latest").exists()
+        lines = (out / "runs" / f"{method}-seed0" / "metrics.jsonl").read_text().splitlines()
+        run, first, *_ = map(json.loads, lines)
+        assert (run["mode"] == "mixed") == (mode == "mixed" and method != "averaging")
+        assert first["language_tokens"]["aa"] == first["language_tokens"]["bb"] > 0
+        assert first["language_loss"]["aa"] != first["language_loss"]["bb"]
     page = (out / "report.html").read_text()
-    assert "upgrad" in page
+    assert aggregators.split(",")[-1] in page
     assert "--aggregators" in (out / "command.txt").read_text()
     assert "averaging" in done.stdout
     assert main_ends("quickstart", "--out", out) == 2, "a second run must not overwrite the first"
