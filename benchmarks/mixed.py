@@ -9,12 +9,11 @@ Time, memory and bytes are measured as `step.py` measures them.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import json
 
 import mixed_table
 import step_launch

@@ -141,7 +141,7 @@ def test_quickstart_on_own_text(text: Path, tmp_path: Path, mode: str, aggregato
         assert first["language_tokens"]["aa"] == first["language_tokens"]["bb"] > 0
         assert first["language_loss"]["aa"] != first["language_loss"]["bb"]
     page = (out / "report.html").read_text()
-    assert aggregators.split(",")[-1] in page
+    assert aggregators.rsplit(",", maxsplit=1)[-1] in page
     assert "--aggregators" in (out / "command.txt").read_text()
     assert "averaging" in done.stdout
     assert main_ends("quickstart", "--out", out) == 2, "a second run must not overwrite the first"
