@@ -45,6 +45,7 @@ def run(
     measure: Callable[[Settings, list[Arm]], list[dict[str, Any]]],
     render: Callable[[dict[str, Any]], str],
     preloaded: list[str],
+    least_processes: int = 2,
 ) -> None:
     """Measures as the command line says, and writes and prints what came out.
 
@@ -54,12 +55,13 @@ def run(
         measure: returns one entry per arm.
         render: makes Markdown of a result.
         preloaded: what every rank imports.
+        least_processes: with which there is something to measure.
     """
     arguments = options.parse_args()
     if arguments.render:
         print(render(json.loads(arguments.render.read_text(encoding="utf-8"))))
         return
-    if min(arguments.world) < 2:
+    if min(arguments.world) < least_processes:
         options.error("--world: nothing is exchanged by fewer than 2 processes")
     _prepare_start(arguments.threads, preloaded)
     began = time.monotonic()

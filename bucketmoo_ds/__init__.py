@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bucketmoo_ds.config import BucketMOOConfig
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
     from bucketmoo_ds.data.schedule import LanguageSchedule
+    from bucketmoo_ds.integrations.mixed_trainer import MixedTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -25,10 +26,19 @@ _PUBLIC = {
     "BucketMOOConfig": "bucketmoo_ds.config",
     "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
+    "MixedTrainerMixin": "bucketmoo_ds.integrations.mixed_trainer",
     "weights": "bucketmoo_ds.aggregate",
 }
 
-__all__ = ["BucketMOOConfig", "LanguageBatchSampler", "LanguageSchedule", "__version__", "initialize", "weights"]
+__all__ = [
+    "BucketMOOConfig",
+    "LanguageBatchSampler",
+    "LanguageSchedule",
+    "MixedTrainerMixin",
+    "__version__",
+    "initialize",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

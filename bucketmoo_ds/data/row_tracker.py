@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.attention import Attention
 from bucketmoo_ds.data.batch import Entries, LanguageTracker, MicroBatch
 from bucketmoo_ds.data.rows import Rows, rows_of
 from bucketmoo_ds.errors import LanguageError
@@ -51,6 +52,7 @@ class RowTracker(LanguageTracker):
 
     def __init__(self, config: BucketMOOConfig, model: nn.Module | None = None) -> None:
         super().__init__(config, model)
+        self._attention = Attention(model)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def found(self, entries: Entries, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MixedBatch | LanguageError:
@@ -101,7 +103,9 @@ class RowTracker(LanguageTracker):
             )
         args, kwargs = self._inputs
         tokens = self._tokens_told(entries)
-        rows = rows_of(value, args, kwargs, self._table, shifted=self._shifted, target_tokens=tokens)
+        rows = rows_of(
+            value, args, kwargs, self._table, shifted=self._shifted, attention=self._attention, target_tokens=tokens
+        )
         divisor, items = self._loss_told(entries)
         total = ToHost(rows.target_tokens.sum())
         return MixedBatch(-1, total, divisor, items, rows=rows, counts=ToHost(rows.target_tokens))

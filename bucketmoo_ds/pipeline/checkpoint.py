@@ -110,6 +110,32 @@ def load(folder: Path, config: BucketMOOConfig, *, universal: bool = False) -> d
     return states
 
 
+def restore(
+    path: str, config: BucketMOOConfig, owners: dict[str, Stateful], exchange: Exchange, *, universal: bool
+) -> None:
+    """Gives the owners the states of the checkpoint that `path`, of the framework's own part, lies in; nothing where it
+    has none.
+
+    From a universal checkpoint, which may be of another world size, only the pipeline's own state, "moo", is restored:
+    a sampler's position is one among other ranks.
+
+    Raises:
+        ConfigError: see `load`; or an owner has no state there.
+    """
+    states = load(Path(path).parent, config, universal=universal)
+    if states is None:
+        return
+    left_out = sorted(owners.keys() - {"moo"}) if universal else []
+    for name, owner in owners.items():
+        if name in left_out:
+            continue
+        if name not in states:
+            raise ConfigError(f'{path}: the checkpoint has no state "{name}" (it has {", ".join(states)})')
+        owner.load_state_dict(states[name])
+    if left_out and exchange.rank == 0:
+        logger.warning("%s: %s not restored from a universal checkpoint", path, ", ".join(left_out))
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file by its new content, durably: a crash leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -119,6 +119,11 @@ class BucketMOO:
         self.plan = plan
         self.exchange = exchange
         self.result_dtype = result_dtype
+        if config.mode == "mixed":
+            raise ConfigError(
+                f'{SECTION}.mode = "mixed": this adapter exchanges rows, of micro-batches of one language each; call '
+                "bucketmoo_ds.mixed.register(model, config), which works under every wrapper, or leave the mode out"
+            )
         if config.exchange == "two_stage" and exchange.nodes == 1:
             raise ConfigError(
                 f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'

@@ -27,7 +27,8 @@ class MixedWindow:
         weighting: `language` or `token`, see `BucketMOOConfig`.
 
     Attributes:
-        micro_steps: how many have come.
+        micro_steps: how many have come since the last step.
+        begins: whether the latest one is the first of M, or of those that were told; more may come before a step.
         target_tokens: of every language so far, on all ranks, `[K]`.
         present: the languages that the window's weights are for, ascending.
     """
@@ -37,25 +38,27 @@ class MixedWindow:
         self._weighting = weighting
         self._mean = [0.0] * num_languages  # tokens in a micro-step, with the same weights as `_mean_of_one`
         self._mean_of_one = 0.0
-        self._told: list[int] | None = None
+        self._told: tuple[list[int], int] | None = None
         self.clear()
 
     def clear(self) -> None:
         """Starts the next window."""
-        self.micro_steps = 0
+        self.micro_steps = self._left = 0
+        self.begins = False
         self.target_tokens = [0] * self._count
+        self._since = [0] * self._count  # tokens since it began
         self.present: list[int] = []
         self._divisors: list[float] = []
 
-    def expect(self, target_tokens: Sequence[int]) -> None:
-        """Is told this rank's tokens of the whole window that comes, `[K]`."""
-        self._told = list(target_tokens)
+    def expect(self, target_tokens: Sequence[int], micro_steps: int) -> None:
+        """Is told this rank's tokens of the whole window that comes, `[K]`, and how many micro-steps it has."""
+        self._told = list(target_tokens), micro_steps
 
     def to_numbers(self, target_tokens: Sequence[int]) -> list[int]:
-        """Returns what this rank has to say about a micro-step: whether its window was told, the tokens of the window
-        where it was, and those of the micro-step."""
-        first = self._told if self.micro_steps == 0 else None
-        return [first is not None, *(first or [0] * self._count), *target_tokens]
+        """Returns what this rank has to say about a micro-step: how many a window that was told has, 0 if it was not,
+        its tokens, and those of the micro-step."""
+        tokens, steps = self._told or ([0] * self._count, 0)
+        return [steps, *tokens, *target_tokens]
 
     def add(self, told: Sequence[Sequence[int]], micro_steps: int) -> None:
         """Appends a micro-step.
@@ -65,17 +68,23 @@ class MixedWindow:
             micro_steps: M.
 
         Raises:
-            DisagreementError: only some ranks were told the window.
+            DisagreementError: ranks were told different numbers of micro-steps.
         """
         if len({row[0] for row in told}) > 1:
-            having = [rank for rank, row in enumerate(told) if row[0]]
-            raise DisagreementError(f"session.expect was called on rank(s) {having} only: call it on all, or on none")
+            steps = ", ".join(f"rank {rank}: {row[0]}" for rank, row in enumerate(told))
+            raise DisagreementError(
+                f"session.expect was told different numbers of micro-batches ({steps}): call it on all ranks, or on "
+                "none, with as many on each"
+            )
         columns = list(zip(*told, strict=True))
         window = [sum(each) for each in columns[1 : self._count + 1]]
         step = [sum(each) for each in columns[self._count + 1 :]]
         self._mean = [KEPT * old + (1 - KEPT) * new for old, new in zip(self._mean, step, strict=True)]
         self._mean_of_one = KEPT * self._mean_of_one + (1 - KEPT)
-        if self.micro_steps == 0:
+        self.begins = self._left == 0 or told[0][0] > 0
+        if self.begins:
+            self._since = [0] * self._count
+            self._left = told[0][0] or micro_steps
             if told[0][0]:
                 self._divisors = [float(tokens) for tokens in window]
             elif micro_steps == 1:
@@ -88,8 +97,11 @@ class MixedWindow:
             if tokens and not self._divisors[language]:  # it comes for the first time, in mid-window
                 self._divisors[language] = micro_steps * self._mean[language] / self._mean_of_one
                 self.present = sorted([*self.present, language])
-        self.target_tokens = [old + new for old, new in zip(self.target_tokens, step, strict=True)]
+        self.target_tokens, self._since = (
+            [old + new for old, new in zip(tokens, step, strict=True)] for tokens in (self.target_tokens, self._since)
+        )
         self.micro_steps += 1
+        self._left -= 1
 
     @property
     def fed(self) -> list[int]:
@@ -106,7 +118,7 @@ class MixedWindow:
 
     def used(self, weights: Tensor) -> Tensor:
         """Returns the weights `[B, K]` that the window's rows got in truth."""
-        pairs = zip(self.shares(), self._shares([float(each) for each in self.target_tokens]), strict=True)
+        pairs = zip(self.shares(), self._shares([float(each) for each in self._since]), strict=True)
         ratios = [share / true if true else 0.0 for share, true in pairs]
         return weights * torch.tensor(ratios, dtype=weights.dtype)
 

@@ -26,7 +26,7 @@ LEVELS = (
     *GROUND, "ops", "aggregate", "comm", "plan", "data", "pipeline", "adapters", "integrations", "apps",
 )  # fmt: skip
 FRAMEWORKS = ("deepspeed", "transformers", "accelerate", "torch.distributed.fsdp")
-SHARED_BY_ADAPTERS = ("table", "micro_step", "release", "hooks", "session", "staging", "whole", "sharded")
+SHARED_BY_ADAPTERS = ("table", "micro_step", "release", "hooks", "session", "staging", "whole", "sharded", "mixed")
 
 
 def sources() -> Iterator[tuple[str, str]]:

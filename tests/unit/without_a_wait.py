@@ -19,6 +19,9 @@ from bucketmoo_ds import transfer
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Entries, LanguageTracker, Slot
+from bucketmoo_ds.data.languages import LanguageTable
+from bucketmoo_ds.data.rows import rows_of
+from bucketmoo_ds.errors import LanguageError
 from bucketmoo_ds.pipeline import engine, store
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
@@ -154,6 +157,55 @@ def test_tokens_are_counted_without_a_wait() -> None:
         slot = tracker.slot(1, 2)
     assert isinstance(slot, Slot)
     assert (slot.target_tokens, slot.scale) == (2 + 7, 20 / 2)
+
+
+_CAUSAL = torch.ones(1, 4, 4, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"position_ids": torch.tensor([[0, 1, 0, 1]])},
+        {"seq_idx": torch.tensor([[0, 0, 1, 1]])},
+        {"cu_seqlens": torch.tensor([0, 2, 4])},
+        {"cu_seqlens": [0, 2, 4]},
+        {"attention_mask": torch.tensor([[1, 1, 2, 2]])},
+        {"attention_mask": _CAUSAL & (torch.arange(4) // 2 == (torch.arange(4) // 2).unsqueeze(1))},
+        {"target_tokens": torch.tensor([3, 4])},
+        {},
+    ],
+)
+@pytest.mark.parametrize("languages", [[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 7], [0, 0, -1, 1], [1, 1, 1, 1]])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_rows_are_known_without_a_wait(told: dict[str, Any], languages: list[int], on_device: bool) -> None:
+    """Nor do they say anything else than where all lies on the host."""
+    table, value = LanguageTable(["de", "fr"]), torch.tensor([languages])
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.tensor([[4, 5, -100, 6]])} | told
+    try:
+        expected = rows_of(value, (), inputs, table, shifted=True)
+    except LanguageError as error:
+        text: str | None = str(error)
+    else:
+        text = None
+    with FakeDevice() as device:
+        there = {key: OnDevice(each) if isinstance(each, Tensor) else each for key, each in inputs.items()}
+        if 7 in languages and not on_device:
+            with pytest.raises(LanguageError, match="language 7"):  # at once
+                rows_of([languages], (), there, table, shifted=True)
+            return
+        found = rows_of(OnDevice(value) if on_device else [languages], (), there, table, shifted=True)
+        assert (device.reads, device.pageable, Event.waits) == ({}, 0, 0)
+        assert found.checks
+        if text is None:
+            found.check()
+            assert Event.waits == len(found.checks)
+        else:
+            with pytest.raises(LanguageError) as raised:
+                found.check()
+            assert str(raised.value) == text
+    if text is None:
+        for name in ("languages", "documents", "target_tokens"):
+            assert torch.equal(getattr(found, name).numbers, getattr(expected, name)), name
 
 
 # What a window of 70 buckets queues on the device and between ranks, as a model of 8 billion parameters has: its

@@ -7,10 +7,13 @@ name before this package was, and where Accelerate or Trainer call it. An engine
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
@@ -19,7 +22,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bucketmoo_ds.adapters.deepspeed import checks, late
+from bucketmoo_ds.adapters.deepspeed import checks, late, mixed
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.extension_locks import warn_of_old_locks
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
@@ -150,9 +153,11 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     wrapped(*args, **kwargs)
     config = _asked_for(engine)
-    if config is not None and not isinstance(engine, BucketMOOEngine):
+    if config is not None and config.mode == "mixed":
+        mixed.attach(engine, config)
+    elif config is not None and not isinstance(engine, BucketMOOEngine):
         attach(engine, config)
-    elif config is None and SECTION in engine._config._param_dict:
+    elif config is None and SECTION in _json_of(engine):
         switched_on.note(engine)  # told to average
 
 
@@ -169,17 +174,30 @@ def _asked_for(engine: DeepSpeedEngine) -> BucketMOOConfig | None:
     Raises:
         ConfigError: see `read_section`; or what DeepSpeed is set to, or its version, cannot be combined with it.
     """
-    config = read_section(engine._config._param_dict)
-    if config is not None:
+    config = read_section(_json_of(engine))
+    if config is not None and config.mode != "mixed":
         checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
         checks.refuse_settings(engine._config, SECTION)
     return config
+
+
+def _json_of(engine: DeepSpeedEngine) -> Mapping[str, Any]:
+    """What the engine was configured with, in the three ways that DeepSpeed takes it: parsed, a file, or base64."""
+    if isinstance(engine.config, Mapping):
+        return engine.config
+    if engine.config is None:  # DeepSpeed's class was called with what `DeepSpeedConfig` has parsed, and nothing else
+        return engine._config._param_dict
+    if Path(engine.config).exists():
+        return hjson.loads(Path(engine.config).read_text(encoding="utf-8"))
+    return hjson.loads(base64.urlsafe_b64decode(engine.config).decode())
 
 
 def _choose_optimizer(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """ZeRO-1 with bf16 and float32 accumulation: DeepSpeed would take BF16_Optimizer, which reduces gradients elsewhere
     and in buckets of a fixed size; its ZeRO-1 optimizer does the same with the same settings."""
     chosen = wrapped(*args, **kwargs)
-    if chosen == BFLOAT16 and engine.zero_optimization() and read_section(engine._config._param_dict) is not None:
-        return ZERO_OPTIMIZATION
+    if chosen == BFLOAT16 and engine.zero_optimization():
+        config = read_section(_json_of(engine))
+        if config is not None and config.mode != "mixed":
+            return ZERO_OPTIMIZATION
     return chosen

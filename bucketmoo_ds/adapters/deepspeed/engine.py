@@ -19,8 +19,7 @@ from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
 from bucketmoo_ds.adapters.hooks import after_backward, graph_task, watch
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import LanguageTracker, Passage
-from bucketmoo_ds.errors import BucketMOOError, ConfigError
-from bucketmoo_ds.logs import logger
+from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.pipeline import checkpoint
 from bucketmoo_ds.pipeline.engine import BucketMOO
 
@@ -208,14 +207,7 @@ class BucketMOOEngine(DeepSpeedEngine):
         path, client_state = super().load_checkpoint(load_dir, tag, *args, **kwargs)
         if path is None:
             return path, client_state
+        owners = {"moo": self.moo, **self._moo_states}
         universal = self.load_universal_checkpoint()
-        states = checkpoint.load(Path(path).parent, self.moo_config, universal=universal)
-        if states is None:
-            return path, client_state
-        for name, owner in {"moo": self.moo, **({} if universal else self._moo_states)}.items():
-            if name not in states:
-                raise ConfigError(f'{path}: the checkpoint has no state "{name}" (it has {", ".join(states)})')
-            owner.load_state_dict(states[name])
-        if universal and self._moo_states and self.moo.exchange.rank == 0:
-            logger.warning("%s: %s not restored from a universal checkpoint", path, ", ".join(self._moo_states))
+        checkpoint.restore(path, self.moo_config, owners, self.moo.exchange, universal=universal)
         return path, client_state

@@ -84,25 +84,32 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """All trained parameters, in the model's order, tied ones once, and the modules that use them.
+    """All trained parameters, in the model's order, tied ones once, and the modules that use them."""
 
-    Args:
-        parameters, found: these.
-        frozen: of parameters that are not trained, names, modules, and names in them.
-    """
-
+    model: nn.Module
     parameters: list[Parameter]
     found: list[Found]
-    frozen: list[tuple[str, nn.Module, str]]
 
-    def check_frozen(self) -> None:
-        """Raises `BucketMOOError` where a parameter is trained that was not at `register`."""
-        for name, module, attribute in self.frozen:
-            parameter = module._parameters.get(attribute)
-            if parameter is not None and parameter.requires_grad:
+    def check(self) -> None:
+        """Stops where the model trains what it did not when it was registered.
+
+        Raises:
+            BucketMOOError: a parameter is trained that was not, or a module has been replaced.
+        """
+        known = {each.name for each in self.parameters}
+        for name, parameter in self.model.named_parameters():
+            # FSDP1 may hide parameters in one, whose modules are still the model's.
+            if parameter.requires_grad and plain_name(name) not in known and not name.endswith("_flat_param"):
                 raise BucketMOOError(
-                    f'parameter "{name}" is trained since register, and its gradient would be an average of all '
-                    "languages: session.close(), and register anew"
+                    f'parameter "{name}" is trained, and was not when the model was registered, so that its gradient '
+                    "would be an average of all languages: unfreeze and add parameters first, and register then"
+                )
+        there = set(map(id, self.model.modules()))
+        for each in self.found:
+            if id(each.module) not in there:
+                raise BucketMOOError(
+                    f'module "{each.name}" has been replaced since the model was registered, and the gradient of the '
+                    "new one would be an average of all languages: replace modules first, and register then"
                 )
 
     def describe(self) -> str:
@@ -149,12 +156,6 @@ def of_model(model: nn.Module) -> Coverage:
             unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
             found.append(Found(plain_name(name), module, kind, own))
-    frozen = [
-        (f"{name}.{attribute}", module, attribute)
-        for name, module in model.named_modules()
-        for attribute, each in module.named_parameters(recurse=False)
-        if each not in number
-    ]
     multiplied = {one.numbers.get("weight") for one in found if one.kind in (modules.linear, modules.embedding)}
     for one in found:
         if one.kind is modules.row_wise and multiplied & set(one.numbers.values()):
@@ -174,7 +175,7 @@ def of_model(model: nn.Module) -> Coverage:
             'mode "auto")'
         )
     numels = {name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained.items()}  # whole ones
-    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found, frozen)
+    return Coverage(model, [Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
 
 
 def _is_row_wise(cls: type) -> bool:

@@ -17,15 +17,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from bucketmoo_ds.adapters.hooks import Stays
 from bucketmoo_ds.adapters.mixed import uses
 from bucketmoo_ds.adapters.mixed.passes import Pass, Placed
-from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
 OWN = "_bucketmoo_covered"
 GUARDED = "_bucketmoo_guarded"  # in the metadata of a node of the graph: no gradient may come to it
+_SPLIT = (
+    'module "{}": "{}" is a DTensor when the module runs, as tensor parallelism leaves it: each rank then has a part '
+    "of every row, and its Gram would be one of parts. Use data parallelism (DDP, FSDP, ZeRO), or freeze the module"
+)
 
 
 class Driver(Protocol):
@@ -77,6 +82,9 @@ class Covered(Stays):
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if batch is not None:
+            for name in self.numbers:
+                if isinstance(getattr(module, name), DTensor):
+                    raise ConfigError(_SPLIT.format(self.name, name))
             output = self.forward(self, batch, module, plain, args, kwargs)
             if output is not NotImplemented:
                 return output

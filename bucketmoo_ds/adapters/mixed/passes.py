@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.mixed.products import Groups
 from bucketmoo_ds.data.rows import Rows
+from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.transfer import ToHost
 
 
@@ -52,6 +54,7 @@ class Pass:
     Attributes:
         held: by parameter, the uses whose backward has come, where a parameter has several.
         uses: by parameter, how often it is used.
+        reached: to be called when a backward has come to one of its uses; the session sets it.
     """
 
     def __init__(self, rows: Rows, num_languages: int, takes_grams: bool) -> None:
@@ -59,6 +62,7 @@ class Pass:
         self.takes_grams = takes_grams
         self.held: dict[int, list[Any]] = {}
         self.uses: dict[int, int] = {}
+        self.reached: Callable[[], None] = _nobody
         self._count = num_languages
         self._placed: dict[torch.Size, Placed | None] = {}
         self.groups = halves(rows.languages, rows.documents, num_languages) if takes_grams else None
@@ -87,12 +91,10 @@ class Pass:
         return row.expand(batch, length)
 
     def target_tokens_by_group(self) -> Tensor:
-        """Returns the target tokens of each group, `[2 K]`."""
-        targets = self.rows.is_target
-        groups = self._spread(self.groups, targets.shape) if self.groups is not None else None
-        assert groups is not None
-        counted = torch.zeros(2 * self._count + 1, dtype=torch.int64, device=groups.device)
-        return counted.scatter_add_(0, groups.flatten(), targets.flatten().to(torch.int64))[:-1]
+        """Returns the target tokens of each group, `[2 K]` float64."""
+        assert self.groups is not None
+        counted = torch.zeros(2 * self._count + 1, dtype=torch.float64, device=self.groups.device)
+        return counted.scatter_add_(0, self.groups.flatten(), self.rows.targets.flatten().double())[:-1]
 
     def _place(self, leading: torch.Size) -> Placed | None:
         languages = self._spread(self.rows.languages, leading)
@@ -109,7 +111,7 @@ class Pass:
     def _spread(self, each: Tensor, leading: torch.Size) -> Tensor | None:
         """What tokens have, in the shape of activations `[*leading, features]`; heads may stand behind the tokens, or
         between sequences and tokens, but not so that nothing tells which are the tokens."""
-        found = self.rows.of_shape(each, leading)
+        found = self.rows.groups_of_shape(each, leading)
         if found is not None or len(leading) < 2:
             return found
         batch, sequence = each.shape
@@ -120,6 +122,10 @@ class Pass:
             unique = leading[1] != sequence or (behind is not None and torch.equal(behind, between))
             return between if unique else None
         return behind
+
+
+def _nobody() -> None:
+    raise BucketMOOError("a backward through a forward pass of the registered model that is not over yet")
 
 
 def halves(languages: Tensor, documents: Tensor, num_languages: int) -> Tensor:

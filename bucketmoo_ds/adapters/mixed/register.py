@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from bucketmoo_ds.adapters.mixed import coverage
 from bucketmoo_ds.adapters.mixed.session import MixedSession, check_mode
@@ -22,6 +23,7 @@ def register(
     micro_steps: int | Callable[[], int] = 1,
     reduction: str = "mean",
     group: dist.ProcessGroup | None = None,
+    loss_scale: Callable[[], float] = lambda: 1.0,
 ) -> MixedSession:
     """Resolves the conflicts of a model's languages in micro-batches that mix them.
 
@@ -39,6 +41,8 @@ def register(
             steps. A window ends with the step, however many came.
         reduction: how the wrapper adds up the ranks' gradients: `mean`, as all of them do by themselves, or `sum`.
         group: the data-parallel ranks; all by default.
+        loss_scale: tells what losses are multiplied by, such as `scaler.get_scale`. Gradients keep the factor; Grams,
+            whose mean runs over many windows, are divided by its square.
 
     Returns:
         The session: `session.last` is the latest window's resolution.
@@ -58,10 +62,11 @@ def register(
             "mixed.register: the model is wrapped in FullyShardedDataParallel, which hides its parameters; register "
             "the model first, and wrap it then"
         )
-    covered = coverage.of_model(model)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model  # one name, before and after wrapping
+    covered = coverage.of_model(inner)
     together = dist.is_available() and dist.is_initialized()
     exchange = Exchange(group, control_group(group)) if together else Exchange()
     device = next(each.device for each in model.parameters() if each.requires_grad)
     told = micro_steps if callable(micro_steps) else (lambda: micro_steps)
     divisor = float(exchange.world_size) if reduction == "mean" else 1.0
-    return MixedSession(model, covered, config, exchange, told, divisor, device)
+    return MixedSession(model, covered, config, exchange, told, divisor, device, loss_scale)

@@ -8,6 +8,7 @@ the table of weights that the uses read; a window ends with the optimizer's step
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 import weakref
@@ -50,6 +51,7 @@ class MixedSession(Stays):
         micro_steps: tells M, the micro-steps that a loss is divided by, as the framework has it now.
         divisor: what the framework divides the sum of the ranks' gradients by.
         device: where gradients are.
+        loss_scale: tells what losses are multiplied by.
 
     Raises:
         DisagreementError: on every rank, if their settings or models differ.
@@ -64,6 +66,7 @@ class MixedSession(Stays):
         micro_steps: Callable[[], int],
         divisor: float,
         device: torch.device,
+        loss_scale: Callable[[], float],
     ) -> None:
         self.config = config
         self.exchange = exchange
@@ -72,17 +75,11 @@ class MixedSession(Stays):
         self._model = model
         self._micro_steps = micro_steps
         self._divisor = divisor
-        self._device = device
+        self._loss_scale = loss_scale
         self._covered = covered
-        blocks, self._count = len(self.plan.blocks), len(config.languages)
-        backend = ops.choose_backend(config.backend, device)
-        self.estimate = GramEstimate(config, blocks, exchange, backend, device)
+        self._count = len(config.languages)
+        self._place(device if device.type != "meta" else torch.device("cpu"))
         self.window = MixedWindow(self._count, config.weighting)
-        self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
-        self.taps = [
-            torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
-            for _ in range(blocks)
-        ]
         settings = json.dumps(config.to_json(), sort_keys=True)
         self._fingerprint = digest((settings + self.plan.fingerprint()).encode())
         check_equal(
@@ -114,6 +111,25 @@ class MixedSession(Stays):
         if exchange.rank == 0:
             logger.info(self.describe())
 
+    def _place(self, device: torch.device) -> None:
+        """Makes what lies where gradients are."""
+        config, blocks = self.config, len(self.plan.blocks)
+        backend = ops.choose_backend(config.backend, device)
+        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device)
+        self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
+        self.taps = [
+            torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
+            for _ in range(blocks)
+        ]
+        self._device = device
+
+    def _follow(self, device: torch.device) -> None:
+        """A model may go to its device after register, or keep its parameters elsewhere than it computes."""
+        if device != self._device and not self.window.micro_steps:
+            kept = self.estimate.state_dict()
+            self._place(device)
+            self.estimate.load_state_dict(kept)
+
     # --- what users call ----------------------------------------------------------------------------------------
 
     def language(
@@ -136,12 +152,22 @@ class MixedSession(Stays):
         Raises:
             LanguageError: one of them names no valid languages.
         """
-        self.window.expect(self._tracker.count(batches).tolist())
+        self.window.expect(self._tracker.count(batches).tolist(), len(batches))
 
     @property
     def last(self) -> Resolution | None:
         """What was decided in the latest window."""
         return self.record.last
+
+    @property
+    def windows(self) -> int:
+        """How many windows have been resolved."""
+        return self.record.windows
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What has been counted since the run began."""
+        return self.record.counters
 
     def abandon(self) -> None:
         """Gives up the window under way, after an error that was caught; to be called on all ranks. Clears the
@@ -150,8 +176,7 @@ class MixedSession(Stays):
         self._passes.clear()
         self._reaching.clear()
         self._close_micro_step()
-        self.window.clear()
-        self.estimate.clear()
+        self._start_window()
         for parameter in self._model.parameters():
             parameter.grad = None
 
@@ -223,9 +248,12 @@ class MixedSession(Stays):
             return args, kwargs
         self._current = self._found = None
         if torch.is_grad_enabled():
-            self._covered.check_frozen()
+            self.check_finished()
+            if self.window.micro_steps == 0:
+                self._covered.check()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
+                self._follow(found.rows.languages.device)
                 self._current = Pass(found.rows, self._count, self._takes_grams)
             self._found = found, self._current
         return args, kwargs
@@ -239,6 +267,7 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
+            batch.reached = lambda: self._reached_inside(passage)
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -254,6 +283,12 @@ class MixedSession(Stays):
             self._task = task
             self._open_micro_step()
         after_backward(lambda: self._after_backward(passage, task))
+
+    def _reached_inside(self, passage: Passage) -> None:
+        """A backward has come to a use. It came to the outputs before, or to none of them; a backward of its own, as
+        reentrant checkpointing runs it, is part of the one that did."""
+        if all(reached is not passage for reached, _ in self._reaching):
+            self._reached(passage)
 
     def _after_backward(self, passage: Passage, task: int | None) -> None:
         self._reaching.remove((passage, task))
@@ -276,6 +311,9 @@ class MixedSession(Stays):
 
     def _open_micro_step(self) -> None:
         """Agrees with the other ranks on the languages of the micro-step, and fills the table."""
+        whole = self.window.micro_steps >= self._micro_steps()
+        if whole and all(parameter.grad is None for parameter in self._model.parameters()):
+            self._start_window()  # it was cleared without a step, as GradScaler's are after an overflow
         slot = self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
         position = {
             "window": self.record.windows,
@@ -293,7 +331,7 @@ class MixedSession(Stays):
         """Writes what the gradient of each row counts: the weight of its language in its block, times what makes the
         sum over ranks and micro-steps, divided by the framework as it is, the mean over the language's tokens."""
         shares = self.window.shares()
-        if self.window.micro_steps == 1 or self.window.present != self._solved_for:
+        if self.window.begins or self.window.present != self._solved_for:
             self._solved_for = self.window.present
             gram, known = self.estimate.gram()
             units = to_device(self.window.units(), torch.float64, self._device)
@@ -310,25 +348,33 @@ class MixedSession(Stays):
             zeros = torch.zeros_like(self.taps[0])
             groups = torch.stack([zeros if tap.grad is None else tap.grad for tap in self.taps])
             tokens = torch.stack([batch.target_tokens_by_group() for batch in self._open])
-            self.estimate.add(groups, self._slot.scale, tokens)
+            self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)
         self._close_micro_step()
+
+    def _start_window(self) -> None:
+        self.window.clear()
+        self.estimate.clear()
 
     def _close_micro_step(self) -> None:
         for tap in self.taps:
             tap.grad = None
         self._open, self._task, self._slot = [], None, None
 
+    def check_finished(self) -> None:
+        """Raises `BucketMOOError` where a backward has not come to its end."""
+        if self._task is not None:
+            raise BucketMOOError(
+                "the last backward did not come to its end, so that its window holds half a micro-step: after an error "
+                "that you catch, call abandon() on every rank, clear the gradients, and begin the window anew"
+            )
+
     def end_window(self) -> None:
         """The optimizer steps: what has come since the last step was one window.
 
         Raises:
-            BucketMOOError: a backward has not come to its end.
+            BucketMOOError: see `check_finished`.
         """
-        if self._task is not None:
-            raise BucketMOOError(
-                "optimizer.step() after a backward that did not come to its end: after an error that you catch, call "
-                "abandon() on every rank, clear the gradients, and begin the window anew"
-            )
+        self.check_finished()
         if not self.window.micro_steps:
             return
         assert self._decided is not None
@@ -345,7 +391,7 @@ class MixedSession(Stays):
                 nonfinite=(),
             )
         )
-        self.window.clear()
+        self._start_window()
 
 
 def check_mode(config: BucketMOOConfig) -> None:
@@ -354,3 +400,10 @@ def check_mode(config: BucketMOOConfig) -> None:
         raise ConfigError("bucket_moo.enabled = false: register changes the model; leave the call out")
     if config.mode not in ("auto", "mixed"):
         raise ConfigError(f'bucket_moo.mode = "{config.mode}": mixed.register resolves in mode "mixed"; leave it out')
+    plain = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in ("exchange", "ranks_per_node", "row_storage"):
+        if getattr(config, name) != plain[name]:
+            raise ConfigError(
+                f"bucket_moo.{name} = {getattr(config, name)!r}: means nothing in mode \"mixed\", where the wrapper "
+                "reduces gradients and no rows are kept; leave it out"
+            )

@@ -45,10 +45,12 @@ class Use:
 
     def scale(self, dtype: torch.dtype) -> Tensor:
         """Returns `[n]`, what each row's gradient is multiplied by."""
+        self.batch.reached()
         return self.table[self.block].to(_wide(dtype))[self.placed.languages]
 
     def scale_of_group(self, dtype: torch.dtype) -> Tensor:
         """Returns `[2 K]`, the same by group."""
+        self.batch.reached()
         return self.table[self.block, :-1].to(_wide(dtype)).repeat_interleave(2)
 
     def groups(self) -> Groups:
@@ -220,6 +222,7 @@ class RowWise(torch.autograd.Function):
 
         found: list[Tensor | None] = []
         for use, leaf in zip(ctx.uses, leaves, strict=True):
+            use.batch.reached()
             row = use.table[use.block].to(_wide(leaf.dtype))
             found += pulled([row[rows.languages] for rows in ctx.rows], [leaf])
         grams: list[Tensor | None] = []

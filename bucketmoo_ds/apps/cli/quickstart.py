@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="of each fine-tuning")
     parser.add_argument("--base-steps", type=int, default=defaults.base_steps, help="of the English base")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--granularity", default=defaults.granularity)
+    parser.add_argument("--mode", choices=("exact", "mixed"), default=defaults.mode, help="of micro-batches")
+    parser.add_argument("--granularity", help=f"default {defaults.granularity}, in mode mixed layer")
     parser.add_argument("--processes", type=int, default=defaults.processes)
     parser.add_argument("--out", type=Path, help="folder of the results (default: a new one below runs/)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bucketmoo_ds", help="fetched text")
@@ -52,7 +53,9 @@ def run(options: argparse.Namespace) -> None:
         if name not in aggregate.names():
             hint = did_you_mean(name, aggregate.names())
             raise ConfigError(f'--aggregators: "{name}" is unknown, expected {one_of(aggregate.names())}{hint}')
-    label_of(options.granularity)
+    # What is reduced in one go is the framework's business in mode mixed.
+    granularity = options.granularity or ("layer" if options.mode == "mixed" else QuickstartSettings.granularity)
+    label_of(granularity)
     if min(options.seeds, options.steps, options.base_steps, options.processes) < 1:
         raise ConfigError("--seeds, --steps, --base-steps and --processes: expected at least 1")
     quickstart = QuickstartSettings(
@@ -64,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
         steps=options.steps,
         base_steps=options.base_steps,
         learning_rate=options.learning_rate,
-        granularity=options.granularity,
+        mode=options.mode,
+        granularity=granularity,
         processes=options.processes,
     )
     folder: Path = options.out or Path("runs") / time.strftime("quickstart-%Y%m%d-%H%M%S")

@@ -25,7 +25,7 @@ class RunRecord(TypedDict):
     languages: list[str]
     world_size: int
     micro_steps: int
-    mode: Literal["streaming", "deferred", "plain"]
+    mode: Literal["streaming", "deferred", "mixed", "plain"]
     blocks: list[str]
     config: dict[str, Any]
     versions: dict[str, str]

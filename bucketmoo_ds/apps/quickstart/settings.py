@@ -16,6 +16,9 @@ BASELINE = "averaging"
 # learning rate stays meaningful. The other rules are on averaging's scale by definition.
 RESCALE = {"mgda": "mean"}
 
+# Temperature of sampling: as many sequences of each language in a window, as where each has a micro-batch.
+ALIKE = 1e9
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
@@ -31,6 +34,8 @@ class QuickstartSettings:
         learning_rate: of fine-tuning, one for all methods and tuned for none of them (see docs/tuning.md).
         base_learning_rate: of the base.
         sequences: of `sequence_length` tokens in a micro-batch.
+        mode: `exact`: a micro-batch a language, every window resolved on its own rows. `mixed`: the same sequences in
+            micro-batches of all languages, one a window on each rank.
         processes: ranks.
         bucket_size: elements of a bucket, `reduce_bucket_size`.
     """
@@ -50,6 +55,7 @@ class QuickstartSettings:
     vocabulary: int = 4096
     hidden: int = 128
     layers: int = 4
+    mode: str = "exact"
     granularity: str = "bucket"
     bucket_size: int = 150_000
     evaluation_bytes: int = 10_000
@@ -77,15 +83,17 @@ class QuickstartSettings:
 
     def deepspeed(self, method: str, languages: tuple[str, ...], micro_steps: int) -> dict[str, Any]:
         """Returns the DeepSpeed JSON of a method; `averaging` is plain DeepSpeed."""
+        mixed = self.mode == "mixed"
         return {
-            "train_micro_batch_size_per_gpu": self.sequences,
-            "gradient_accumulation_steps": micro_steps,
+            "train_micro_batch_size_per_gpu": self.sequences * (micro_steps if mixed else 1),
+            "gradient_accumulation_steps": 1 if mixed else micro_steps,
             "gradient_clipping": 1.0,
             "zero_optimization": {"stage": 2, "reduce_bucket_size": self.bucket_size},
             "steps_per_print": 10**9,
             "bucket_moo": {
                 "enabled": method != BASELINE,
                 "aggregator": "mean" if method == BASELINE else method,
+                "mode": "mixed" if mixed else "auto",
                 "granularity": self.granularity,
                 "rescale": RESCALE.get(method, "none"),
                 "languages": list(languages),
@@ -99,6 +107,7 @@ class QuickstartSettings:
             sequence_length=self.sequence_length,
             learning_rate=self.learning_rate,
             warmup_steps=max(self.steps // 16, 1),
+            temperature=ALIKE,
             evaluate_every=max(self.steps // 2, 1),
             seed=seed,
         )

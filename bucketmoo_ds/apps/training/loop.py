@@ -1,4 +1,4 @@
-"""The training loop: windows of single-language micro-batches, a line of metrics for each, checkpoints and resume.
+"""The training loop: windows of micro-batches, a line of metrics for each, checkpoints and resume.
 
 All ranks call `train` alike. Position and randomness are functions of the step, so that a resumed run goes on exactly
 as an uninterrupted one would have.
@@ -25,17 +25,16 @@ from datasets import Dataset
 
 from bucketmoo_ds.adapters import table
 from bucketmoo_ds.adapters.deepspeed import initialize
-from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.apps.corpus.evaluate import EvaluationSet, bits_per_byte, nll_sums
-from bucketmoo_ds.apps.corpus.packing import pad
+from bucketmoo_ds.apps.corpus.packing import IGNORED_LABEL, pad
 from bucketmoo_ds.apps.monitor.statistics import conflict_statistics
 from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
+from bucketmoo_ds.apps.training.batches import Batches
 from bucketmoo_ds.apps.training.progress import Progress
 from bucketmoo_ds.apps.training.settings import TrainingSettings
 from bucketmoo_ds.apps.training.termination import TerminationRequest
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
-from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.pipeline import checkpoint
 
@@ -143,27 +142,23 @@ class _Loop:
         self.data = dataset.with_format("torch", columns=["input_ids", "labels"])
         self.micro_steps = int(self.engine.gradient_accumulation_steps())
         zero = table.find("deepspeed", self.engine.zero_optimization_stage())
-        self.sampler = LanguageBatchSampler(
+        self._batches = Batches(
             dataset,
             self.config,
-            language_column="language",
+            settings,
             micro_batch_size=int(self.engine.train_micro_batch_size_per_gpu()),
             micro_steps=self.micro_steps,
             world_size=self.world_size,
             rank=self.rank,
-            temperature=settings.temperature,
-            repeat=settings.repeat,
-            seed=settings.seed,
             affinity="window" if zero.exchanged == table.ONCE_A_WINDOW else "micro_step",
         )
-        self._batches = iter(self.sampler)
         self._table = LanguageTable(self.config.languages)
         self._language_column = dataset.with_format(None)["language"]
 
     @property
-    def moo(self) -> BucketMOOEngine | None:
-        """The engine, where it resolves conflicts."""
-        return self.engine if isinstance(self.engine, BucketMOOEngine) else None
+    def moo(self) -> Any:
+        """What resolves conflicts, of an engine that does: the pipeline, or the session of mode `mixed`."""
+        return getattr(self.engine, "moo", None)
 
     def window(self, flag: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Trains one window; returns its step record, summed over all ranks, and whether any rank had raised its `flag`
@@ -172,20 +167,26 @@ class _Loop:
         learning_rate = self.engine.get_lr()[0]
         totals = torch.zeros(len(self.config.languages), 2, dtype=torch.float64)
         skipped_before = self.engine.skipped_steps
-        for _ in range(self.micro_steps):
-            rows = self._next_batch()
-            language = self._language_column[rows[0]]
-            batch = {name: value.to(self.engine.device) for name, value in pad(self.data[rows]).items()}
-            entries = {self.config.language_key: language} if self.moo is not None else {}
-            loss = self.engine(**batch, **entries).loss
-            self.engine.backward(loss)
-            self.engine.step()
-            targets = int((batch["labels"][:, 1:] != -100).sum())
-            totals[self._table.index(language)] += torch.tensor([float(loss.detach()) * targets, targets])
+        for rows in self._batches.window(self.step):
+            self._micro_step(rows, totals)
         self.step += 1
         skipped = self.engine.skipped_steps > skipped_before
         *sums, flags = _summed(torch.cat([totals.flatten(), torch.tensor([float(flag())])]), self.engine.device)
         return self._record(torch.stack(sums).view_as(totals), learning_rate, skipped), bool(flags)
+
+    def _micro_step(self, rows: list[int], totals: torch.Tensor) -> None:
+        """Trains on a micro-batch, and adds the sum of its token losses and their number to `totals` by language."""
+        languages = [self._language_column[row] for row in rows]
+        batch = {name: value.to(self.engine.device) for name, value in pad(self.data[rows]).items()}
+        told = languages if self.config.mode == "mixed" else languages[0]
+        entries = {self.config.language_key: told} if self.moo is not None else {}
+        output = self.engine(**batch, **entries)
+        loss, logits = output.loss, output.logits.detach() if len(set(languages)) > 1 else None
+        del output
+        self.engine.backward(loss)
+        self.engine.step()
+        indices = torch.tensor([self._table.index(language) for language in languages])
+        totals.index_add_(0, indices, _loss_sums(loss, logits, batch["labels"]).cpu())
 
     def evaluate(self, sets: Sequence[EvaluationSet], batch_size: int) -> dict[str, float]:
         """Returns the bits per byte of held-out text, by language."""
@@ -194,14 +195,13 @@ class _Loop:
 
     def counters(self) -> dict[str, int]:
         """Returns what has been counted since the run began."""
-        counted = dict(self.moo.moo.counters) if self.moo is not None else {}
+        counted = dict(self.moo.counters) if self.moo is not None else {}
         return {"skipped_steps": int(self.engine.skipped_steps), **counted}
 
     def open_metrics(self) -> JsonLinesWriter:
         """Opens the metrics file at this step."""
         writer = JsonLinesWriter(self.output / "metrics.jsonl", resume_from_step=self.step)
-        moo = self.moo.moo if self.moo is not None else None
-        mode = "plain" if moo is None else "streaming" if moo.streaming else "deferred"
+        moo = self.moo
         writer.write(
             {
                 "event": "run",
@@ -211,7 +211,7 @@ class _Loop:
                 "languages": list(self.config.languages),
                 "world_size": self.world_size,
                 "micro_steps": self.micro_steps,
-                "mode": mode,
+                "mode": self._mode(),
                 "blocks": list(moo.plan.blocks) if moo is not None else [],
                 "config": {SECTION: self.config.to_json(), "training": dataclasses.asdict(self.settings)},
                 "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")},
@@ -219,12 +219,17 @@ class _Loop:
         )
         return writer
 
+    def _mode(self) -> str:
+        if self.moo is None or self.config.mode == "mixed":
+            return "plain" if self.moo is None else "mixed"
+        return "streaming" if self.moo.streaming else "deferred"
+
     def save(self) -> None:
         """Saves a checkpoint named after the step."""
         folder, tag = self.output / "checkpoints", f"step{self.step}"
         if self.rank == 0:
             (folder / tag).mkdir(parents=True, exist_ok=True)
-            content = {"step": self.step, "sampler": self.sampler.state_dict()}
+            content = {"step": self.step, "sampler": self._batches.sampler.state_dict()}
             checkpoint.write_atomically(folder / tag / PROGRESS_FILE, json.dumps(content))
         self.engine.save_checkpoint(str(folder), tag)
         self.saved_step = self.step
@@ -251,18 +256,9 @@ class _Loop:
             content = json.loads(progress.read_text(encoding="utf-8"))
             self.step = int(content["step"])
             self.saved_step = self.step
-            self.sampler.load_state_dict(content["sampler"])
+            self._batches.load_state_dict(content["sampler"])
         except (OSError, KeyError, ValueError) as error:
             raise ConfigError(f"{progress}: cannot resume from it: {error}") from error
-        self._batches = iter(self.sampler)
-
-    def _next_batch(self) -> list[int]:
-        """The next micro-batch of this rank; epochs follow each other."""
-        try:
-            return next(self._batches)
-        except StopIteration:
-            self._batches = iter(self.sampler)
-            return next(self._batches)
 
     def _seed(self) -> None:
         """Dropout depends on (seed, step, rank), not on what ran before."""
@@ -286,12 +282,26 @@ class _Loop:
             "language_loss": losses,
             "language_tokens": tokens,
         }
-        if self.moo is not None and self.moo.moo.last is not None:
-            last = self.moo.moo.last
+        if self.moo is not None and self.moo.last is not None:
+            last = self.moo.last
             record["nonfinite"] = [list(pair) for pair in last.nonfinite]
             if not last.nonfinite:
                 record |= conflict_statistics(last.gram, last.mask, last.weights).detail(names)
         return record
+
+
+@torch.no_grad()
+def _loss_sums(loss: torch.Tensor, logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of each sequence's token losses and how many they are, `[batch, 2]` float64. Without logits each gets its
+    share of the whole: of a micro-batch of one language nobody asks for more."""
+    targets = labels[:, 1:].long()
+    counts = (targets != IGNORED_LABEL).sum(1, dtype=torch.float64)
+    if logits is None:
+        return torch.stack([loss.double() * counts, counts], 1)
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    return torch.stack([losses.sum(1, dtype=torch.float64), counts], 1)
 
 
 def _optimizer(model: torch.nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

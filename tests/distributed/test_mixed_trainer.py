@@ -1,0 +1,47 @@
+"""Trainer on several ranks with languages mixed in every batch: under DDP and DeepSpeed, by the same two lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import launch
+import pytest
+from draw import SEED
+
+TYPES = {None: "DistributedDataParallel", 2: "DeepSpeedEngine", 3: "DeepSpeedEngine"}
+RULES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "mean": {"aggregator": "mean", "weighting": "token"},
+    "upgrad": {"aggregator": "upgrad", "granularity": "layer"},
+}
+CASES = [{"stage": stage, "moo": moo, "seed": SEED} for stage in TYPES for moo in RULES.values()]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[int | None, str], list[Any]]:
+    told = launch.run("mixed_trainer.py", 2, CASES)
+    for results in told:
+        for each in results:
+            assert "error" not in each, each
+    return dict(zip([(stage, rule) for stage in TYPES for rule in RULES], told, strict=True))
+
+
+def difference(found: Any, expected: Any) -> float:
+    return float((found["parameters"] - expected["parameters"]).norm() / expected["parameters"].norm())
+
+
+@pytest.mark.parametrize("stage", TYPES)
+def test_the_mean_by_token_is_plain_trainer(outcomes: dict[Any, Any], stage: int | None) -> None:
+    """Three SGD steps in float32; a loss is divided before or after it is summed, to a few roundings of 6e-8."""
+    for found, wanted in zip(outcomes[stage, "mean"], outcomes[stage, "plain"], strict=True):
+        assert found["type"] == wanted["type"] == TYPES[stage]
+        assert found["windows"] == 3
+        assert difference(found, wanted) < 3e-7
+
+
+@pytest.mark.parametrize("stage", TYPES)
+def test_a_rule_gives_the_same_under_all(outcomes: dict[Any, Any], stage: int | None) -> None:
+    """DDP is the measure: gradients are summed in another order, and the rule's weights answer to that a little."""
+    for found, wanted in zip(outcomes[stage, "upgrad"], outcomes[None, "upgrad"], strict=True):
+        assert difference(found, wanted) < 3e-6
+        assert difference(found, outcomes[stage, "mean"][0]) > 1e-4, "the rule should matter"
