@@ -82,8 +82,8 @@ class Covered(Stays):
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if batch is not None:
-            for name in self.numbers:
-                if isinstance(getattr(module, name), DTensor):
+            for name, each in held(module, self.numbers).items():
+                if isinstance(each, DTensor):
                     raise ConfigError(_SPLIT.format(self.name, name))
             output = self.forward(self, batch, module, plain, args, kwargs)
             if output is not NotImplemented:
@@ -125,7 +125,8 @@ class Kind(Protocol):
 def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
-    module.__class__ = _subclass(type(module), base_of(type(module)))
+    cls: Any = type(module)
+    module.__class__ = _subclass(cls, base_of(cls))
 
 
 def uncover(module: nn.Module) -> None:
@@ -345,7 +346,7 @@ def _guarded(output: Any, why: str) -> Any:
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(refuse)
             if leaf.grad_fn is not None:
-                leaf.grad_fn.metadata[GUARDED] = True
+                leaf.grad_fn.metadata[GUARDED] = True  # type: ignore[index]
     return output
 
 

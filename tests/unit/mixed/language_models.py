@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from draw import SEED
 from torch import Tensor, nn
 from unit.mixed import stack
 from unit.mixed.stack import IGNORED, LANGUAGES, Rows
 
-SEED = int(os.environ.get("BUCKETMOO_TEST_SEED") or random.SystemRandom().randrange(1, 10**6))
 WORDS, LENGTH = 31, 9
 SMALL: dict[str, Any] = {
     "vocab_size": WORDS,
@@ -52,7 +50,6 @@ def check(
         loss_of: of a model, inputs with the labels of one language, which sequences are of it, and all labels.
         labels: of the sequences, if not those of a causal model.
     """
-    print(f"seed {SEED}")
     generator = torch.Generator().manual_seed(SEED)
     for parameter in model.parameters():
         if parameter.requires_grad:
