@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import bucketmoo_ds as bm
 
-LANGUAGES, WIDTH, DRAWS = ("de", "fr"), 4, 250
+LANGUAGES, WIDTH, DRAWS = ("de", "fr"), 4, 200
 
 
 class Regression(nn.Module):
