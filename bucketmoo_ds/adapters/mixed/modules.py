@@ -168,10 +168,10 @@ def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any]
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
-    x, weight, bias = _as_autocast(x, weight, module.bias)
+    x, weight, bias = _as_autocast(x, module.weight, module.bias)
+    turned = not isinstance(module, nn.Linear)
     pair = covered.use("weight", batch, placed), covered.use("bias", batch, placed)
-    return uses.Linear.apply(x, weight, bias, pair, covered.tap("weight", batch), covered.tap("bias", batch))
+    return uses.Linear.apply(x, weight, bias, turned, pair, covered.tap("weight", batch), covered.tap("bias", batch))
 
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
