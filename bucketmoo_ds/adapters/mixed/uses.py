@@ -155,7 +155,7 @@ class Embedding(torch.autograd.Function):
         counted = torch.where(places == padding, groups.number, groups.of_row)
         groups = groups._replace(of_row=counted)
         held = Factors(groups, places, y)
-        gram = products.paired(groups, groups, len(y), lambda some: _dots(y[some], y) * _same(places[some], places))
+        gram = products.paired_alike(groups, len(y), lambda a, b: _dots(y[a], y[b]) * _same(places[a], places[b]))
         return None, total, None, None, use.with_others(gram, held)
 
 
@@ -255,7 +255,7 @@ def _matrix(use: Use, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     groups = use.groups()
     if products.pairs_are_cheaper(y, x, sum(size > 0 for size in groups.sizes[:-1])):
         weighted = products.weighted_product(y, x, use.scale(y.dtype))
-        gram = products.paired(groups, groups, len(y), lambda some: _dots(y[some], y) * _dots(x[some], x))
+        gram = products.paired_alike(groups, len(y), lambda a, b: _dots(y[a], y[b]) * _dots(x[a], x[b]))
     else:
         weighted, gram = products.of_products(y, x, groups, use.scale_of_group(y.dtype))
     return weighted, use.with_others(gram, Factors(groups, y, x))
