@@ -122,8 +122,8 @@ def _time_row(settings: Entry, arm: Entry, plain: Entry) -> tuple[str, ...]:
     plain_peak = max(plain["memory"]["peak_bytes"])
     baseline = arm is plain
     return (
-        _spread(milliseconds, ".0f"),
-        "1" if baseline else _ratio(ratios),
+        spread(milliseconds, ".0f"),
+        "1" if baseline else ratio(ratios),
         "" if peak is None else f"{peak / MEBI:.0f}",
         "" if peak is None else "1" if baseline else f"{peak / plain_peak:.2f}",
         "" if baseline else f"{max(rank['row_store'] for rank in arm['ranks']) / MEBI:.0f}",
@@ -145,12 +145,14 @@ def _bytes_row(settings: Entry, arm: Entry, plain: Entry) -> tuple[str, ...]:
     )
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """Returns the median with the 20th and the 80th percentile."""
     low, high = (_percentile(values, share) for share in (0.2, 0.8))
     return f"{statistics.median(values):{form}} ({low:{form}} to {high:{form}})"
 
 
-def _ratio(ratios: Sequence[float]) -> str:
+def ratio(ratios: Sequence[float]) -> str:
+    """Returns the median with its interval."""
     low, high = interval(ratios)
     return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
 

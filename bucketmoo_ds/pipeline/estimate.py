@@ -38,6 +38,9 @@ class GramEstimate:
         backend: of the ops that rules use.
         device: where gradients are.
 
+    Attributes:
+        taken: how often the estimate has changed in this process.
+
     Raises:
         ConfigError: an unknown aggregator or option.
     """
@@ -53,6 +56,7 @@ class GramEstimate:
         self._blocks, self._count = num_blocks, len(config.languages)
         shape = (self._blocks + 1, self._count, self._count)  # the last one holds what was counted
         self._kept, self._kept_noisy = self._zeros(*shape), self._zeros(*shape)
+        self.taken = 0
         self.clear()
 
     def clear(self) -> None:
@@ -87,6 +91,7 @@ class GramEstimate:
             # The last matrix is the sum of the shares: the mean over windows is unbiased from the first on.
             taken = torch.cat([mean, torch.ones_like(mean[:1])])
             kept.copy_(torch.where(usable, (1.0 - share) * kept + share * taken, kept))
+        self.taken += 1
         self.clear()
 
     def gram(self) -> tuple[Tensor, Tensor]:
@@ -130,6 +135,7 @@ class GramEstimate:
         """Continues where `state` was taken."""
         for kept, name in ((self._kept, "grams"), (self._kept_noisy, "noisy_grams")):
             kept.copy_(torch.tensor(state[name], dtype=torch.float64))
+        self.taken += 1
         self.clear()
 
     def _zeros(self, *shape: int) -> Tensor:

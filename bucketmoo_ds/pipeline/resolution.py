@@ -89,10 +89,10 @@ class Record:
         if self._speaks:
             logger.warning("window %d: %s", self.windows, text)
 
-    def generator(self) -> torch.Generator:
-        """Returns this window's source of randomness, alike on all ranks. It is derived from (seed, window), so the
-        number of windows is all the random state there is."""
-        seed = digest(struct.pack("<qq", self._config.seed, self.windows))
+    def generator(self, window: int | None = None) -> torch.Generator:
+        """Returns the source of randomness of a window, by default this one, alike on all ranks. It is derived from
+        (seed, window), so the number of windows is all the random state there is."""
+        seed = digest(struct.pack("<qq", self._config.seed, self.windows if window is None else window))
         return torch.Generator().manual_seed(seed & (2**63 - 1))
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import toy_models
 import worker
 from compare_with_reference import blocks_of, loss_scale
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 from wrapped import whole
+from wrappers import WRAPPERS, two_dimensional
 
 import bucketmoo_ds
 from bucketmoo_ds import reference
@@ -73,6 +76,11 @@ class Case:
         expect: whether the window's batches are told ahead.
         packed: whether sequences hold several documents, and languages are given by token.
         before: whether the model is registered before it is wrapped.
+        no_sync: whether all micro-steps of a window but the last leave their gradients unreduced.
+        init: whether the model is made under `zero.Init`.
+        file: whether the JSON is given as a file.
+        checkpoint: see `toy_models.with_checkpoints`.
+        autocast: whether the forward pass runs in bf16 under it.
         how: arguments of the wrapper.
         zero: further entries of the JSON's `zero_optimization`.
         top: further entries of the JSON.
@@ -94,6 +102,9 @@ class Case:
     frozen: bool = False
     no_sync: bool = False
     init: bool = False
+    file: bool = False
+    checkpoint: str = "none"
+    autocast: bool = False
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)
     top: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -250,6 +261,7 @@ class Run:
         self.case = case
         self.module: nn.Module = Model(case.seed, tied=case.tied, frozen=case.frozen).to(DTYPES[case.dtype])
         self.twin = copy.deepcopy(self.module).double()
+        self.module = toy_models.with_checkpoints(self.module, case.checkpoint)
         self.session: Any = None
         if case.wrapper == "zero":
             self._make_engine()
@@ -278,6 +290,8 @@ class Run:
         if self.case.wrapper == "fsdp2":
             if how.pop("bf16", False):
                 how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if how.pop("replicas", False):
+                how["mesh"] = two_dimensional(worker.WORLD_SIZE)
             if how.pop("offload", False):
                 how["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
             for layer in module.layers:
@@ -306,13 +320,17 @@ class Run:
                 for own, made in zip(self.twin.parameters(), self.module.parameters(), strict=True):
                     own.data = made.detach().double().clone()
         optimizer = self._optimizer(self.module)
-        self.model, *_ = bucketmoo_ds.initialize(model=self.module, optimizer=optimizer, config=config)
+        path = worker.FOLDER / f"deepspeed{worker.RANK}.json"
+        path.write_text(json.dumps(config))
+        told = str(path) if case.file else config
+        self.model, *_ = bucketmoo_ds.initialize(model=self.module, optimizer=optimizer, config=told)
         self.session = None if case.off else self.model.moo
 
     def micro_step(self, batch: dict[str, Any], *, last: bool) -> None:
         if self.case.off:
             batch = {name: value for name, value in batch.items() if name != "language"}
-        loss = self.model(**batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.autocast):
+            loss = self.model(**batch)
         if self.case.wrapper == "zero":
             self.model.backward(loss)
             if not last:
@@ -321,7 +339,9 @@ class Run:
         (loss / self.case.micro_steps).backward()
 
     def reduced(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if last or not self.case.no_sync else self.model.no_sync()
+        if last or not self.case.no_sync:
+            return contextlib.nullcontext()
+        return WRAPPERS[self.case.wrapper].unreduced(self.model)
 
     def step(self) -> None:
         if self.case.wrapper == "zero":

@@ -19,19 +19,23 @@ WAYS: dict[str, Case] = {
     "single": {"wrapper": "single"},
     "ddp": {"wrapper": "ddp"},
     "ddp_before": {"wrapper": "ddp", "before": True, "no_sync": True},
+    "ddp_autocast_bf16": {"wrapper": "ddp", "dtype": "float32", "autocast": True},
     "ddp_static": {"wrapper": "ddp", "how": {"static_graph": True}},
     "ddp_unused": {"wrapper": "ddp", "how": {"find_unused_parameters": True, "gradient_as_bucket_view": True}},
-    "fsdp1": {"wrapper": "fsdp1"},
+    "fsdp1": {"wrapper": "fsdp1", "no_sync": True},
     "fsdp1_original": {"wrapper": "fsdp1", "how": {"use_orig_params": True}},
     "fsdp2": {"wrapper": "fsdp2"},
     "fsdp2_before": {"wrapper": "fsdp2", "before": True},
-    "fsdp2_kept": {"wrapper": "fsdp2", "how": {"reshard_after_forward": False}},
+    "fsdp2_kept": {"wrapper": "fsdp2", "how": {"reshard_after_forward": False}, "no_sync": True},
+    "fsdp2_replicas": {"wrapper": "fsdp2", "how": {"replicas": True}},
+    "fsdp2_reentrant": {"wrapper": "fsdp2", "checkpoint": "reentrant"},
     "fsdp2_offload": {"wrapper": "fsdp2", "how": {"offload": True}},
     "fsdp2_bf16": {"wrapper": "fsdp2", "how": {"bf16": True}},
     "zero0": ZERO | {"stage": 0},
-    "zero1": ZERO | {"stage": 1},
+    "zero1": ZERO | {"stage": 1, "file": True},
     "zero2": ZERO | {"stage": 2},
     "zero3": ZERO | {"stage": 3},
+    "zero3_reentrant": ZERO | {"stage": 3, "checkpoint": "reentrant"},
     "zero3_init": ZERO | {"stage": 3, "init": True},
     "zero2_offload": ZERO | {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
     "zero2_bf16": ZERO | {"stage": 2, "top": {"bf16": {"enabled": True}}},
@@ -39,7 +43,13 @@ WAYS: dict[str, Case] = {
 }
 WINDOWS: dict[str, Case] = {"one": {}, "two": {"micro_steps": 2, "expect": True}}
 BATCHES: dict[str, Case] = {"sequences": {}, "packed": {"packed": True}}
-SHAPES: tuple[Case, ...] = ({}, {"tied": True}, {"frozen": True}, {"granularity": "layer"})
+SHAPES: tuple[Case, ...] = (
+    {},
+    {"tied": True},
+    {"frozen": True},
+    {"granularity": "layer"},
+    {"checkpoint": "no_reentrant"},
+)
 # Of a whole model; the largest of a block may be several times as much.
 TOLERANCES = {"float64": 1e-12, "float32": 5e-7, "bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
 
@@ -53,7 +63,7 @@ def all_cases() -> dict[Key, Case]:
                     name = f"{way}-{window}-{batch}"
                     draw = random.Random(f"{SEED}/{world_size}/{name}")
                     seed = {"seed": draw.randrange(10**6)}
-                    found[world_size, name] = arguments | of_window | of_batch | draw.choice(SHAPES) | seed
+                    found[world_size, name] = draw.choice(SHAPES) | arguments | of_window | of_batch | seed
     return found
 
 

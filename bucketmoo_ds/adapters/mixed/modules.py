@@ -168,10 +168,10 @@ def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any]
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
-    x, weight, bias = _as_autocast(x, weight, module.bias)
+    x, weight, bias = _as_autocast(x, module.weight, module.bias)
+    turned = not isinstance(module, nn.Linear)
     pair = covered.use("weight", batch, placed), covered.use("bias", batch, placed)
-    return uses.Linear.apply(x, weight, bias, pair, covered.tap("weight", batch), covered.tap("bias", batch))
+    return uses.Linear.apply(x, weight, bias, turned, pair, covered.tap("weight", batch), covered.tap("bias", batch))
 
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -209,6 +209,8 @@ def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], 
 
 def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tensor, rows: Tensor) -> Tensor:
     """Returns what a norm's weight multiplies: what a weight of ones gives beyond one of zeros."""
+    if getattr(plain, "func", None) is nn.LayerNorm.forward:
+        return nn.functional.layer_norm(rows, module.normalized_shape, None, None, module.eps)
     others = {name: torch.zeros_like(like) for name in names}
     with parameters_as(module, {**others, "weight": torch.ones_like(like)}):
         ones = plain(rows)
@@ -274,12 +276,12 @@ def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[N
         hidden = {name: vars(owner).pop(name) for name in own if name in vars(owner)}
         restored.append((owner, owner._parameters, hidden))
         before = {name: owner._parameters[name] for name in owner._parameters}
-        owner._parameters = {**before, **own}  # type: ignore[dict-item]
+        vars(owner)["_parameters"] = {**before, **own}
     try:
         yield
     finally:
         for owner, parameters, hidden in restored:
-            owner._parameters = parameters
+            vars(owner)["_parameters"] = parameters
             vars(owner).update(hidden)
 
 

@@ -22,8 +22,16 @@ from torch import Tensor
 
 from bucketmoo_ds import ops
 
-# Elements of the products, or of the pairs, that are held at once.
+# Elements of the products, or of the pairs, that are held at once; on a CPU, of the products no more than its caches
+# keep.
 AT_ONCE = 1 << 24
+CACHED = 1 << 20
+# Rows on the left at once, where both sides are the same rows, so that half of all pairs will do; fewer make a slow
+# product.
+SLICE = 64
+# An operation of a Gram takes as long as this many of a large product, and so does the way of an element through
+# memory. Measured on a CPU.
+OF_GRAM, OF_MEMORY = 2, 150
 
 
 class Groups(NamedTuple):
@@ -62,9 +70,9 @@ def weighted_product(y: Tensor, x: Tensor, scale: Tensor) -> Tensor:
 
 
 def pairs_are_cheaper(y: Tensor, x: Tensor, groups: int) -> bool:
-    """Whether the pairs of rows cost fewer operations than the products' pairs of groups."""
+    """Whether the pairs of rows cost less than the products and their pairs of groups."""
     rows, out, into = len(y), y.shape[1], x.shape[1]
-    return 2 * rows**2 * (out + into) < groups**2 * out * into
+    return rows**2 * (out + into + OF_MEMORY) < groups * (OF_GRAM * groups + OF_MEMORY) * out * into
 
 
 def of_products(y: Tensor, x: Tensor, groups: Groups, scale_of_group: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,18 +85,23 @@ def of_products(y: Tensor, x: Tensor, groups: Groups, scale_of_group: Tensor) ->
     """
     present = groups.present()
     y, x = y[groups.order], x[groups.order]
-    weighted = y.new_zeros(y.shape[1], x.shape[1])
+    out, into = y.shape[1], x.shape[1]
+    weighted = y.new_zeros(out, into)
     gram = y.new_zeros(groups.number, groups.number, dtype=torch.float64)
     if not present:
         return weighted, gram
     numbers = torch.tensor([group for group, _, _ in present])
     scale = scale_of_group[numbers.to(scale_of_group.device)]
-    columns = max(AT_ONCE // (len(present) * x.shape[1]), 1)
-    for first in range(0, y.shape[1], columns):
+    at_once = min(AT_ONCE, CACHED) if y.device.type == "cpu" else AT_ONCE
+    columns = min(max(at_once // (len(present) * into), 1), out)
+    held = y.new_empty(len(present) * columns * into)
+    for first in range(0, out, columns):
         part = y[:, first : first + columns]
-        products = [part[start:stop].mT @ x[start:stop] for _, start, stop in present]
-        weighted[first : first + columns] = torch.einsum("g,gij->ij", scale, torch.stack(products).to(scale.dtype))
-        gram += spread(gram_of([each.flatten() for each in products]), numbers, groups.number)
+        products = held[: len(present) * part.shape[1] * into].view(len(present), -1)
+        for product, (_, start, stop) in zip(products, present, strict=True):
+            torch.mm(part[start:stop].mT, x[start:stop], out=product.view(-1, into))
+        weighted[first : first + columns] = (scale @ products.to(scale.dtype)).view(-1, into)
+        gram += spread(gram_of(products.unbind()), numbers, groups.number)
     return weighted, gram
 
 
@@ -111,6 +124,25 @@ def sums(rows: Tensor, groups: Groups) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = rows.new_zeros(groups.number + 1, rows.shape[1], dtype=wide)
     return total.index_add_(0, groups.of_row, rows.to(wide))[: groups.number]
+
+
+def paired_alike(groups: Groups, count: int, pairs: Callable[[slice, slice], Tensor]) -> Tensor:
+    """Returns, for groups g and h, the sum of `pairs` over the rows of g and of h.
+
+    Args:
+        groups: of `count` rows.
+        pairs: for some rows, and some others, their products `[c, m]`, the same whichever come first.
+    """
+    members = _members(groups)
+    gram = members.new_zeros(groups.number, groups.number)
+    step = max(min(AT_ONCE // max(count, 1), max(count // 8, SLICE)), 1)
+    for first in range(0, count, step):
+        rows, size = slice(first, first + step), min(step, count - first)
+        found = pairs(rows, slice(first, count)).to(torch.float64)
+        gram += members[rows].mT @ found[:, :size] @ members[rows]
+        beyond = members[rows].mT @ (found[:, size:] @ members[first + size :])
+        gram += beyond + beyond.mT
+    return gram
 
 
 def paired(left: Groups, right: Groups, count: int, pairs: Callable[[slice], Tensor]) -> Tensor:

@@ -96,7 +96,7 @@ class MixedSession(Stays):
         self._open: list[Pass] = []  # the passes of it
         self._slot: MixedSlot | None = None
         self._decided: tuple[ToHost, ToHost] | None = None
-        self._solved_for: list[int] = []
+        self._solved_for: tuple[Any, ...] = ()
         self._unaccounted = True
         for found in covered.found:
             of = {name: self.plan.block_of[number] for name, number in found.numbers.items()}
@@ -334,15 +334,22 @@ class MixedSession(Stays):
         """Writes what the gradient of each row counts: the weight of its language in its block, times what makes the
         sum over ranks and micro-steps, divided by the framework as it is, the mean over the language's tokens."""
         shares = self.window.shares()
-        if self.window.begins or self.window.present != self._solved_for:
-            self._solved_for = self.window.present
-            gram, known = self.estimate.gram()
-            units = to_device(self.window.units(), torch.float64, self._device)
-            gram = gram * torch.outer(units, units)
-            weights = self.estimate.weights(gram, known, self.window.present, self.record.generator())
-            self._decided, self._weights = (ToHost(gram), ToHost(weights)), weights
+        if self.window.begins or self.window.present != self._solved_for[0]:
+            # What the weights follow from: a rule that takes milliseconds is asked when one of it has changed.
+            wanted = (self.window.present, self.window.units(), self.estimate.taken)
+            if wanted != self._solved_for:
+                self._solved_for = wanted
+                gram, known = self.estimate.gram()
+                units = to_device(wanted[1], torch.float64, self._device)
+                gram = gram * torch.outer(units, units)
+                weights = self.estimate.weights(gram, known, self.window.present, self._generator())
+                self._decided, self._weights = (ToHost(gram), ToHost(weights)), weights
         counts = to_device([share * factor for share in shares], torch.float64, self._device)
         self.table.data[:, :-1] = self._weights * counts  # `.data`: autograd has saved the table
+
+    def _generator(self) -> torch.Generator:
+        """The rule's source of randomness: one for all windows between two Grams, also where a run is resumed there."""
+        return self.record.generator(self.record.windows - (self.record.windows - 1) % self.config.gram_every)
 
     @torch.no_grad()
     def _end_micro_step(self) -> None:
