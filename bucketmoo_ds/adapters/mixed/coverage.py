@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -20,15 +21,36 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _declared: set[type] = set()
 ROW_WISE = frozenset(
     {
-        "DoraLinearLayer",  # peft
+        "peft.tuners.lora.dora.DoraLinearLayer",
+        "peft.tuners.lora.layer.Embedding",
+        "DeepseekV2Experts",
+        "DeepseekV2TopkRouter",
+        "DeepseekV3Experts",
+        "DeepseekV3TopkRouter",
+        "Ernie4_5_MoeExperts",
+        "Ernie4_5_MoeTopKRouter",
+        "Glm4MoeExperts",
+        "Glm4MoeTopkRouter",
+        "GptOssExperts",
+        "GptOssTopKRouter",
+        "GraniteMoeExperts",
+        "GraniteMoeTopKRouter",
+        "Lfm2MoeExperts",
+        "Lfm2MoeTopKRouter",
+        "MiniMaxExperts",
+        "MiniMaxTopKRouter",
         "MixtralExperts",
         "MixtralTopKRouter",
         "OlmoeExperts",
         "OlmoeTopKRouter",
+        "PhimoeExperts",
+        "PhimoeTopKRouter",
         "Qwen2MoeExperts",
         "Qwen2MoeTopKRouter",
         "Qwen3MoeExperts",
         "Qwen3MoeTopKRouter",
+        "Qwen3NextExperts",
+        "Qwen3NextTopKRouter",
     }
 )
 
@@ -113,20 +135,36 @@ def of_model(model: nn.Module) -> Coverage:
     if not trained:
         raise ConfigError("mixed.register: the model has no trainable parameter")
     number = {each: index for index, each in enumerate(trained.values())}
-    found, refused = [], []
+    found, refused, unknown = [], [], []
+    holders = (nn.ParameterDict, nn.ParameterList)
+    taken: set[nn.Module] = set()
     for name, module in model.named_modules():
+        parts = [("", module)]
+        if _is_row_wise(type(module)):  # its forward is what uses them
+            parts += [(f"{name}.", each) for name, each in module.named_children() if isinstance(each, holders)]
+            taken.update(each for _, each in parts[1:])
         own = {
-            attribute: number[each]
-            for attribute, each in module.named_parameters(recurse=False, remove_duplicate=False)
+            prefix + attribute: number[each]
+            for prefix, part in parts
+            for attribute, each in part.named_parameters(recurse=False, remove_duplicate=False)
             if each in number
         }
-        if not own:
+        if not own or module in taken:
             continue
-        kind = _kind(module, own)
+        kind = _kind(module, own) if "relative" not in name.rpartition(".")[2] else ", whose rows are pairs of tokens"
         if isinstance(kind, str):
-            refused.append(f'"{name}" ({type(module).__name__}{kind})')
+            unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
             found.append(Found(plain_name(name), module, kind, own))
+    multiplied = {one.numbers.get("weight") for one in found if one.kind in (modules.linear, modules.embedding)}
+    for one in found:
+        if one.kind is modules.row_wise and multiplied & set(one.numbers.values()):
+            refused.append(f'"{one.name}" ({type(one.module).__name__}, which shares a matrix with a module of a kind)')
+    used = {each for one in found for each in one.numbers.values()}
+    for module, own, what in unknown:  # it may only hold what a module of a kind uses, as BERT's heads do
+        names = type(module).forward.__code__.co_names if inspect.isfunction(type(module).forward) else tuple(own)
+        if not set(own.values()) <= used or set(own) & set(names):
+            refused.append(what)
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise ConfigError(
@@ -140,10 +178,18 @@ def of_model(model: nn.Module) -> Coverage:
     return Coverage(model, [Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
 
 
+def _is_row_wise(cls: type) -> bool:
+    return (
+        any(base in _declared for base in cls.__mro__)
+        or cls.__name__ in ROW_WISE
+        or f"{cls.__module__}.{cls.__name__}" in ROW_WISE
+    )
+
+
 def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     """The kind of a module, or what keeps it from being of any."""
     cls = type(module)
-    if any(base in _declared for base in cls.__mro__) or cls.__name__ in ROW_WISE:
+    if _is_row_wise(cls):
         return modules.row_wise
     if "forward" in vars(module):
         return ", whose forward somebody has replaced"
@@ -151,14 +197,26 @@ def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return ", whose weight nn.MultiheadAttention uses without its forward"
     plain = set(own) <= {"weight", "bias"}  # and not what a parametrization makes them of
-    if (cls.forward is nn.Linear.forward or conv1d) and plain:
+    if plain and (conv1d or (isinstance(module, nn.Linear) and _through_base(cls))):
         return modules.linear
-    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and plain:
+    if plain and isinstance(module, nn.Embedding) and _through_base(cls):
         odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
         return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
     return modules.norm if _looks_like_norm(module, own) else ""
 
 
+def _through_base(cls: type) -> bool:
+    """Whether a class's forward is that of `modules.base_of`, or calls it and uses parameters nowhere else."""
+    above = cls.__mro__[: cls.__mro__.index(modules.base_of(cls))]
+    forwards = [vars(each)["forward"] for each in above if "forward" in vars(each)]
+    try:
+        texts = [inspect.getsource(each) for each in forwards]
+    except (OSError, TypeError):
+        return False
+    return all("super().forward(" in each and not _USED.search(each) for each in texts)
+
+
+_USED = re.compile(r"self\.(weight|bias)\b(?!\.(dtype|device)\b)")
 _NORM = re.compile("Norm$")
 
 

@@ -11,7 +11,8 @@ import copy
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ from bucketmoo_ds.adapters.mixed.passes import Pass, Placed
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
 OWN = "_bucketmoo_covered"
+GUARDED = "_bucketmoo_guarded"  # in the metadata of a node of the graph: no gradient may come to it
 _SPLIT = (
     'module "{}": "{}" is a DTensor when the module runs, as tensor parallelism leaves it: each rank then has a part '
     "of every row, and its Gram would be one of parts. Use data parallelism (DDP, FSDP, ZeRO), or freeze the module"
@@ -71,7 +73,7 @@ class Covered(Stays):
     def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's forward."""
         if silent():
-            with parameters_as(module, {name: getattr(module, name).detach() for name in self.numbers}):
+            with parameters_as(module, {name: each.detach() for name, each in held(module, self.numbers).items()}):
                 return plain(*args, **kwargs)
         batch = self.driver.current()
         if batch is not None and not self.driver.recomputes():
@@ -80,8 +82,8 @@ class Covered(Stays):
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if batch is not None:
-            for name in self.numbers:
-                if isinstance(getattr(module, name), DTensor):
+            for name, each in held(module, self.numbers).items():
+                if isinstance(each, DTensor):
                     raise ConfigError(_SPLIT.format(self.name, name))
             output = self.forward(self, batch, module, plain, args, kwargs)
             if output is not NotImplemented:
@@ -124,7 +126,7 @@ def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
     cls: Any = type(module)
-    module.__class__ = _subclass(cls)
+    module.__class__ = _subclass(cls, base_of(cls))
 
 
 def uncover(module: nn.Module) -> None:
@@ -134,11 +136,17 @@ def uncover(module: nn.Module) -> None:
         module.__class__ = vars(type(module))["covers"]
 
 
+def base_of(cls: type) -> type:
+    """The class whose forward is replaced. The forward of a class derived from an embedding or a linear layer stays,
+    and comes to ours by its `super().forward`."""
+    return next((base for base in (nn.Linear, nn.Embedding) if issubclass(cls, base)), cls)
+
+
 @functools.cache
-def _subclass(cls: Any) -> type:
+def _subclass(cls: Any, base: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         covered = vars(self).get(OWN)
-        plain = functools.partial(cls.forward, self)
+        plain = functools.partial(base.forward, self)
         return plain(*args, **kwargs) if covered is None else covered(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -146,8 +154,9 @@ def _subclass(cls: Any) -> type:
         made = copyreg._reconstructor, (cls, object, None)  # type: ignore[attr-defined]  # pickle's own of old
         return *made, {name: value for name, value in state.items() if name != OWN}
 
-    space = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "covers": cls}
-    return type(cls.__name__, (cls,), {**space, "__qualname__": cls.__qualname__})
+    ours = type(base.__name__, (base,), {"forward": forward})
+    space = {"__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "covers": cls}
+    return type(cls.__name__, (ours,) if cls is base else (cls, ours), space)
 
 
 # --- kinds ----------------------------------------------------------------------------------------------------------
@@ -155,7 +164,7 @@ def _subclass(cls: Any) -> type:
 
 def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Linear`, and transformers' `Conv1D`, whose weight lies the other way round."""
-    x = args[0] if args else kwargs["input"]
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
@@ -167,7 +176,7 @@ def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any]
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Embedding`. Positions that all sequences share are looked up for each of them."""
-    indices = batch.expanded(args[0] if args else kwargs["input"])
+    indices = batch.expanded(_only(args, kwargs), "position" in covered.name)
     placed = batch.placed(indices.shape)
     use = covered.use("weight", batch, placed) if placed is not None else None
     if use is None:
@@ -177,11 +186,13 @@ def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., A
 
 def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A module whose parameters, `weight` and `bias` `[d]`, multiply and add to each row: `weight * unit(x) + bias`."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    if len(args) + len(kwargs) > 1:  # what else it adds or multiplies, nobody has tried
+        return row_wise(covered, batch, module, plain, args, kwargs)
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    live = {name: getattr(module, name) for name in covered.numbers}
+    live = held(module, covered.numbers)
     with parameters_as(module, {name: each.detach() for name, each in live.items()}):
         output = plain(*args, **kwargs)
     like = next(iter(live.values())).detach()
@@ -208,7 +219,7 @@ def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tenso
 def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
     parameters' sake."""
-    live = [getattr(module, name) for name in covered.numbers]
+    live = list(held(module, covered.numbers).values())
     random = _random_of(live[0].device)
     with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
         output = plain(*args, **kwargs)
@@ -223,7 +234,7 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     autocast = _autocast_of(leaves[wanted[0]].device.type)
 
     def again() -> tuple[list[Tensor], list[Tensor]]:
-        own = [getattr(module, name).detach().requires_grad_() for name in covered.numbers]
+        own = [each.detach().requires_grad_() for each in held(module, covered.numbers).values()]
         positional, named = pytree.tree_unflatten(kept, inputs_form)
         with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), random(), _silence():
             made = pytree.tree_flatten(plain(*positional, **named))[0]
@@ -238,19 +249,43 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     return pytree.tree_unflatten(leaves, form)
 
 
+def _only(args: Any, kwargs: Any) -> Any:
+    """The argument of a module that has one."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 # --- what kinds are made of -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the module's own parameters are these tensors; by whatever means a wrapper has put them there."""
-    before, hidden = module._parameters, {name: vars(module).pop(name) for name in values if name in vars(module)}
-    module._parameters = {**{name: before[name] for name in before}, **values}  # type: ignore[dict-item]
+    """Inside, the module's parameters are these tensors; by whatever means a wrapper has put them there.
+
+    Args:
+        values: by their names in it, which lead into the dictionaries and lists of parameters that it holds.
+    """
+    within: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        within.setdefault(path, {})[attribute] = value
+    restored = []
+    for path, own in within.items():
+        owner = module.get_submodule(path)
+        hidden = {name: vars(owner).pop(name) for name in own if name in vars(owner)}
+        restored.append((owner, owner._parameters, hidden))
+        before = {name: owner._parameters[name] for name in owner._parameters}
+        owner._parameters = {**before, **own}  # type: ignore[dict-item]
     try:
         yield
     finally:
-        module._parameters = before
-        vars(module).update(hidden)
+        for owner, parameters, hidden in restored:
+            owner._parameters = parameters
+            vars(owner).update(hidden)
+
+
+def held(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns a module's parameters by their names in it."""
+    return {name: operator.attrgetter(name)(module) for name in names}
 
 
 _silent = [False]
@@ -310,6 +345,8 @@ def _guarded(output: Any, why: str) -> Any:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(refuse)
+            if leaf.grad_fn is not None:
+                leaf.grad_fn.metadata[GUARDED] = True  # type: ignore[index]
     return output
 
 

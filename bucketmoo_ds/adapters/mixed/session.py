@@ -267,7 +267,8 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
-            batch.reached = lambda: self._reached_inside(passage)
+            weakly = weakref.ref(passage)  # the outputs' hooks keep it
+            batch.reached = lambda: self._reached_inside(weakly())
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -284,9 +285,11 @@ class MixedSession(Stays):
             self._open_micro_step()
         after_backward(lambda: self._after_backward(passage, task))
 
-    def _reached_inside(self, passage: Passage) -> None:
+    def _reached_inside(self, passage: Passage | None) -> None:
         """A backward has come to a use. It came to the outputs before, or to none of them; a backward of its own, as
         reentrant checkpointing runs it, is part of the one that did."""
+        if passage is None:
+            raise BucketMOOError("a backward through a forward pass whose outputs are gone: begin it at the loss")
         if all(reached is not passage for reached, _ in self._reaching):
             self._reached(passage)
 

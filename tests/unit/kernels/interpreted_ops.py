@@ -99,7 +99,7 @@ def test_near_parallel_rows_keep_their_difference(generator: torch.Generator) ->
 @pytest.mark.parametrize(("count", "dtype", "alike", "incoming_alike"), some([
     (2, torch.float32, True, True), (3, torch.bfloat16, True, False), (3, torch.float16, False, False),
     (17, torch.bfloat16, True, True), (4, torch.float64, True, True),
-], 2))  # fmt: skip
+], 1))  # fmt: skip
 def test_accumulate_gram(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool, incoming_alike: bool
 ) -> None:
@@ -130,7 +130,7 @@ def test_accumulate_gram(
     (3, torch.bfloat16, torch.bfloat16, False), (8, torch.float16, torch.float16, True),
     (17, torch.float64, torch.float16, True), (2, torch.float64, torch.float64, False),
     (24, torch.bfloat16, torch.bfloat16, True), (9, torch.float32, torch.float64, True),
-], 2))  # fmt: skip
+], 1))  # fmt: skip
 def test_combine(
     generator: torch.Generator, count: int, dtype: torch.dtype, out_dtype: torch.dtype, alike: bool
 ) -> None:

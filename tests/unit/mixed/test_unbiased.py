@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
+from draw import SEED
 from torch import Tensor, nn
 from torch.nn import functional
 
 import bucketmoo_ds as bm
 
-SEED = random.SystemRandom().randrange(2**32)
 LANGUAGES, WIDTH, DRAWS = ("de", "fr"), 4, 250
 
 
@@ -26,7 +24,6 @@ class Regression(nn.Module):
 def test_grams_are_unbiased_and_naive_ones_are_not() -> None:
     """The features of language l are `shift_l + noise`, unit variance, and `y = x . theta_l + noise`: so its gradient
     is expected to be `2 (I + shift_l shift_l') (weight - theta_l)`."""
-    print(f"seed {SEED}")
     generator = torch.Generator().manual_seed(SEED)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     shift, theta = 0.5 * normal(2, WIDTH), normal(2, WIDTH)
