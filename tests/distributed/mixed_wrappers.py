@@ -79,6 +79,7 @@ class Case:
         no_sync: whether all micro-steps of a window but the last leave their gradients unreduced.
         init: whether the model is made under `zero.Init`.
         file: whether the JSON is given as a file.
+        unused: whether the model has a layer that no forward pass calls.
         checkpoint: see `toy_models.with_checkpoints`.
         autocast: whether the forward pass runs in bf16 under it.
         how: arguments of the wrapper.
@@ -103,6 +104,7 @@ class Case:
     no_sync: bool = False
     init: bool = False
     file: bool = False
+    unused: bool = False
     checkpoint: str = "none"
     autocast: bool = False
     how: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -150,7 +152,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Predicts `labels[..., 1:]`; its loss is the mean over the target tokens."""
 
-    def __init__(self, seed: int, *, tied: bool, frozen: bool) -> None:
+    def __init__(self, seed: int, *, tied: bool, frozen: bool, unused: bool) -> None:
         super().__init__()
         draw = random.Random(seed)
         torch.manual_seed(seed)
@@ -160,6 +162,8 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(width, draw.randint(5, 30), bias=draw.random() < 0.5) for _ in range(count))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY, bias=False)
+        if unused:
+            self.spare = nn.Linear(width, width)
         if tied:
             self.head.weight = self.embed.weight
         if frozen:
@@ -259,7 +263,9 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.module: nn.Module = Model(case.seed, tied=case.tied, frozen=case.frozen).to(DTYPES[case.dtype])
+        self.module: nn.Module = Model(case.seed, tied=case.tied, frozen=case.frozen, unused=case.unused).to(
+            DTYPES[case.dtype]
+        )
         self.twin = copy.deepcopy(self.module).double()
         self.module = toy_models.with_checkpoints(self.module, case.checkpoint)
         self.session: Any = None
@@ -315,7 +321,7 @@ class Run:
             config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 40)
         if case.init:
             with deepspeed.zero.Init(config_dict_or_path=config):
-                self.module = Model(case.seed, tied=case.tied, frozen=case.frozen)
+                self.module = Model(case.seed, tied=case.tied, frozen=case.frozen, unused=case.unused)
             with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
                 for own, made in zip(self.twin.parameters(), self.module.parameters(), strict=True):
                     own.data = made.detach().double().clone()
@@ -377,7 +383,8 @@ class Run:
             with FullyShardedDataParallel.summon_full_params(self.model, with_grads=True):
                 found = {name: each.grad.clone() for name, each in self.module.named_parameters() if each.requires_grad}
         else:
-            found = whole({name: each.grad for name, each in trained.items()})
+            nothing = {name: torch.zeros_like(each) for name, each in trained.items() if each.grad is None}
+            found = whole(nothing | {name: each.grad for name, each in trained.items() if each.grad is not None})
         return {plain_name(name): each.double().clone() for name, each in found.items()}
 
 
