@@ -88,6 +88,11 @@ def one_world_size(keys: Iterable[Key]) -> set[Key]:
     return {(draw.choice(each), name) for name, each in sizes.items()}
 
 
+def examples(number: int) -> int:
+    """Returns how many examples of a property hypothesis draws."""
+    return number * int(os.environ.get("BUCKETMOO_TEST_EXAMPLES", "1"))
+
+
 def some(cases: Sequence[tuple[Any, ...]], number: int) -> list[Any]:
     """Returns parameters of a test, of which all but that many drawn ones are for the nightly list."""
     drawn = set(random.Random(f"{SEED}/{len(cases)}").sample(range(len(cases)), number))

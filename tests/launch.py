@@ -26,8 +26,22 @@ import torch
 TESTS = Path(__file__).parent
 WORKERS = TESTS / "distributed"
 
-# What the ranks import anyway; some of it DeepSpeed and torch.optim import when they are first used.
-PRELOAD = ("torch._dynamo", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers", "accelerate")
+# What the ranks import anyway; much of it is imported only when an engine, a model or an optimizer is first made.
+PRELOAD = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.utils.cpp_extension",
+    "deepspeed",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+)
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",

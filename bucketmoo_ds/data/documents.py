@@ -151,5 +151,6 @@ def _numbered_by_value(values: Tensor) -> Tensor:
     here = torch.arange(length, device=values.device).expand(values.shape)
     kinds = values.clamp(0, length)
     leaders = values.new_full((len(values), length + 1), length).scatter_reduce(1, kinds, here, "amin").gather(1, kinds)
-    numbers = ((leaders == here) & (kinds > 0)).flatten().cumsum(0) - 1
-    return numbers.clamp(min=0).view(values.shape).gather(1, leaders)
+    starts = (leaders == here) & (kinds > 0)
+    numbers = starts.flatten().cumsum(0).view(values.shape) - 1 + (starts.cumsum(1) == 0)  # padding before: the next
+    return torch.minimum(numbers, starts.sum() - 1).clamp(min=0).gather(1, leaders)

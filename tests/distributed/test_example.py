@@ -12,7 +12,7 @@ from draw import some
 WRAPPERS = {"fsdp2": 2, "fsdp1": 2, "ddp": 2, "deepspeed": 2, "single": 1}
 LANGUAGES = ["--languages", "de", "fr", "ko"]
 RULE = ["--aggregator", "upgrad"]
-
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "train_wrapped.py")
 
 
 class _Whole(dict[str, dict[int, str]]):
@@ -57,7 +57,8 @@ def test_text_of_files_is_read(tmp_path: Path) -> None:
 
 def steps(wrapper: str, *arguments: str) -> dict[int, str]:
     """Runs the example; returns what it printed of each step."""
-    outcomes = launch.launch("run_example.py", WRAPPERS[wrapper], ["--wrapper", wrapper, *arguments])
+    words = ["--wrapper", wrapper, *arguments]
+    outcomes = launch.launch("run_file.py", WRAPPERS[wrapper], {"file": EXAMPLE, "words": words, "leave": "'done'"})
     for outcome in outcomes:
         assert outcome.result == "done", outcome.output[-3000:]
     return {int(step): rest for step, rest in re.findall(r"^step (\d+): (.*)$", outcomes[0].output, re.MULTILINE)}

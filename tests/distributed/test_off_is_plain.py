@@ -1,73 +1,98 @@
 """Without the section, or with `"enabled": false`, DeepSpeed trains bit for bit as if the package were not there; with
-the aggregator `mean` it trains alike to rounding."""
+the aggregator `mean` it trains alike to rounding.
+
+Every run takes each plain run with one way to be off, and each layout with two ways to average, drawn anew so that each
+way meets layouts; the nightly list has all.
+"""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+import random
 from typing import Any
 
-import launch
 import pytest
+from draw import SEED, Case, Key, parametrized
+from outcomes import Outcomes
 
 WORLD_SIZE = 2
-PLAIN: list[dict[str, Any]] = [
-    {"package": False, "stage": stage, "dtype": dtype, "micro_steps": micro_steps, "optimizer": "adam", "moo": None}
+PLAIN: dict[Key, Case] = {
+    (WORLD_SIZE, f"zero{stage}-{dtype}-M{micro_steps}"): {
+        "package": False,
+        "stage": stage,
+        "dtype": dtype,
+        "micro_steps": micro_steps,
+        "optimizer": "adam",
+        "moo": None,
+    }
     for stage, dtype, micro_steps in itertools.product((0, 1, 2, 3), ("fp32", "bf16"), (1, 2))
-]
-OFF: list[dict[str, Any] | None] = [None, {"enabled": False}]
+}
+WAYS_OFF: dict[str, Case | None] = {"no section": None, "enabled false": {"enabled": False}}
+# An engine on ZeRO-3 leaves torch's linear layers replaced, which rounds bf16 otherwise: so it comes last.
+OFF: dict[Key, Case] = {
+    (WORLD_SIZE, f"{name}, {way}"): case | {"package": True, "moo": moo}
+    for (_, name), case in PLAIN.items()
+    for way, moo in WAYS_OFF.items()
+}
 
 # With equal token counts every language's mean has the same share if all have as many micro-batches in the window: 2
 # languages on 2 ranks, or 1. On ZeRO-1 a rank keeps its language.
-MEAN = [
-    {"stage": stage, "dtype": "fp32", "micro_steps": micro_steps, "optimizer": "sgd", **more}
-    for stage, micro_steps in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 2))
-    for more in (
-        {"languages": 2, "moo": {"aggregator": "mean"}},
-        {"languages": 1, "moo": {"aggregator": "mean", "languages": ["de"]}},
-        {"languages": 1, "moo": {"aggregator": "mgda", "languages": ["de"], "granularity": "layer"}},
-        {"languages": 3, "moo": {"aggregator": "mean", "weighting": "token"}},
-        {"languages": 3, "moo": {"aggregator": "mean", "weighting": "token"}, "ragged": True, "by_tokens": True},
-    )
-]
+LAYOUTS = ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 2))
+WAYS: dict[str, Case] = {
+    "two languages": {"languages": 2, "moo": {"aggregator": "mean"}},
+    "one": {"languages": 1, "moo": {"aggregator": "mean", "languages": ["de"]}},
+    "one, mgda": {"languages": 1, "moo": {"aggregator": "mgda", "languages": ["de"], "granularity": "layer"}},
+    "by tokens": {"languages": 3, "moo": {"aggregator": "mean", "weighting": "token"}},
+    "by tokens, ragged": {
+        "languages": 3,
+        "moo": {"aggregator": "mean", "weighting": "token"},
+        "ragged": True,
+        "by_tokens": True,
+    },
+}
+MEAN: dict[Key, Case] = {
+    (WORLD_SIZE, f"mean of zero{stage}-M{micro_steps}, {way}"): {
+        "package": True,
+        "stage": stage,
+        "dtype": "fp32",
+        "micro_steps": micro_steps,
+        "optimizer": "sgd",
+        **more,
+    }
+    for stage, micro_steps in LAYOUTS
+    for way, more in WAYS.items()
+}
 
-ORDERS = (
-    "import bucketmoo_ds, deepspeed",
-    "import deepspeed, bucketmoo_ds",
-    "from deepspeed import initialize; import bucketmoo_ds",
-)
-IS_INSTALLED = """
-from deepspeed.runtime.engine import DeepSpeedEngine
-assert hasattr(DeepSpeedEngine.__init__, "_bucket_moo_wrapper")
-"""
+
+def drawn() -> list[Key]:
+    draw = random.Random(SEED)
+    off, mean, first = list(OFF), list(MEAN), draw.randrange(len(WAYS))
+    found = [off[len(WAYS_OFF) * number + draw.randrange(len(WAYS_OFF))] for number in range(len(PLAIN))]
+    for number in range(2 * len(LAYOUTS)):
+        found.append(mean[len(WAYS) * (number // 2) + (first + number) % len(WAYS)])
+    return found
+
+
+DRAWN = drawn()
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[list[Any]]:
+def plain(request: pytest.FixtureRequest) -> Outcomes:
     """Runs of processes that never import our package."""
-    return launch.run("train_plain.py", WORLD_SIZE, [*PLAIN, *(_without_moo(case) for case in MEAN)])
+    cases = PLAIN | {key: case | {"package": False, "moo": None} for key, case in MEAN.items()}
+    return Outcomes(request, "train_plain.py", cases, also=PLAIN)
 
 
 @pytest.fixture(scope="module")
-def with_package() -> list[list[Any]]:
-    # An engine on ZeRO-3 leaves torch's linear layers replaced, which rounds bf16 otherwise: so it comes last.
-    off = [case | {"package": True, "moo": moo} for case in PLAIN for moo in OFF]
+def with_package(request: pytest.FixtureRequest) -> Outcomes:
     # `by_tokens` scales plain DeepSpeed's losses; ours count the tokens themselves.
-    on = [case | {"package": True, "by_tokens": False} for case in MEAN]
-    return launch.run("train_plain.py", WORLD_SIZE, [*off, *on])
+    return Outcomes(request, "train_plain.py", OFF | {key: case | {"by_tokens": False} for key, case in MEAN.items()})
 
 
-def _without_moo(case: dict[str, Any]) -> dict[str, Any]:
-    return case | {"package": False, "moo": None}
-
-
-@pytest.mark.parametrize("moo", range(len(OFF)), ids=["no section", "enabled false"])
-@pytest.mark.parametrize("index", range(len(PLAIN)), ids=lambda index: str(list(PLAIN[index].values())[1:4]))
-def test_off_equals_plain_deepspeed_bit_for_bit(
-    plain: list[list[Any]], with_package: list[list[Any]], index: int, moo: int
-) -> None:
-    for expected, found in zip(plain[index], with_package[len(OFF) * index + moo], strict=True):
+@parametrized(OFF, DRAWN)
+def test_off_equals_plain_deepspeed_bit_for_bit(key: Key, plain: Outcomes, with_package: Outcomes) -> None:
+    name, _ = key[1].split(", ")
+    for expected, found in zip(plain[WORLD_SIZE, name], with_package[key], strict=True):
         assert "error" not in expected, expected
         assert not expected["imported"]
         assert found["imported"]
@@ -75,32 +100,18 @@ def test_off_equals_plain_deepspeed_bit_for_bit(
         assert found["bits"] == expected["bits"]
 
 
-def test_these_runs_differ(plain: list[list[Any]]) -> None:
+def test_these_runs_differ(plain: Outcomes) -> None:
     """The comparison above would see a difference: other settings give other bits."""
-    bits = [results[0]["bits"] for results in plain[: len(PLAIN)]]
     for stage in (2, 3):
-        of_stage = [bits[index] for index, case in enumerate(PLAIN) if case["stage"] == stage]
-        assert len(set(of_stage)) == len(of_stage)
+        bits: list[Any] = [plain[key][0]["bits"] for key, case in PLAIN.items() if case["stage"] == stage]
+        assert len(set(bits)) == len(bits)
 
 
-@pytest.mark.parametrize("index", range(len(MEAN)), ids=lambda index: str(list(MEAN[index].values())))
-def test_mean_equals_plain_averaging(plain: list[list[Any]], with_package: list[list[Any]], index: int) -> None:
-    for expected, found in zip(plain[len(PLAIN) + index], with_package[len(OFF) * len(PLAIN) + index], strict=True):
+@parametrized(MEAN, DRAWN)
+def test_mean_equals_plain_averaging(key: Key, plain: Outcomes, with_package: Outcomes) -> None:
+    for expected, found in zip(plain[key], with_package[key], strict=True):
         assert "error" not in found, found
-        assert found["type"] == ("BucketMOOEngine" if MEAN[index]["stage"] else "ReplicatedEngine")
+        assert found["type"] == ("BucketMOOEngine" if MEAN[key]["stage"] else "ReplicatedEngine")
         error = float((found["parameters"] - expected["parameters"]).norm() / expected["parameters"].norm())
         # float32 on both sides, summed in another order: 6e-8 a rounding of each of 4 updates.
         assert error < 5e-7
-
-
-def test_installs_in_every_order_of_imports() -> None:
-    """Each order in a process of its own, at the same time."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", order + IS_INSTALLED], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        for order in ORDERS
-    ]
-    for order, process in zip(ORDERS, processes, strict=True):
-        _, errors = process.communicate(timeout=150)
-        assert process.returncode == 0, f"{order}: {errors.decode()[-2000:]}"

@@ -2,8 +2,9 @@
 and they go by node where the languages allow it.
 
 All cases run in one start of four processes. The data, the model and some settings are drawn anew in every run, from a
-seed that every failure names and that the environment variable `BUCKETMOO_TEST_SEED` sets. Other numbers of nodes and
-ranks: tests/unit/test_by_node.py.
+seed that every failure names and that the environment variable `BUCKETMOO_TEST_SEED` sets; so is whether nodes or
+replicas have what has to hold for both, and which half of what one alone has. The nightly list has all. Other numbers
+of nodes and ranks: tests/unit/test_by_node.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 import torch
 from distributed.not_finite import check_not_finite
 from distributed.tolerances import ROUNDING
-from draw import SEED, Case
+from draw import SEED, Case, some
 
 WORLD_SIZE, INSIDE = 4, 2
 BY_NODE, MIXED, OTHER = [0, 0, 1, 1], [0, 1, 1, 0], [2, 2, 1, 1]
@@ -112,22 +113,39 @@ NOT_FINITE: list[Case] = [
 MIXED_NODES = [{"scenario": "mixed_nodes", "once_a_window": once} for once in (False, True)]
 RESUMED = {"scenario": "resumed", "seed": SEED, "replicas": 2, "micro_steps": 2}
 ALIKE, UNLIKE = ({"scenario": "unlike_nodes", "sizes": sizes} for sizes in ([2, 2, 2, 2], [2, 2, 4, 4]))
-SCENARIOS = [*NOT_FINITE, *MIXED_NODES, RESUMED, ALIKE, UNLIKE]
+SCENARIOS = [*MIXED_NODES, RESUMED, ALIKE, UNLIKE]
+
+
+Results = list[tuple[Case, list[Any]]]  # cases and scenarios, with what came of them on all ranks
 
 
 @pytest.fixture(scope="module")
-def everything() -> list[list[Any]]:
+def everything(request: pytest.FixtureRequest) -> Results:
     print(f"BUCKETMOO_TEST_SEED={SEED}")
-    return launch.run("by_node.py", WORLD_SIZE, [*CASES.values(), *SCENARIOS], timeout=300)
+    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {test.get("name") for test in tests} | {name for pair in SAME_BITS for name in pair}
+    cases = [case for name, case in CASES.items() if name in asked]
+    cases += [case for case in NOT_FINITE if any(test.get("case") is case for test in tests)] + SCENARIOS
+    return list(zip(cases, launch.run("by_node.py", WORLD_SIZE, cases, timeout=300), strict=True))
 
 
 @pytest.fixture(scope="module")
-def outcomes(everything: list[list[Any]]) -> dict[str, list[dict[str, Any]]]:
-    return dict(zip(CASES, everything, strict=False))
+def outcomes(everything: Results) -> dict[str, list[dict[str, Any]]]:
+    return {name: results for name, case in CASES.items() for ran, results in everything if ran is case}
 
 
-def scenario(everything: list[list[Any]], case: Case) -> list[Any]:
-    return everything[len(CASES) + SCENARIOS.index(case)]
+def scenario(everything: Results, case: Case) -> list[Any]:
+    return next(results for ran, results in everything if ran is case)
+
+
+def drawn_names() -> set[str]:
+    """What this run takes, and what other tests compare it with."""
+    draw = random.Random(SEED)
+    found = {name for pair in SAME_BITS for name in pair}
+    found |= {f"{draw.choice(('nodes', 'replicas'))}-{name}" for name in (*either(), *drawn())}
+    for kind, alone in (("nodes", only_nodes()), ("replicas", only_replicas())):
+        found |= {f"{kind}-{name}" for name in draw.sample(list(alone), len(alone) // 2)}
+    return found
 
 
 def explain(name: str) -> str:
@@ -143,7 +161,10 @@ def tolerance(case: Case) -> float:
     return 3 * ROUNDING["bf16"] if case.get("dtype") == "bf16" and "shard" not in case else 5e-7
 
 
-every_case = pytest.mark.parametrize("name", CASES)
+DRAWN = drawn_names()
+every_case = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DRAWN else pytest.mark.nightly) for name in CASES]
+)
 
 
 @every_case
@@ -176,26 +197,30 @@ def test_modes_give_the_same_bits(one: str, other: str, outcomes: dict[str, list
         assert mine["decided"] == theirs["decided"], explain(one)
 
 
-@pytest.mark.parametrize("case", NOT_FINITE, ids=lambda case: f"{case['mode']}-{case['on_nonfinite']}")
-def test_replicas_drop_or_keep_together(case: Case, everything: list[list[Any]]) -> None:
+@pytest.mark.parametrize(
+    "case",
+    some([(case,) for case in NOT_FINITE], 2),
+    ids=lambda case: f"{case['mode']}-{case['on_nonfinite']}",
+)
+def test_replicas_drop_or_keep_together(case: Case, everything: Results) -> None:
     """FSDP2 makes no `.grad` with replicas: there has to be one that a `GradScaler` finds."""
     check_not_finite(scenario(everything, case), case)
 
 
 @pytest.mark.parametrize("case", MIXED_NODES, ids=lambda case: f"once_a_window={case['once_a_window']}")
-def test_mixed_nodes_are_refused_where_two_stages_were_asked_for(case: Case, everything: list[list[Any]]) -> None:
+def test_mixed_nodes_are_refused_where_two_stages_were_asked_for(case: Case, everything: Results) -> None:
     for result in scenario(everything, case):
         assert result["error"] == "LanguageError", result
         for words in ('exchange = "two_stage"', "ranks_per_node=2", "bucketmoo plan", 'use "auto"'):
             assert words in result["message"]
 
 
-def test_resumed_run_has_the_bits_of_one_that_went_on(everything: list[list[Any]]) -> None:
+def test_resumed_run_has_the_bits_of_one_that_went_on(everything: Results) -> None:
     for result in scenario(everything, RESUMED):
         assert result["resumed"] == result["whole"], f"BUCKETMOO_TEST_SEED={SEED}"
 
 
-def test_nodes_are_taken_from_torchrun_where_all_are_alike(everything: list[list[Any]]) -> None:
+def test_nodes_are_taken_from_torchrun_where_all_are_alike(everything: Results) -> None:
     for result in scenario(everything, ALIKE):
         assert result["nodes"] == 2
     for result in scenario(everything, UNLIKE):

@@ -1,13 +1,14 @@
 """DDP, FSDP1 and FSDP2: gradients equal the float64 reference on 1 to 4 ranks, and all ways to them give the same bits.
 
 The data, the model and the settings are drawn anew in every run: any two values of two settings of a wrapper meet in
-one case of its array at least, and each feature by itself meets one number of ranks. The nightly list has another array
-of each, and all features on every number of ranks.
+one case of its array at least, on 1 to 3 ranks, and each feature by itself meets one number of ranks, of 1 to 4. The
+nightly list has another array of each, on 4 ranks too, and all features on every number of ranks.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from outcomes import Outcomes
 from bucketmoo_ds import aggregate
 
 WORLD_SIZES = (1, 2, 3, 4)
+# Values of a run's own arrays, which have fewer than those of the nightly list.
+FEWER: Case = {"world_size": (1, 2, 3), "micro_steps": (1, 2, random.Random(SEED).choice((3, 4)))}
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 FP32_WIRE = {"reduce_dtype": torch.float32}
 
@@ -98,7 +101,8 @@ NEVER_ANYWHERE: tuple[Callable[..., bool], ...] = (
 
 def array(wrapper: str, number: int) -> Iterator[tuple[Key, Case]]:
     never = (*NEVER[wrapper], *NEVER_ANYWHERE)
-    for index, drawn in enumerate(pairwise(FACTORS[wrapper], never, seed=f"{SEED}/{wrapper}/{number}")):
+    factors = FACTORS[wrapper] | ({} if number else FEWER)
+    for index, drawn in enumerate(pairwise(factors, never, seed=f"{SEED}/{wrapper}/{number}")):
         case = dict(drawn)
         world_size = case.pop("world_size")
         case["languages"] = max(world_size + case.pop("more_languages"), 1)
@@ -176,14 +180,15 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
 
 
 SOMEWHERE: dict[Key, Case] = {
-    (2, "ddp-compile"): {"compile": True},
+    # What the wrappers meet is the compiler's front end; its back end takes half a minute, and is for the nightly list.
+    (2, "ddp-compile"): {"compile": "aot_eager"},
+    (2, "fsdp2-compile"): TWO | {"compile": "aot_eager"},
     **{
         (2, f"fsdp1-bf16_result-{strategy}-{orig_params}"): TWO
         | {"dtype": "bf16", "strategy": strategy, "orig_params": orig_params}
         | {"shard": {"keep_low_precision_grads": True}}
         for strategy, orig_params in itertools.product(STRATEGIES, (True, False))
     },
-    (2, "fsdp2-compile"): TWO | {"compile": True},
     (2, "fsdp2-rows-float32"): TWO | {"ragged": False},
     (2, "fsdp2-rows-host"): TWO | {"row_storage": "host", "granularity": "layer"},
     (2, "fsdp2-rows-bfloat16"): TWO | {"row_storage": "bfloat16", "aggregator": "mean"},
@@ -195,6 +200,11 @@ SOMEWHERE: dict[Key, Case] = {
     **{(4, f"{wrapper}-{name}"): case for wrapper in ("ddp", "fsdp1") for name, case in ON_NODES.items()},
     (4, "fsdp1-nodes-whole"): NODE | {"strategy": "NO_SHARD"},
     (4, "fsdp1-nodes-mixed"): {"ranks_per_node": 2, "table": [[0, 1, 2, 3]], "languages": 4},
+}
+
+INDUCTOR: dict[Key, Case] = {
+    (2, f"{wrapper}-inductor"): SOMEWHERE[2, f"{wrapper}-compile"] | {"compile": "inductor"}
+    for wrapper in ("ddp", "fsdp2")
 }
 
 # --- what must give the same bits -----------------------------------------------------------------------------------
@@ -226,7 +236,7 @@ FEATURES: dict[Key, Case] = {
 }
 CASES: dict[Key, Case] = {
     key: case | {"wrapper": key[1].split("-")[0], "seed": SEED + index}
-    for index, (key, case) in enumerate((ARRAYS[0] | ARRAYS[1] | FEATURES | SOMEWHERE).items())
+    for index, (key, case) in enumerate((ARRAYS[0] | ARRAYS[1] | FEATURES | SOMEWHERE | INDUCTOR).items())
 }
 DRAWN = [*ARRAYS[0], *one_world_size(FEATURES), *SOMEWHERE]
 

@@ -361,13 +361,13 @@ def test_exchange_goes_on_during_backward(outcomes: list[list[Any]], case: Case)
             assert early.count("all_gather") == (early.count("combined") if whole else 0)
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp1"])
-def test_process_groups_train_apart(wrapper: str) -> None:
-    found = launch.run("wrappers_contract.py", 4, [{"name": "subgroups", "wrapper": wrapper}])[0]
-    assert [result["world_size"] for result in found] == [2] * 4
-    assert found[0] == found[2]
-    assert found[1] == found[3]
-    assert found[0] != found[1]
+def test_process_groups_train_apart() -> None:
+    cases = [{"name": "subgroups", "wrapper": wrapper} for wrapper in ("ddp", "fsdp1")]
+    for found in launch.run("wrappers_contract.py", 4, cases):
+        assert [result["world_size"] for result in found] == [2] * 4
+        assert found[0] == found[2]
+        assert found[1] == found[3]
+        assert found[0] != found[1]
 
 
 # --- DDP alone ----------------------------------------------------------------------------------------------------

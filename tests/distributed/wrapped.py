@@ -59,6 +59,7 @@ class Case:
         used_adapters: which of the model's `adapters` each rank's forward passes use.
         no_sync: whether all micro-steps but the last run under DDP's `no_sync()`.
         checkpoint: `none`, `reentrant`, `no_reentrant`.
+        compile: the backend of `torch.compile`, or nothing.
         model: a key of `MODELS`.
         shard: what only FSDP1 or FSDP2 knows, see `wrap_fsdp1` and `wrap_fsdp2`.
     """
@@ -76,7 +77,7 @@ class Case:
     reshard: bool = True
     offload: bool = False
     checkpoint: str = "none"
-    compile: bool = False
+    compile: str = ""
     strategy: str = "FULL_SHARD"
     orig_params: bool = True
     bucket_size: int = 700
@@ -227,7 +228,7 @@ def wrap_fsdp2(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
     if options.pop("assign", False):
         model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     assert not options, options
-    return (torch.compile(model) if case.compile else model), session
+    return (torch.compile(model, backend=case.compile) if case.compile else model), session
 
 
 def by_column(parameter: nn.Parameter) -> Shard | None:
@@ -249,7 +250,7 @@ def wrap_ddp(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
         micro_steps=case.micro_steps,
         once_a_window=case.once_a_window,
     )
-    return (torch.compile(ddp) if case.compile else ddp), session
+    return (torch.compile(ddp, backend=case.compile) if case.compile else ddp), session
 
 
 def wrap_single(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
@@ -257,7 +258,7 @@ def wrap_single(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:
     session = bucketmoo_ds.single.register(
         model, case.config, micro_steps=case.micro_steps, bucket_size=case.bucket_size
     )
-    return (torch.compile(model) if case.compile else model), session
+    return (torch.compile(model, backend=case.compile) if case.compile else model), session
 
 
 def wrap_fsdp1(case: Case, model: nn.Module) -> tuple[nn.Module, Any]:

@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "BUCKETMOO_BACKEND"}
-ENVIRONMENT |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-TINY = ("--device", "cpu", "--backends", "reference", "--languages", "3", "--numel", "20k", "--seconds", "60")
+import pytest
+
+from bucketmoo_ds.apps.cli.main import main
+
+TINY = ("--device", "cpu", "--backends", "reference", "--languages", "3", "--numel", "20k", "--seconds", "600")
 TINY += ("--threads", "1", "--repeats", "3", "--segment", "whole,4096", "--ops", "gram,accumulate_gram,combine,resolve")
 
 
-def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "bench", *words]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture(autouse=True)
+def backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be the environment that chooses them."""
+    monkeypatch.delenv("BUCKETMOO_BACKEND", raising=False)
 
 
-def test_json_goes_to_standard_output_and_progress_does_not(tmp_path: Path) -> None:
+def bench(*words: str) -> object:
+    """The exit status of the command, whose imports take longer than it does: so it is run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *words])
+    return ended.value.code
+
+
+def test_json_goes_to_standard_output_and_progress_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    done = bench("kernels", *TINY, "--json", "--output", str(out))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    assert bench("kernels", *TINY, "--json", "--output", str(out)) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
     assert len(result["lines"]) == 4 * 2 * 2
-    assert "1/16 gram fp32 K=3 S=20000" in done.stderr
+    assert "1/16 gram fp32 K=3 S=20000" in said.err
     assert json.loads((out / "kernels-cpu.json").read_text()) == result
     with (out / "kernels-cpu.csv").open(newline="") as text:
         rows = list(csv.DictReader(text))
@@ -40,17 +49,15 @@ def test_json_goes_to_standard_output_and_progress_does_not(tmp_path: Path) -> N
     assert (out / "kernels-cpu.png").stat().st_size > 10_000
 
 
-def test_a_table_for_people() -> None:
-    done = bench("kernels", *TINY[:-2], "--ops", "gram", "--dtypes", "fp16")
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stdout.splitlines() if "2e4" in line]
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("kernels", *TINY[:-2], "--ops", "gram", "--dtypes", "fp16") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "2e4" in line]
     assert "gram" in line
     assert "fp16" in line
 
 
-def test_a_bad_value_is_one_line_and_status_2() -> None:
-    done = bench("kernels", "--dtypes", "bf61")
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+def test_a_bad_value_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("kernels", "--dtypes", "bf61") == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith('bucketmoo: --dtypes "bf61": unknown')
     assert 'did you mean "bf16"?' in line

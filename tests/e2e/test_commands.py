@@ -17,6 +17,7 @@ import pytest
 from draw import some
 from safetensors.torch import load_file
 
+from bucketmoo_ds.apps.cli.main import main
 from bucketmoo_ds.apps.corpus import tokenizer
 from bucketmoo_ds.apps.monitor.reader import read
 from bucketmoo_ds.apps.training.models import load_model
@@ -40,9 +41,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What `bucketmoo train` reads; a test adds its output folder."""
+@pytest.fixture(scope="module", params=some([(2,), (3,)], 1), ids="zero{}".format)
+def settings(text: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict:
+    """What `bucketmoo train` reads, on one stage of ZeRO; a test adds its output folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = {name: [path.read_text() for path in sorted((text / name).iterdir())] for name in LANGUAGES}
     tokenizer.save(tokenizer.train(texts, 512), folder)
@@ -64,7 +65,7 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "data": {"path": str(text)},
         "evaluation": {"data": {"path": str(text)}, "max_bytes": 2000},
         "training": {
-            "steps": 6,
+            "steps": 8,
             "sequence_length": 32,
             "learning_rate": "4e-3",
             "checkpoint_every": 3,
@@ -74,7 +75,11 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": 2, "reduce_bucket_size": 5000},
+            "zero_optimization": {
+                "stage": request.param,
+                "reduce_bucket_size": 5000,
+                "stage3_param_persistence_threshold": 100,
+            },
             "bucket_moo": {"languages": list(LANGUAGES), "aggregator": "pcgrad"},
         },
         "processes": 2,
@@ -94,31 +99,32 @@ def write(folder: Path, settings: dict, name: str, **training: object) -> tuple[
     return path, output
 
 
-def test_doctor_names_what_runs() -> None:
-    done = bucketmoo("doctor")
-    assert done.returncode == 0, done.stderr
-    assert "reference" in done.stdout
-    assert "deepspeed" in done.stdout
+def test_doctor_names_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_ends("doctor") == 0
+    said = capsys.readouterr().out
+    assert "reference" in said
+    assert "deepspeed" in said
 
 
-def test_unknown_backend_is_reported_by_doctor() -> None:
-    command = [sys.executable, "-m", "bucketmoo_ds.apps.cli.main", "doctor"]
-    environment = ENVIRONMENT | {"BUCKETMOO_BACKEND": "refrence", "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert 'did you mean "reference"' in done.stdout
+def test_unknown_backend_is_reported_by_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BUCKETMOO_BACKEND", "refrence")
+    monkeypatch.setenv("COLUMNS", "200")
+    main_ends("doctor")
+    assert 'did you mean "reference"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("mode", "aggregators", "seeds"),
     [
-        ("exact", "upgrad", 1),
-        ("mixed", "cagrad", 1),
+        *some([("exact", "upgrad", 1), ("mixed", "cagrad", 1)], 1),
         pytest.param("exact", "mgda,upgrad", 2, marks=pytest.mark.nightly),
     ],
 )
 def test_quickstart_on_own_text(text: Path, tmp_path: Path, mode: str, aggregators: str, seeds: int) -> None:
     out = tmp_path / "out"
-    words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", seeds, "--steps", 3, "--base-steps", 2]
+    words = ["--languages", "aa,bb", "--unseen", "cc", "--seeds", seeds, "--steps", 2, "--base-steps", 2]
     words += ["--mode", mode]
     done = bucketmoo("quickstart", "--data", text, *words, "--aggregators", aggregators, "--out", out, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -134,10 +140,10 @@ def test_quickstart_on_own_text(text: Path, tmp_path: Path, mode: str, aggregato
         assert first["language_tokens"]["aa"] == first["language_tokens"]["bb"] > 0
         assert first["language_loss"]["aa"] != first["language_loss"]["bb"]
     page = (out / "report.html").read_text()
-    assert aggregators.split(",")[-1] in page
+    assert aggregators.rsplit(",", maxsplit=1)[-1] in page
     assert "--aggregators" in (out / "command.txt").read_text()
     assert "averaging" in done.stdout
-    assert bucketmoo("quickstart", "--out", out).returncode == 2, "a second run must not overwrite the first"
+    assert main_ends("quickstart", "--out", out) == 2, "a second run must not overwrite the first"
 
 
 @pytest.fixture(scope="module")
@@ -149,33 +155,25 @@ def whole(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_train_then_resume_equals_an_uninterrupted_run(settings: dict, whole: Path, tmp_path: Path) -> None:
-    """A run whose launcher is killed and that is resumed ends with the same metrics and weights, bit for bit.
-
-    Dropout is on, and PCGrad draws random orders: both must continue where they were.
-    """
-    cut, output = write(tmp_path, settings, "cut", checkpoint_every=1)
-    process = start_training(cut, output)
-    kill_launcher(process, cut)
-    resumed = bucketmoo("train", cut, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert losses(output) == losses(whole)
-    assert weights(output) == weights(whole)
-    assert "report.html" in resumed.stdout
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc whether a rank listens")
 @pytest.mark.parametrize("rank", some([(0,), (1,)], 1))
-def test_sigterm_to_one_rank_saves_on_all(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
-    """From the moment at which one rank listens, the ranks agree on a step, save it and end; no step is lost."""
-    path, output = write(tmp_path, settings, "asked", save_on_signal=True)
-    process = popen("train", path)
+def test_interrupted_run_equals_an_uninterrupted_one(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
+    """A run whose launcher is killed, which is resumed and asked to end, and is resumed once more, ends with the same
+    metrics and weights, bit for bit. Dropout is on, and PCGrad draws random orders: both continue where they were.
+
+    A killed run loses what came after its last checkpoint. One that is asked to end, by SIGTERM to one rank, loses no
+    step: from the moment at which that rank listens, the ranks agree on a step, save it and end.
+    """
+    path, output = write(tmp_path, settings, "cut", checkpoint_every=1, save_on_signal=True)
+    kill_launcher(start_training(path, output), path)
+    killed = max(losses(output))
+    process = popen("train", path, "--resume")
     os.kill(listening_rank(process, path, rank), signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     told = re.search(r"SIGTERM: saved a checkpoint of step (\d+); go on with --resume", err)
     assert told is not None, err
-    assert 1 <= int(told[1]) < settings["training"]["steps"]
+    assert 1 <= int(told[1]) < settings["training"]["steps"], f"killed after step {killed}"
     assert f"latest checkpoint: step{told[1]}; go on with" in out
     assert "Traceback" not in err
     assert workers(path) == []
@@ -184,10 +182,12 @@ def test_sigterm_to_one_rank_saves_on_all(settings: dict, whole: Path, tmp_path:
     assert resumed.returncode == 0, resumed.stderr
     assert losses(output) == losses(whole)
     assert weights(output) == weights(whole)
+    assert "report.html" in resumed.stdout
 
 
-def test_a_folder_belongs_to_one_run_which_ctrl_c_ends(settings: dict, tmp_path: Path) -> None:
-    """A second run is refused while the first trains."""
+@pytest.mark.parametrize("end", some([("ctrl_c",), ("dead_rank",)], 1))
+def test_a_folder_belongs_to_one_run_until_it_ends(settings: dict, tmp_path: Path, end: str) -> None:
+    """A second run is refused while the first trains. That ends with a message, by Ctrl-C or with one of its ranks."""
     path, output = write(tmp_path, settings, "held", steps=5000)
     process = start_training(path, output)
     second = bucketmoo("train", path, "--resume", timeout=120)
@@ -196,58 +196,70 @@ def test_a_folder_belongs_to_one_run_which_ctrl_c_ends(settings: dict, tmp_path:
     assert holder is not None, second.stderr
     assert int(holder[1]) in workers(path)
     assert process.poll() is None, "the first run goes on"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 130
-    assert "interrupted; all ranks have ended" in err
-    assert "--resume" in out
-    assert "Traceback" not in err
+    if end == "dead_rank":
+        os.kill(workers(path)[-1], signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if end == "dead_rank":
+        assert process.returncode == 1
+        assert "killed by SIGKILL; the other ranks were ended" in err
+    else:
+        assert process.returncode == 130
+        assert "interrupted; all ranks have ended" in err
+        assert "--resume" in out
+        assert "Traceback" not in err
     assert workers(path) == []
 
 
-def test_train_on_zero3_saves_the_whole_model(settings: dict, tmp_path: Path) -> None:
+def test_the_whole_model_is_saved(settings: dict, whole: Path) -> None:
     """ZeRO-3 keeps chunks of the weights on each rank; what is saved is the model that it began with, trained."""
-    zero = {"stage": 3, "reduce_bucket_size": 5000, "stage3_param_persistence_threshold": 100}
-    run = settings | {"deepspeed": settings["deepspeed"] | {"zero_optimization": zero}}
-    path, output = write(tmp_path, run, "stage3", steps=3, learning_rate=1e-4)
-    done = bucketmoo("train", path)
-    assert done.returncode == 0, done.stderr
-    saved = load_file(output / "model" / "model.safetensors")
+    saved = load_file(whole / "model" / "model.safetensors")
     begun = dict(load_model(ModelSettings(**settings["model"]), seed=0).named_parameters())
     assert saved.keys() == begun.keys()
+    # AdamW moves an element by about the learning rate in each step, whichever sign its gradient has: by less than two
+    # matrices of a standard deviation of 0.02 differ.
+    most = 1.1 * settings["training"]["steps"] * float(settings["training"]["learning_rate"])
     for name, before in begun.items():
         moved = (saved[name] - before).abs().max()
-        # AdamW moves an element by about the learning rate in each of 3 steps, whichever sign its gradient has.
-        assert 0 < moved <= 1.1 * 3 * 1e-4, name
+        assert 0 < moved <= most, name
         assert before.std() > 0.01 or before.dim() == 1
 
 
-def test_a_dead_rank_ends_the_others_with_a_message(settings: dict, tmp_path: Path) -> None:
-    path, output = write(tmp_path, settings, "dies", steps=5000)
-    process = start_training(path, output)
-    os.kill(workers(path)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "killed by SIGKILL; the other ranks were ended" in err
-    assert workers(path) == []
+def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path) -> None:
+    """Here what the ranks find, of which the first one tells."""
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(settings | {"output": str(tmp_path / "out"), "data": {"path": "/nowhere"}}))
+    done = bucketmoo("train", path)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"trainning": {}}, 'trainning: unknown setting; did you mean "training"?'),
-        ({"data": {"path": "/nowhere"}}, "/nowhere"),
         ({"training": {"steps": 6, "sequence_length": 32, "learning_rate": "fast"}}, "training.learning_rate"),
         ({"deepspeed": {"bucketmoo": {}}}, 'did you mean "bucket_moo"?'),
     ],
 )
-def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path, change: dict, message: str) -> None:
+def test_bad_settings_are_told_before_ranks_start(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, message: str
+) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(settings | {"output": str(tmp_path / "out")} | change))
-    done = bucketmoo("train", path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main_ends("train", path) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+
+
+def main_ends(*words: object) -> object:
+    """The exit status of the command, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code
 
 
 def popen(*words: object) -> subprocess.Popen[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from unit.compiled import compiled
 
 from bucketmoo_ds.ops import build
 
@@ -27,12 +31,25 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder into which two processes have built at once, and the paths that they have printed."""
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A folder into which two processes have built at once, with what, and the paths that they have printed."""
+
+    folder: Path
+    compiler: Path
+    paths: list[str]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The compiler writes what it is asked for, after a moment: what the true one makes, all other tests run."""
     folder = tmp_path_factory.mktemp("build folder")  # with a space, which a shell would take for two names
+    compiler = tmp_path_factory.mktemp("compiler") / "quick"
+    words = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && sleep 0.3 && echo made > "$2"; shift; done'
+    compiler.write_text(f"#!/bin/sh\n{words}\n")
+    compiler.chmod(0o755)
     root = str(Path(build.__file__).parents[2])
-    environment = os.environ | {build.CACHE: str(folder), "PYTHONPATH": root}
+    environment = os.environ | {build.CACHE: str(folder), "PYTHONPATH": root, "CXX": shlex.quote(str(compiler))}
     command = [sys.executable, "-c", PRINT_PATH]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -43,23 +60,28 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         paths.append(out.strip())
-    return folder, paths
+    return Built(folder, compiler, paths)
 
 
-def test_two_processes_at_once_give_one_library(built: tuple[Path, list[str]]) -> None:
-    folder, paths = built
-    assert paths[0] == paths[1]
-    assert [str(path) for path in folder.rglob("*.so")] == [paths[0]]
-    left = {path.name for path in Path(paths[0]).parent.iterdir()}
+@pytest.fixture
+def built_there(built: Built, monkeypatch: pytest.MonkeyPatch) -> Built:
+    """And this process would build there too."""
+    monkeypatch.setenv(build.CACHE, str(built.folder))
+    monkeypatch.setenv("CXX", shlex.quote(str(built.compiler)))
+    return built
+
+
+def test_two_processes_at_once_give_one_library(built: Built) -> None:
+    assert built.paths[0] == built.paths[1]
+    assert [str(path) for path in built.folder.rglob("*.so")] == [built.paths[0]]
+    left = {path.name for path in Path(built.paths[0]).parent.iterdir()}
     assert left == {"cpu.lock", "libbucketmoo_cpu.so"}, "what was made on the way is gone"
 
 
-def test_the_second_call_does_not_build(built: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, paths = built
-    before = Path(paths[0]).stat()
-    monkeypatch.setenv(build.CACHE, str(folder))
-    assert build.cpu_library() == paths[0]
-    after = Path(paths[0]).stat()
+def test_the_second_call_does_not_build(built_there: Built) -> None:
+    before = Path(built_there.paths[0]).stat()
+    assert build.cpu_library() == built_there.paths[0]
+    after = Path(built_there.paths[0]).stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
@@ -140,16 +162,14 @@ def test_a_cxx_that_names_no_compiler(cxx: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_library_that_is_there_is_taken_from_a_place_that_cannot_be_written(
-    built: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+    built_there: Built, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(*arguments: object, **options: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    folder, paths = built
-    monkeypatch.setenv(build.CACHE, str(folder))
     monkeypatch.setattr(Path, "mkdir", cannot)
     monkeypatch.setattr(build, "_locked", cannot)
-    assert build.cpu_library() == paths[0]
+    assert build.cpu_library() == built_there.paths[0]
 
 
 @pytest.fixture
@@ -250,12 +270,13 @@ def test_which_code_a_device_runs(capability: tuple[int, int], architecture: str
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets to choose from are on x86-64")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
 @pytest.mark.parametrize("source", ["kernels_avx2.cpp", "kernels_avx512.cpp"])
-def test_no_code_of_an_instruction_set_may_replace_that_of_another(source: str, tmp_path: Path) -> None:
+def test_no_code_of_an_instruction_set_may_replace_that_of_another(source: str) -> None:
     """Of weak definitions of one name the linker keeps any: one with AVX-512 would run where there is none."""
     library = build._cpu()
-    made = tmp_path / "kernels.o"
-    command = [*library.commands[source], "-c", str(library.folder / source), "-o", str(made)]
-    subprocess.run(command, check=True)
+    command = [*library.commands[source], "-c", str(library.folder / source)]
+    # Of torch, whose headers are many, the version stands for all files.
+    depends_on = (library.folder, library.common, Path(torch.version.__file__))
+    made, _ = compiled(command, f"{source}.o", depends_on)
     listed = subprocess.run(["nm", "--demangle", str(made)], check=True, capture_output=True, text=True).stdout
     symbols = [line.split(maxsplit=2)[-2:] for line in listed.splitlines()]
     assert any(kind == "T" and "_kernels" in name for kind, name in symbols)

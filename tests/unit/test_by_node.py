@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from draw import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.simulated_ranks import SimulatedExchange
@@ -25,7 +26,7 @@ from bucketmoo_ds.plan.choices import ranks_per_node
 NODES = [(4, 2), (6, 2), (6, 3), (8, 4), (9, 3)]  # W, L
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(15))
 @given(
     nodes=st.sampled_from(NODES),
     shard=st.integers(1, 9),
@@ -136,7 +137,7 @@ def windows_of_nodes(draw: st.DrawFn) -> tuple[int, int, bool, list[list[list[tu
     return world_size, inside, once_a_window, windows
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(10))
 @given(
     case=windows_of_nodes(),
     seed=st.integers(0, 2**32),

@@ -236,3 +236,11 @@ def test_a_mask_of_numbers(mask: list[list[int]], expected: list[list[int | None
         [None if one == 0 else number for number, one in zip(*each, strict=True)]
         for each in zip(numbers, mask, strict=True)
     ] == expected
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_padding_is_of_its_own_sequence(before: bool) -> None:
+    """The last token of the padding before a sequence predicts the sequence's first."""
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]])
+    found = documents_of({"attention_mask": mask if before else mask.flip(1)}, (3, 4), torch.device("cpu"), Attention())
+    assert found.numbers.tolist() == [[0] * 4, [1] * 4, [2] * 4]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from draw import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,7 +216,7 @@ def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=examples(8))
 @given(
     scenario=scenarios(),
     seed=st.integers(0, 2**32),
@@ -240,7 +241,7 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=examples(5))
 @given(
     slots=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 90)), min_size=1, max_size=4).filter(
         lambda found: any(tokens > 0 for _, tokens in found)
@@ -302,7 +303,7 @@ def test_one_language_is_averaging(alone: Exchange, aggregator: str, mode: str) 
     assert torch.equal(outcome.resolutions[0].weights, torch.ones(len(outcome.moo.plan.blocks), 1, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(10))
 @given(
     languages=st.permutations([0, 1, 2, 3, 0, 1, 2, 3]),
     tokens=st.integers(1, 1000),
@@ -319,7 +320,7 @@ def test_mean_is_plain_averaging_when_languages_feed_equally(
     assert_averages(simulate(windows, chosen, plan(granularity)), windows[0], [1 / 2] * 8)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(10))
 @given(
     slots=st.lists(
         st.lists(st.tuples(st.integers(0, 3), st.integers(1, 400)), min_size=2, max_size=2), min_size=1, max_size=3

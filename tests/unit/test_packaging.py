@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def test_kernels_belong_to_the_package_and_not_to_the_top_level(tmp_path: Path) -> None:
     """Hugging Face ships a package named `kernels`, and transformers looks for it."""
@@ -37,15 +39,22 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_deepspeed_is_wrapped_whichever_is_imported_first(tmp_path: Path) -> None:
-    for first, second in (("bucketmoo_ds", "deepspeed"), ("deepspeed", "bucketmoo_ds")):
-        code = (
-            f"import {first}\nimport {second}\n"
-            "from deepspeed.runtime.engine import DeepSpeedEngine\n"
-            "assert hasattr(DeepSpeedEngine.__init__, \"_bucket_moo_wrapper\")\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import bucketmoo_ds, deepspeed",
+        # As all workers of tests/distributed:
+        pytest.param("import deepspeed, bucketmoo_ds", marks=pytest.mark.nightly),
+        pytest.param("from deepspeed import initialize; import bucketmoo_ds", marks=pytest.mark.nightly),
+    ],
+)
+def test_deepspeed_is_wrapped_whichever_is_imported_first(order: str, tmp_path: Path) -> None:
+    code = (
+        f"{order}\nfrom deepspeed.runtime.engine import DeepSpeedEngine\n"
+        "assert hasattr(DeepSpeedEngine.__init__, \"_bucket_moo_wrapper\")\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_deepspeed_a_window_is_resolved_and_what_needs_it_says_so(tmp_path: Path) -> None:

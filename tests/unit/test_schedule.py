@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from draw import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +72,7 @@ def make(sizes, **options):
     return LanguageSchedule(NAMES[: len(sizes)], sizes, **options)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(repeat=1))
 def test_every_window_covers_as_many_languages_as_it_can(schedule):
     counts, units, slots = in_units(schedule)
@@ -85,7 +86,7 @@ def test_every_window_covers_as_many_languages_as_it_can(schedule):
         assert remaining.min() >= 0
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(), st.integers(0, 100))
 def test_slots_are_what_the_window_takes(schedule, epoch):
     for window, table in enumerate(tables(schedule, epoch)):
@@ -94,14 +95,14 @@ def test_slots_are_what_the_window_takes(schedule, epoch):
         assert np.array_equal(np.bincount(table.ravel(), minlength=len(taken)), taken)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_affinity_window_keeps_one_language_a_rank(schedule):
     if schedule.affinity == "window":
         assert all((table == table[0]).all() for table in tables(schedule))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_the_ranks_of_a_node_have_one_language_in_a_micro_step(schedule):
     for table in tables(schedule):
@@ -109,7 +110,7 @@ def test_the_ranks_of_a_node_have_one_language_in_a_micro_step(schedule):
         assert (nodes == nodes[:, :, :1]).all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(), st.integers(0, 5))
 def test_a_node_is_scheduled_as_one_rank_with_larger_micro_batches(schedule, epoch):
     nodes = schedule.world_size // schedule.ranks_per_node
@@ -132,7 +133,7 @@ def test_nodes_share_no_language_where_places_suffice():
         assert np.array_equal(table, np.repeat(table[:, ::4], 4, axis=1))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_used_and_tail_are_all_samples(schedule):
     used = np.bincount(np.concatenate(tables(schedule)).ravel(), minlength=len(schedule.sizes))
@@ -141,7 +142,7 @@ def test_used_and_tail_are_all_samples(schedule):
         assert schedule.tail[name] == max(size - n, 0)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_no_language_comes_round_more_often_than_it_may(schedule):
     limit = schedule.repeat if isinstance(schedule.repeat, dict) else dict.fromkeys(schedule.languages, schedule.repeat)
@@ -149,7 +150,7 @@ def test_no_language_comes_round_more_often_than_it_may(schedule):
         assert rounds <= (math.inf if limit.get(name, 1) == "auto" else limit.get(name, 1))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_somebody_comes_round_once_only(schedule):
     """Rounds are added for as long as another language is in its first one; rounding adds less than a unit."""
@@ -157,7 +158,7 @@ def test_somebody_comes_round_once_only(schedule):
     assert any(schedule.rounds[name] < 1 + 1 / n for name, n in zip(schedule.languages, units, strict=True))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(repeat="auto"))
 def test_auto_lets_languages_last_to_the_end(schedule):
     counts, _, slots = in_units(schedule)
@@ -172,14 +173,14 @@ def test_auto_lets_languages_last_to_the_end(schedule):
     assert schedule.windows_of_one_language <= short
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules())
 def test_windows_of_one_language_are_counted(schedule):
     alone = sum(len(np.unique(table)) == 1 for table in tables(schedule))
     assert schedule.windows_of_one_language == alone
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(), st.integers(0, 3), st.integers(0, 4))
 def test_each_round_is_a_permutation_and_begins_with_what_the_one_before_left_out(schedule, epoch, turn):
     for language, size in enumerate(schedule.sizes):
@@ -207,7 +208,7 @@ def test_a_small_language_comes_round_while_the_large_one_lasts():
     assert make(sizes, repeat={"a": 5}).rounds == make(sizes).rounds == {"a": 1, "b": 1}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(repeat=1), st.integers(0, 3))
 def test_one_round_by_number_and_by_name_are_the_same(schedule, epoch):
     same = schedule.settings() | {"temperature": schedule.temperature, "repeat": dict.fromkeys(schedule.languages, 1)}
@@ -216,7 +217,7 @@ def test_one_round_by_number_and_by_name_are_the_same(schedule, epoch):
     assert np.array_equal(tables(again, epoch), tables(schedule, epoch))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(repeat=1))
 def test_longest_epoch_leaves_less_than_a_window_of_units_and_shortest_ends_at_the_first_to_run_out(schedule):
     counts, units, slots = in_units(schedule)
@@ -297,7 +298,7 @@ def test_in_rotation_all_pairs_of_languages_meet(seed, equal):
     assert len(met) == 28
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=examples(30))
 @given(schedules(), st.integers(0, 5))
 def test_is_deterministic(schedule, epoch):
     again = LanguageSchedule(**schedule.settings() | {"temperature": schedule.temperature})

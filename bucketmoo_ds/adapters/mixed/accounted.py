@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
-from bucketmoo_ds.adapters.mixed import uses
+from bucketmoo_ds.adapters.mixed import modules, uses
 from bucketmoo_ds.errors import BucketMOOError
 
 # Of each use's tensors, how many at their beginning are rows and no parameters.
@@ -50,14 +50,17 @@ def check(outputs: Iterable[Tensor], is_trained: Callable[[Tensor], str | None])
 
 
 def _edges(node: Any) -> list[Any]:
-    """What comes after a node: of a use only its rows; nothing after a compiled part, whose inside cannot be seen."""
+    """What comes after a node: of a use only its rows, and nothing where no gradient may come. Covered modules are in
+    no compiled part."""
+    if modules.GUARDED in node.metadata:
+        return []
     name = node.name().removesuffix("Backward")
     edges = [following for following, _ in node.next_functions]
     if name == uses.RowWise.__name__:
         return edges[-len(node.rows) :]  # its outputs; parameters and taps come before
     if name in _ROWS:
         return edges[: _ROWS[name]]
-    return [] if name.startswith("CompiledFunction") else edges
+    return edges
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

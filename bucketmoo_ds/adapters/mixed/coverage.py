@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from bucketmoo_ds.adapters.mixed import modules
-from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.plan.blocks import Parameter, plain_name
 
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
@@ -20,15 +21,36 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _declared: set[type] = set()
 ROW_WISE = frozenset(
     {
-        "DoraLinearLayer",  # peft
+        "peft.tuners.lora.dora.DoraLinearLayer",
+        "peft.tuners.lora.layer.Embedding",
+        "DeepseekV2Experts",
+        "DeepseekV2TopkRouter",
+        "DeepseekV3Experts",
+        "DeepseekV3TopkRouter",
+        "Ernie4_5_MoeExperts",
+        "Ernie4_5_MoeTopKRouter",
+        "Glm4MoeExperts",
+        "Glm4MoeTopkRouter",
+        "GptOssExperts",
+        "GptOssTopKRouter",
+        "GraniteMoeExperts",
+        "GraniteMoeTopKRouter",
+        "Lfm2MoeExperts",
+        "Lfm2MoeTopKRouter",
+        "MiniMaxExperts",
+        "MiniMaxTopKRouter",
         "MixtralExperts",
         "MixtralTopKRouter",
         "OlmoeExperts",
         "OlmoeTopKRouter",
+        "PhimoeExperts",
+        "PhimoeTopKRouter",
         "Qwen2MoeExperts",
         "Qwen2MoeTopKRouter",
         "Qwen3MoeExperts",
         "Qwen3MoeTopKRouter",
+        "Qwen3NextExperts",
+        "Qwen3NextTopKRouter",
     }
 )
 
@@ -64,8 +86,31 @@ class Found:
 class Coverage:
     """All trained parameters, in the model's order, tied ones once, and the modules that use them."""
 
+    model: nn.Module
     parameters: list[Parameter]
     found: list[Found]
+
+    def check(self) -> None:
+        """Stops where the model trains what it did not when it was registered.
+
+        Raises:
+            BucketMOOError: a parameter is trained that was not, or a module has been replaced.
+        """
+        known = {each.name for each in self.parameters}
+        for name, parameter in self.model.named_parameters():
+            # FSDP1 may hide parameters in one, whose modules are still the model's.
+            if parameter.requires_grad and plain_name(name) not in known and not name.endswith("_flat_param"):
+                raise BucketMOOError(
+                    f'parameter "{name}" is trained, and was not when the model was registered, so that its gradient '
+                    "would be an average of all languages: unfreeze and add parameters first, and register then"
+                )
+        there = set(map(id, self.model.modules()))
+        for each in self.found:
+            if id(each.module) not in there:
+                raise BucketMOOError(
+                    f'module "{each.name}" has been replaced since the model was registered, and the gradient of the '
+                    "new one would be an average of all languages: replace modules first, and register then"
+                )
 
     def describe(self) -> str:
         """Returns how many parameters each kind of module has: each parameter is counted once."""
@@ -90,20 +135,36 @@ def of_model(model: nn.Module) -> Coverage:
     if not trained:
         raise ConfigError("mixed.register: the model has no trainable parameter")
     number = {each: index for index, each in enumerate(trained.values())}
-    found, refused = [], []
+    found, refused, unknown = [], [], []
+    holders = (nn.ParameterDict, nn.ParameterList)
+    taken: set[nn.Module] = set()
     for name, module in model.named_modules():
+        parts = [("", module)]
+        if _is_row_wise(type(module)):  # its forward is what uses them
+            parts += [(f"{name}.", each) for name, each in module.named_children() if isinstance(each, holders)]
+            taken.update(each for _, each in parts[1:])
         own = {
-            attribute: number[each]
-            for attribute, each in module.named_parameters(recurse=False, remove_duplicate=False)
+            prefix + attribute: number[each]
+            for prefix, part in parts
+            for attribute, each in part.named_parameters(recurse=False, remove_duplicate=False)
             if each in number
         }
-        if not own:
+        if not own or module in taken:
             continue
-        kind = _kind(module, own)
+        kind = _kind(module, own) if "relative" not in name.rpartition(".")[2] else ", whose rows are pairs of tokens"
         if isinstance(kind, str):
-            refused.append(f'"{name}" ({type(module).__name__}{kind})')
+            unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
             found.append(Found(plain_name(name), module, kind, own))
+    multiplied = {one.numbers.get("weight") for one in found if one.kind in (modules.linear, modules.embedding)}
+    for one in found:
+        if one.kind is modules.row_wise and multiplied & set(one.numbers.values()):
+            refused.append(f'"{one.name}" ({type(one.module).__name__}, which shares a matrix with a module of a kind)')
+    used = {each for one in found for each in one.numbers.values()}
+    for module, own, what in unknown:  # it may only hold what a module of a kind uses, as BERT's heads do
+        names = type(module).forward.__code__.co_names if inspect.isfunction(type(module).forward) else tuple(own)
+        if not set(own.values()) <= used or set(own) & set(names):
+            refused.append(what)
     if refused:
         more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise ConfigError(
@@ -114,13 +175,21 @@ def of_model(model: nn.Module) -> Coverage:
             'mode "auto")'
         )
     numels = {name: int(getattr(each, "ds_numel", each.numel())) for name, each in trained.items()}  # whole ones
-    return Coverage([Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
+    return Coverage(model, [Parameter(plain_name(name), numel) for name, numel in numels.items()], found)
+
+
+def _is_row_wise(cls: type) -> bool:
+    return (
+        any(base in _declared for base in cls.__mro__)
+        or cls.__name__ in ROW_WISE
+        or f"{cls.__module__}.{cls.__name__}" in ROW_WISE
+    )
 
 
 def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     """The kind of a module, or what keeps it from being of any."""
     cls = type(module)
-    if any(base in _declared for base in cls.__mro__) or cls.__name__ in ROW_WISE:
+    if _is_row_wise(cls):
         return modules.row_wise
     if "forward" in vars(module):
         return ", whose forward somebody has replaced"
@@ -128,14 +197,26 @@ def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return ", whose weight nn.MultiheadAttention uses without its forward"
     plain = set(own) <= {"weight", "bias"}  # and not what a parametrization makes them of
-    if (cls.forward is nn.Linear.forward or conv1d) and plain:
+    if plain and (conv1d or (isinstance(module, nn.Linear) and _through_base(cls))):
         return modules.linear
-    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward and plain:
+    if plain and isinstance(module, nn.Embedding) and _through_base(cls):
         odd = {"sparse": module.sparse, "max_norm": module.max_norm, "scale_grad_by_freq": module.scale_grad_by_freq}
         return ", with " + " and ".join(name for name in odd if odd[name]) if any(odd.values()) else modules.embedding
     return modules.norm if _looks_like_norm(module, own) else ""
 
 
+def _through_base(cls: type) -> bool:
+    """Whether a class's forward is that of `modules.base_of`, or calls it and uses parameters nowhere else."""
+    above = cls.__mro__[: cls.__mro__.index(modules.base_of(cls))]
+    forwards = [vars(each)["forward"] for each in above if "forward" in vars(each)]
+    try:
+        texts = [inspect.getsource(each) for each in forwards]
+    except (OSError, TypeError):
+        return False
+    return all("super().forward(" in each and not _USED.search(each) for each in texts)
+
+
+_USED = re.compile(r"self\.(weight|bias)\b(?!\.(dtype|device)\b)")
 _NORM = re.compile("Norm$")
 
 

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from bucketmoo_ds.adapters.hooks import Stays
 from bucketmoo_ds.adapters.mixed import uses
 from bucketmoo_ds.adapters.mixed.passes import Pass, Placed
-from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
 OWN = "_bucketmoo_covered"
+GUARDED = "_bucketmoo_guarded"  # in the metadata of a node of the graph: no gradient may come to it
+_SPLIT = (
+    'module "{}": "{}" is a DTensor when the module runs, as tensor parallelism leaves it: each rank then has a part '
+    "of every row, and its Gram would be one of parts. Use data parallelism (DDP, FSDP, ZeRO), or freeze the module"
+)
 
 
 class Driver(Protocol):
@@ -61,18 +69,22 @@ class Covered(Stays):
     blocks: Mapping[str, int]
     forward: Kind
 
+    @torch.compiler.disable  # a graph would keep the languages and groups of the batch that it was traced with
     def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The module's forward."""
-        batch = self.driver.current()
         if silent():
-            with parameters_as(module, {name: getattr(module, name).detach() for name in self.numbers}):
+            with parameters_as(module, {name: each.detach() for name, each in held(module, self.numbers).items()}):
                 return plain(*args, **kwargs)
+        batch = self.driver.current()
         if batch is not None and not self.driver.recomputes():
             for number in self.numbers.values():
                 batch.uses[number] = batch.uses.get(number, 0) + 1
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if batch is not None:
+            for name, each in held(module, self.numbers).items():
+                if isinstance(each, DTensor):
+                    raise ConfigError(_SPLIT.format(self.name, name))
             output = self.forward(self, batch, module, plain, args, kwargs)
             if output is not NotImplemented:
                 return output
@@ -114,7 +126,7 @@ def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
     cls: Any = type(module)
-    module.__class__ = _subclass(cls)
+    module.__class__ = _subclass(cls, base_of(cls))
 
 
 def uncover(module: nn.Module) -> None:
@@ -124,19 +136,27 @@ def uncover(module: nn.Module) -> None:
         module.__class__ = vars(type(module))["covers"]
 
 
+def base_of(cls: type) -> type:
+    """The class whose forward is replaced. The forward of a class derived from an embedding or a linear layer stays,
+    and comes to ours by its `super().forward`."""
+    return next((base for base in (nn.Linear, nn.Embedding) if issubclass(cls, base)), cls)
+
+
 @functools.cache
-def _subclass(cls: Any) -> type:
+def _subclass(cls: Any, base: Any) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         covered = vars(self).get(OWN)
-        plain = functools.partial(cls.forward, self)
+        plain = functools.partial(base.forward, self)
         return plain(*args, **kwargs) if covered is None else covered(self, plain, args, kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (_, *rest), state, *more = cls.__reduce_ex__(self, protocol)
-        return made, (cls, *rest), {name: value for name, value in state.items() if name != OWN}, *more
+        state = cls.__reduce_ex__(self, protocol)[2]
+        made = copyreg._reconstructor, (cls, object, None)  # type: ignore[attr-defined]  # pickle's own of old
+        return *made, {name: value for name, value in state.items() if name != OWN}
 
-    space = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__, "covers": cls}
-    return type(cls.__name__, (cls,), {**space, "__qualname__": cls.__qualname__})
+    ours = type(base.__name__, (base,), {"forward": forward})
+    space = {"__reduce_ex__": reduce, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "covers": cls}
+    return type(cls.__name__, (ours,) if cls is base else (cls, ours), space)
 
 
 # --- kinds ----------------------------------------------------------------------------------------------------------
@@ -144,19 +164,19 @@ def _subclass(cls: Any) -> type:
 
 def linear(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Linear`, and transformers' `Conv1D`, whose weight lies the other way round."""
-    x = args[0] if args else kwargs["input"]
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
-    x, weight, bias = _as_autocast(x, weight, module.bias)
+    x, weight, bias = _as_autocast(x, module.weight, module.bias)
+    turned = not isinstance(module, nn.Linear)
     pair = covered.use("weight", batch, placed), covered.use("bias", batch, placed)
-    return uses.Linear.apply(x, weight, bias, pair, covered.tap("weight", batch), covered.tap("bias", batch))
+    return uses.Linear.apply(x, weight, bias, turned, pair, covered.tap("weight", batch), covered.tap("bias", batch))
 
 
 def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """`nn.Embedding`. Positions that all sequences share are looked up for each of them."""
-    indices = batch.expanded(args[0] if args else kwargs["input"])
+    indices = batch.expanded(_only(args, kwargs), "position" in covered.name)
     placed = batch.placed(indices.shape)
     use = covered.use("weight", batch, placed) if placed is not None else None
     if use is None:
@@ -166,11 +186,13 @@ def embedding(covered: Covered, batch: Pass, module: Any, plain: Callable[..., A
 
 def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A module whose parameters, `weight` and `bias` `[d]`, multiply and add to each row: `weight * unit(x) + bias`."""
-    x = args[0] if args else next(iter(kwargs.values()))
+    if len(args) + len(kwargs) > 1:  # what else it adds or multiplies, nobody has tried
+        return row_wise(covered, batch, module, plain, args, kwargs)
+    x = _only(args, kwargs)
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    live = {name: getattr(module, name) for name in covered.numbers}
+    live = held(module, covered.numbers)
     with parameters_as(module, {name: each.detach() for name, each in live.items()}):
         output = plain(*args, **kwargs)
     like = next(iter(live.values())).detach()
@@ -199,7 +221,7 @@ def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tenso
 def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
     parameters' sake."""
-    live = [getattr(module, name) for name in covered.numbers]
+    live = list(held(module, covered.numbers).values())
     random = _random_of(live[0].device)
     with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
         output = plain(*args, **kwargs)
@@ -214,7 +236,7 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     autocast = _autocast_of(leaves[wanted[0]].device.type)
 
     def again() -> tuple[list[Tensor], list[Tensor]]:
-        own = [getattr(module, name).detach().requires_grad_() for name in covered.numbers]
+        own = [each.detach().requires_grad_() for each in held(module, covered.numbers).values()]
         positional, named = pytree.tree_unflatten(kept, inputs_form)
         with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), random(), _silence():
             made = pytree.tree_flatten(plain(*positional, **named))[0]
@@ -229,19 +251,43 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     return pytree.tree_unflatten(leaves, form)
 
 
+def _only(args: Any, kwargs: Any) -> Any:
+    """The argument of a module that has one."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 # --- what kinds are made of -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the module's own parameters are these tensors; by whatever means a wrapper has put them there."""
-    before, hidden = module._parameters, {name: vars(module).pop(name) for name in values if name in vars(module)}
-    vars(module)["_parameters"] = {**{name: before[name] for name in before}, **values}
+    """Inside, the module's parameters are these tensors; by whatever means a wrapper has put them there.
+
+    Args:
+        values: by their names in it, which lead into the dictionaries and lists of parameters that it holds.
+    """
+    within: dict[str, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        path, _, attribute = name.rpartition(".")
+        within.setdefault(path, {})[attribute] = value
+    restored = []
+    for path, own in within.items():
+        owner = module.get_submodule(path)
+        hidden = {name: vars(owner).pop(name) for name in own if name in vars(owner)}
+        restored.append((owner, owner._parameters, hidden))
+        before = {name: owner._parameters[name] for name in owner._parameters}
+        vars(owner)["_parameters"] = {**before, **own}
     try:
         yield
     finally:
-        vars(module)["_parameters"] = before
-        vars(module).update(hidden)
+        for owner, parameters, hidden in restored:
+            vars(owner)["_parameters"] = parameters
+            vars(owner).update(hidden)
+
+
+def held(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns a module's parameters by their names in it."""
+    return {name: operator.attrgetter(name)(module) for name in names}
 
 
 _silent = [False]
@@ -301,6 +347,8 @@ def _guarded(output: Any, why: str) -> Any:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             leaf.register_hook(refuse)
+            if leaf.grad_fn is not None:
+                leaf.grad_fn.metadata[GUARDED] = True  # type: ignore[index]
     return output
 
 

@@ -74,13 +74,21 @@ class Pass:
             self._placed[leading] = self._place(leading)
         return self._placed[leading]
 
-    def expanded(self, indices: Tensor) -> Tensor:
-        """Returns the indices that go into an embedding, for every sequence of the batch where all share them."""
+    def expanded(self, indices: Tensor, positions: bool) -> Tensor:
+        """Returns the indices that go into an embedding, for every sequence of the batch where all share them: places
+        in a sequence, `[length]` or `[1, length]`; those of a decoder, of another length, if it says `positions`."""
         batch, sequence = self.rows.languages.shape
-        shared = batch > 1 and indices.shape in ((sequence,), (1, sequence))
-        if shared and indices.shape == (batch,):  # one for each sequence, or for each place in them?
-            shared = torch.equal(indices - indices[0], torch.arange(sequence, device=indices.device))
-        return indices.expand(batch, sequence) if shared else indices
+        row = indices.squeeze(0) if indices.dim() == 2 else indices
+        length = row.shape[-1] if row.dim() == 1 else 0
+        if batch == 1 or length in (0, batch * sequence):
+            return indices
+        if length != sequence and not positions:
+            return indices
+        if length != sequence or indices.shape == (batch,):  # places, or one for each sequence, or neither?
+            here = torch.arange(length, device=row.device)
+            if self.placed(torch.Size((batch, length))) is None or not torch.equal(row - row[0], here):
+                return indices
+        return row.expand(batch, length)
 
     def target_tokens_by_group(self) -> Tensor:
         """Returns the target tokens of each group, `[2 K]` float64."""

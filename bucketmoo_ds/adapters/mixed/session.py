@@ -76,17 +76,10 @@ class MixedSession(Stays):
         self._micro_steps = micro_steps
         self._divisor = divisor
         self._loss_scale = loss_scale
-        self._device = device
         self._covered = covered
-        blocks, self._count = len(self.plan.blocks), len(config.languages)
-        backend = ops.choose_backend(config.backend, device)
-        self.estimate = GramEstimate(config, blocks, exchange, backend, device)
+        self._count = len(config.languages)
+        self._place(device if device.type != "meta" else torch.device("cpu"))
         self.window = MixedWindow(self._count, config.weighting)
-        self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
-        self.taps = [
-            torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
-            for _ in range(blocks)
-        ]
         settings = json.dumps(config.to_json(), sort_keys=True)
         self._fingerprint = digest((settings + self.plan.fingerprint()).encode())
         check_equal(
@@ -117,6 +110,25 @@ class MixedSession(Stays):
         show_by_default()
         if exchange.rank == 0:
             logger.info(self.describe())
+
+    def _place(self, device: torch.device) -> None:
+        """Makes what lies where gradients are."""
+        config, blocks = self.config, len(self.plan.blocks)
+        backend = ops.choose_backend(config.backend, device)
+        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device)
+        self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
+        self.taps = [
+            torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
+            for _ in range(blocks)
+        ]
+        self._device = device
+
+    def _follow(self, device: torch.device) -> None:
+        """A model may go to its device after register, or keep its parameters elsewhere than it computes."""
+        if device != self._device and not self.window.micro_steps:
+            kept = self.estimate.state_dict()
+            self._place(device)
+            self.estimate.load_state_dict(kept)
 
     # --- what users call ----------------------------------------------------------------------------------------
 
@@ -164,8 +176,7 @@ class MixedSession(Stays):
         self._passes.clear()
         self._reaching.clear()
         self._close_micro_step()
-        self.window.clear()
-        self.estimate.clear()
+        self._start_window()
         for parameter in self._model.parameters():
             parameter.grad = None
 
@@ -238,8 +249,11 @@ class MixedSession(Stays):
         self._current = self._found = None
         if torch.is_grad_enabled():
             self.check_finished()
+            if self.window.micro_steps == 0:
+                self._covered.check()
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
+                self._follow(found.rows.languages.device)
                 self._current = Pass(found.rows, self._count, self._takes_grams)
             self._found = found, self._current
         return args, kwargs
@@ -253,7 +267,8 @@ class MixedSession(Stays):
         passage = self._tracker.remember(found, module.training)
         if batch is not None:
             self._passes[passage] = batch
-            batch.reached = lambda: self._reached_inside(passage)
+            weakly = weakref.ref(passage)  # the outputs' hooks keep it
+            batch.reached = lambda: self._reached_inside(weakly())
             if self._unaccounted:
                 names = accounted.names_of(self._model)
                 accounted.check(tensors_of(output), lambda leaf: names.get(id(leaf)))
@@ -270,9 +285,11 @@ class MixedSession(Stays):
             self._open_micro_step()
         after_backward(lambda: self._after_backward(passage, task))
 
-    def _reached_inside(self, passage: Passage) -> None:
+    def _reached_inside(self, passage: Passage | None) -> None:
         """A backward has come to a use. It came to the outputs before, or to none of them; a backward of its own, as
         reentrant checkpointing runs it, is part of the one that did."""
+        if passage is None:
+            raise BucketMOOError("a backward through a forward pass whose outputs are gone: begin it at the loss")
         if all(reached is not passage for reached, _ in self._reaching):
             self._reached(passage)
 
@@ -297,6 +314,9 @@ class MixedSession(Stays):
 
     def _open_micro_step(self) -> None:
         """Agrees with the other ranks on the languages of the micro-step, and fills the table."""
+        whole = self.window.micro_steps >= self._micro_steps()
+        if whole and all(parameter.grad is None for parameter in self._model.parameters()):
+            self._start_window()  # it was cleared without a step, as GradScaler's are after an overflow
         slot = self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
         position = {
             "window": self.record.windows,
@@ -341,6 +361,10 @@ class MixedSession(Stays):
             self.estimate.add(groups, self._slot.scale / self._loss_scale(), tokens)
         self._close_micro_step()
 
+    def _start_window(self) -> None:
+        self.window.clear()
+        self.estimate.clear()
+
     def _close_micro_step(self) -> None:
         for tap in self.taps:
             tap.grad = None
@@ -377,7 +401,7 @@ class MixedSession(Stays):
                 nonfinite=(),
             )
         )
-        self.window.clear()
+        self._start_window()
 
 
 def check_mode(config: BucketMOOConfig) -> None:

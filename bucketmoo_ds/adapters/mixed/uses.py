@@ -87,7 +87,8 @@ class Factors:
 
 
 class Linear(torch.autograd.Function):
-    """`y = x weight' + bias`, `x` `[..., in]`."""
+    """`y = x weight' + bias`, `x` `[..., in]`; `y = x weight + bias` where the weight lies the other way round. It is
+    then kept as it is: a view of it would hold the memory that ZeRO-3 frees between forward and backward."""
 
     @staticmethod
     def forward(
@@ -95,32 +96,36 @@ class Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        turned: bool,
         uses: tuple[Use | None, Use | None],
         weight_tap: Tensor | None,
         bias_tap: Tensor | None,
     ) -> Tensor:
-        """Args: the rows, the parameters, and of each parameter the use, and the tap where Grams are taken."""
+        """Args: the rows, the parameters, whether the weight is `[in, out]`, and of each parameter the use, and the tap
+        where Grams are taken."""
         ctx.save_for_backward(x, weight)
-        ctx.uses = uses
-        return functional.linear(x, weight, bias)
+        ctx.turned, ctx.uses = turned, uses
+        return functional.linear(x, weight.t() if turned else weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """See the module."""
         x, weight = ctx.saved_tensors
+        weight = weight.t() if ctx.turned else weight
         of_weight, of_bias = ctx.uses
         y, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         into = (gradient @ weight) if ctx.needs_input_grad[0] else None
         weight_gradient = bias_gradient = weight_gram = bias_gram = None
         if ctx.needs_input_grad[1]:
-            if ctx.needs_input_grad[4]:
+            if ctx.needs_input_grad[5]:
                 weight_gradient, weight_gram = _matrix(of_weight, y, rows)
             else:
                 weight_gradient = products.weighted_product(y, rows, of_weight.scale(y.dtype))
+            weight_gradient = weight_gradient.t() if ctx.turned else weight_gradient
         if ctx.needs_input_grad[2]:
-            bias_gradient, bias_gram = _sum(of_bias, y, ctx.needs_input_grad[5])
-        return into, weight_gradient, bias_gradient, None, weight_gram, bias_gram
+            bias_gradient, bias_gram = _sum(of_bias, y, ctx.needs_input_grad[6])
+        return into, weight_gradient, bias_gradient, None, None, weight_gram, bias_gram
 
 
 class Embedding(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from draw import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,7 +26,7 @@ def test_the_five_rules_are_registered() -> None:
     assert set(RULES) <= set(names())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows())
 def test_mgda_is_optimal(rows: Tensor) -> None:
     gram = gram_of(rows)
@@ -37,7 +38,7 @@ def test_mgda_is_optimal(rows: Tensor) -> None:
     assert float((gap / trace).max()) <= 1e-10
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=("random", "common direction", "badly scaled")))
 def test_mgda_lets_every_language_descend(rows: Tensor) -> None:
     gram = gram_of(rows)
@@ -52,7 +53,7 @@ def test_mgda_lets_every_language_descend(rows: Tensor) -> None:
     assert float((least / rounding).min()) >= -1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(least=3), st.sampled_from((0.1, 0.4, 0.6)), st.sampled_from(("none", "unit")))
 def test_mgda_keeps_to_its_cap_and_is_optimal_within_it(rows: Tensor, max_weight: float, normalize: str) -> None:
     shown = rows / rows.norm(dim=-1, keepdim=True) if normalize == "unit" else rows
@@ -75,7 +76,7 @@ def test_a_cap_of_an_equal_share_or_less_is_the_mean() -> None:
         torch.testing.assert_close(capped, weights(gram, "mean"), rtol=1e-14, atol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows())
 def test_upgrad_harms_no_language(rows: Tensor) -> None:
     gram, norms = gram_of(rows), rows.norm(dim=-1)
@@ -85,7 +86,7 @@ def test_upgrad_harms_no_language(rows: Tensor) -> None:
     assert float((times(gram, w) / parts).min()) >= -1e-10
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(), st.floats(0.05, 0.95))
 def test_cagrad_stays_in_its_ball_and_is_optimal_in_it(rows: Tensor, c: float) -> None:
     gram = gram_of(rows)
@@ -107,7 +108,7 @@ def test_cagrad_stays_in_its_ball_and_is_optimal_in_it(rows: Tensor, c: float) -
     assert float(torch.where(moving, gap, 0.0).max()) <= 1e-7
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(), st.sampled_from(RULES))
 def test_weights_do_not_depend_on_the_scale_of_the_gram(rows: Tensor, rule: str) -> None:
     gram = gram_of(rows)
@@ -116,7 +117,7 @@ def test_weights_do_not_depend_on_the_scale_of_the_gram(rows: Tensor, rule: str)
     assert torch.equal(weights(gram, rule), weights(gram * 2.0**-60, rule))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=PLAIN), st.sampled_from(UNORDERED), seeds)
 def test_the_order_of_the_languages_does_not_matter(rows: Tensor, rule: str, seed: int) -> None:
     order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -124,7 +125,7 @@ def test_the_order_of_the_languages_does_not_matter(rows: Tensor, rule: str, see
     assert combined_error(rows[:, order], straight[:, order], permuted) <= SAME
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=PLAIN, least=3), st.sampled_from(UNORDERED), seeds)
 def test_masking_a_language_equals_deleting_it(rows: Tensor, rule: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +142,7 @@ def test_masking_a_language_equals_deleting_it(rows: Tensor, rule: str, seed: in
     assert combined_error(rows[:, left], masked[:, left], weights(gram_of(rows[:, left]), rule)) <= SAME
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(least=3), seeds)
 def test_pcgrad_with_a_masked_language_ignores_it(rows: Tensor, seed: int) -> None:
     gram = gram_of(rows)
@@ -155,7 +156,7 @@ def test_pcgrad_with_a_masked_language_ignores_it(rows: Tensor, seed: int) -> No
     assert bool((result[:, 1:].sum(-1) >= 1 - 1e-12).all())  # A projection only ever adds multiples of other rows.
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(most=12), st.sampled_from(RULES), st.sampled_from(("none", "unit")), seeds)
 def test_a_block_gets_the_same_bits_alone_and_among_any_others(
     rows: Tensor, rule: str, normalize: str, seed: int
@@ -180,7 +181,7 @@ def test_a_block_gets_the_same_bits_alone_and_among_any_others(
         assert torch.equal(together[one], alone), block
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=examples(8))
 @given(rows(kinds=("rank deficient", "duplicate rows", "common direction")))
 def test_a_gram_summed_in_float32_is_solved_as_well_as_it_is_known(rows: Tensor) -> None:
     """Where rows are dependent it has eigenvalues of about -1e-7, and no convex problem belongs to it."""
@@ -208,7 +209,7 @@ def test_many_blocks_of_many_languages(kind: str) -> None:
     assert float(((square - products.amin(-1)) / trace).max()) <= 1e-10
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(), st.sampled_from(RULES))
 def test_weights_are_finite_and_without_conflict_upgrad_and_pcgrad_average(rows: Tensor, rule: str) -> None:
     assert bool(weights(gram_of(rows), rule).isfinite().all())
@@ -246,7 +247,7 @@ def test_a_zero_row_freezes_the_block(rule: str) -> None:
     assert float((weights(gram_of(rows), rule).unsqueeze(-1) * rows).sum(-2).norm(dim=-1).max()) == 0.0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=("random", "common direction", "badly scaled"), least=2), st.sampled_from(RULES))
 def test_normalize_unit_equals_the_rule_on_unit_rows(rows: Tensor, rule: str) -> None:
     norms = rows.norm(dim=-1)
@@ -256,7 +257,7 @@ def test_normalize_unit_equals_the_rule_on_unit_rows(rows: Tensor, rule: str) ->
     assert combined_error(unit, shown, weights(gram_of(unit), rule)) <= SAME
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=("random", "common direction")), st.sampled_from(RULES), st.floats(1e-3, 1e3))
 def test_rows_of_equal_norm_get_the_same_weights_with_normalize(rows: Tensor, rule: str, length: float) -> None:
     """So the averaging convention is kept: learning rates mean the same."""
@@ -267,7 +268,7 @@ def test_rows_of_equal_norm_get_the_same_weights_with_normalize(rows: Tensor, ru
         torch.testing.assert_close(unit, plain, rtol=1e-12, atol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=("random", "common direction")), st.sampled_from(RULES), st.floats(1.0, 1e6), st.integers(0, 5))
 def test_one_language_s_spike_scales_no_other(rows: Tensor, rule: str, spike: float, which: int) -> None:
     """Its row grows, and its weight falls by as much; the others' weights grow by no more than to the next of their
@@ -292,7 +293,7 @@ def test_a_zero_row_does_not_count_for_the_norm() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.125, 0.5, 0.25, 0.25]], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(12))
 @given(rows(kinds=("random", "common direction")), st.sampled_from(RULES))
 def test_rescale_gives_the_norm_of_the_mean_row_and_keeps_the_direction(rows: Tensor, rule: str) -> None:
     gram = gram_of(rows)

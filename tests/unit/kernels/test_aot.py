@@ -25,7 +25,7 @@ pytest.importorskip("triton", reason="needs triton")
 from bucketmoo_ds.kernels import aot, launch
 
 COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks/results/aot.json"
-DRAWN = 2  # of each kernel and dtype
+DRAWN = 1  # of each kernel and dtype
 
 Kernel = dict[str, Any]
 

@@ -39,6 +39,30 @@ class ShiftedNorm(nn.Module):
         return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
 
 
+class ResidualNorm(nn.Module):
+    """Adds before it multiplies, as fused norms do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, rows: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows = rows if residual is None else rows + residual
+        return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Keywords(nn.Module):
+    """Modules that are called by keyword, and with more than their rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.other = nn.Linear(WIDTH, WIDTH), Conv1D(WIDTH, WIDTH)
+        self.norm, self.residual = nn.LayerNorm(WIDTH), ResidualNorm(WIDTH)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.residual(self.other(x=self.linear(input=self.norm(input=rows))), residual=rows)
+
+
 class Lora(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +120,7 @@ KINDS: Mapping[str, Callable[[], nn.Module]] = {
     "twice": Twice,
     "lora": Lora,
     "attention": Attention,
+    "keywords": Keywords,
     "layer norm": lambda: nn.LayerNorm(WIDTH),
     "layer norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
     "rms norm": lambda: nn.RMSNorm(WIDTH),

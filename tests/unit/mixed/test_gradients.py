@@ -59,7 +59,7 @@ def check(shape: Shape, dtype: torch.dtype, packed: bool, seed: int, tolerance: 
 
 
 # A hundred products at most make an entry, each rounded to 1e-16 of the largest.
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
     shape=shapes(tuple(KINDS)),
     packed=st.booleans(),
@@ -75,13 +75,13 @@ def test_float64(shape: Shape, packed: bool, seed: int, pairs: bool, at_once: in
 
 # Rows have the roundings of the forward pass, which is bit for bit the same, so that only sums differ: of a hundred
 # numbers at most, some of which cancel, each rounded to 6e-8.
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(shape=shapes((*KINDS, *IN_FLOAT32)), packed=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_float32(shape: Shape, packed: bool, seed: int) -> None:
     check(shape, torch.float32, packed, seed, 5e-7)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(shape=shapes(tuple(KINDS)), packed=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_mean(shape: Shape, packed: bool, seed: int) -> None:
     """With weighting "token" it is the plain run, with "language" the mean of the languages' means; also on windows
