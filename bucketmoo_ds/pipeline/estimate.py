@@ -11,6 +11,10 @@ the noise of one is independent of the other's and does not make a noisy languag
 and the Gram may be indefinite. It is averaged over windows with `smoothing`, and projected to the nearest positive
 semidefinite one before the rule sees it. A language that never had two documents in one micro-batch has no unbiased
 diagonal, and is shown with its noise until it has.
+
+Gradients shrink while a model learns, and a rule knows directions and proportions only. So what is kept of a block is
+brought to the size of its newest Gram before both are averaged: otherwise the first Grams, which are the largest, would
+decide the weights long after they are out of date.
 """
 
 from __future__ import annotations
@@ -83,16 +87,25 @@ class GramEstimate:
     def finish(self) -> None:
         """Takes what all ranks have brought in a window into the estimate. What is not finite is left out."""
         both = self._exchange.all_gather_grams(torch.stack([self._sum, self._noisy])).cumsum(0)[-1]
-        for kept, new in zip((self._kept, self._kept_noisy), both.unbind(), strict=True):
-            counted = new[-1]
-            usable = (counted > 0) & new.isfinite().all(0)
-            mean = torch.where(usable, new[:-1] / torch.where(usable, counted, 1.0), 0.0)
-            share = 1.0 - self._config.smoothing
-            # The last matrix is the sum of the shares: the mean over windows is unbiased from the first on.
+        usable = (both[:, -1] > 0) & both.isfinite().all(1)
+        means = torch.where(usable.unsqueeze(1), both[:, :-1] / torch.where(usable, both[:, -1], 1.0).unsqueeze(1), 0.0)
+        growth = self._growth(means[1], usable[1])
+        share = 1.0 - self._config.smoothing
+        for kept, mean, new in zip((self._kept, self._kept_noisy), means, usable, strict=True):
+            # The last matrix is the sum of the shares: the first Gram counts in full.
+            kept[:-1] *= growth
             taken = torch.cat([mean, torch.ones_like(mean[:1])])
-            kept.copy_(torch.where(usable, (1.0 - share) * kept + share * taken, kept))
+            kept.copy_(torch.where(new, (1.0 - share) * kept + share * taken, kept))
         self.taken += 1
         self.clear()
+
+    def _growth(self, noisy: Tensor, usable: Tensor) -> Tensor:
+        """Returns `[B, 1, 1]`, how many times as large a new Gram is as what is kept, by the squared lengths of the
+        languages that both have."""
+        there = (usable & (self._kept_noisy[-1] > 0)).diagonal()
+        before = self._kept_noisy[:-1] / torch.where(self._kept_noisy[-1] > 0, self._kept_noisy[-1], 1.0)
+        old, new = (torch.where(there, each.diagonal(dim1=1, dim2=2), 0.0).sum(1) for each in (before, noisy))
+        return torch.where((old > 0) & (new > 0), new / old, 1.0).view(-1, 1, 1)
 
     def gram(self) -> tuple[Tensor, Tensor]:
         """Returns the estimate `[B, K, K]`, made positive semidefinite, and the languages `[K]` bool that have one."""
