@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +21,35 @@ CUT = (
 def render(result: dict[str, Any]) -> str:
     """Returns the table with where it comes from."""
     settings, corpus = result["settings"], result["corpus"]
-    plain = result["values"]["averaging"]
+    lines = [
+        f"{provenance.headline(result)}; `{result['command']}`",
+        "",
+        f"{corpus['source']} {corpus['version']}; {len(settings['seen'])} languages, {settings['steps']} windows of "
+        f"{settings['sequences']} sequences of {settings['sequence_length']} tokens a language, {settings['layers']} "
+        f"layers of width {settings['hidden']}, granularity `{settings['granularity']}`; base model "
+        f"{result['base']:.3f}. {CUT}",
+        "",
+        "R is `gram_every`. Held-out bits per byte, mean of the languages, lower is better; the paired difference with "
+        "its bootstrap interval of 95 % over the seeds; the largest weight of a language in any window and block, and "
+        "the share of windows and blocks where one was above 1 (averaging gives 1/8 to each).",
+        "",
+        *_table(result["values"], result["values"]["averaging"]),
+    ]
+    if "before" in result:
+        lines += [
+            "",
+            "The same where kept Grams were averaged at the size that they had, so that the first ones, the largest, "
+            "decided the weights to the end:",
+            "",
+            *_table(result["before"], result["values"]["averaging"]),
+        ]
+    return "\n".join(lines)
+
+
+def _table(values: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     rows = []
-    for name, runs in result["values"].items():
+    for name in sorted(values, key=_place):
+        runs = values[name]
         seeds = [seed for seed in runs if seed in plain]
         differences = [runs[seed]["bits_per_byte"] - plain[seed]["bits_per_byte"] for seed in seeds]
         low, high = _interval(differences)
@@ -37,22 +64,13 @@ def render(result: dict[str, Any]) -> str:
             )
         )
     head = ("arm", "bits per byte", "minus averaging, paired", "better in", "largest weight", "above 1")
-    return "\n".join(
-        [
-            f"{provenance.headline(result)}; `{result['command']}`",
-            "",
-            f"{corpus['source']} {corpus['version']}; {len(settings['seen'])} languages, {settings['steps']} windows of "
-            f"{settings['sequences']} sequences of {settings['sequence_length']} tokens a language, {settings['layers']}"
-            f" layers of width {settings['hidden']}, granularity `{settings['granularity']}`; base model "
-            f"{result['base']:.3f}. {CUT}",
-            "",
-            "Held-out bits per byte, mean of the languages, lower is better; the paired difference with its bootstrap "
-            "interval of 95 % over the seeds; the largest weight of a language in any window and block, and the share "
-            "of windows and blocks where one was above 1 (averaging gives 1/8 to each).",
-            "",
-            *step_table.table(head, rows),
-        ]
-    )
+    return step_table.table(head, rows)
+
+
+def _place(name: str) -> tuple[Any, ...]:
+    """Arms in the order of their modes, then rules, then numbers."""
+    mode, rule, *_ = *re.findall(r"\w+", name), ""
+    return mode, rule, [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _interval(differences: Sequence[float]) -> tuple[float, float]:

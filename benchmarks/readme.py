@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mixed_study_table
+import mixed_table
 import overlap_table
 import step_table
 import wrappers_table
@@ -146,6 +148,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "kernels": ("docs/benchmarks.md", "kernels-cpu.json", table.to_markdown),
     "wrappers": ("README.md", "wrappers-cpu.json", wrappers_table.summary),
     "wrappers-all": ("docs/benchmarks.md", "wrappers-cpu.json", wrappers_table.render),
+    "mixed": ("docs/benchmarks.md", "mixed-cpu.json", mixed_table.render),
+    "mixed-study": ("docs/modes.md", "mixed-study-cpu.json", mixed_study_table.render),
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
