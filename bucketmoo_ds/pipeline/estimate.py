@@ -12,6 +12,11 @@ and the Gram may be indefinite. It is averaged over windows with `smoothing`, an
 semidefinite one before the rule sees it. A language that never had two documents in one micro-batch has no unbiased
 diagonal, and is shown with its noise until it has.
 
+The weights then multiply rows that have their noise. A rule that holds lengths against each other (CAGrad's ball around
+the mean row, MGDA's shortest vector) would lengthen a row whose noise it does not see until the step is nothing else. So
+what it sees on the diagonal is the squared length that the rows of a window are expected to have: the unbiased one, and
+of the noise of a micro-batch the share that is left in a mean over the window.
+
 Gradients shrink while a model learns, and a rule knows directions and proportions only. So what is kept of a block is
 brought to the size of its newest Gram before both are averaged: otherwise the first Grams, which are the largest, would
 decide the weights long after they are out of date.
@@ -84,11 +89,21 @@ class GramEstimate:
         self._sum += torch.where(torch.eye(self._count, dtype=torch.bool, device=self._device), crossed, whole)
         self._noisy += whole
 
-    def finish(self) -> None:
-        """Takes what all ranks have brought in a window into the estimate. What is not finite is left out."""
+    def finish(self, target_tokens: Sequence[int]) -> None:
+        """Takes what all ranks have brought in a window into the estimate. What is not finite is left out.
+
+        Args:
+            target_tokens: `[K]`: of each language in the window, on all ranks.
+        """
         both = self._exchange.all_gather_grams(torch.stack([self._sum, self._noisy])).cumsum(0)[-1]
         usable = (both[:, -1] > 0) & both.isfinite().all(1)
         means = torch.where(usable.unsqueeze(1), both[:, :-1] / torch.where(usable, both[:, -1], 1.0).unsqueeze(1), 0.0)
+        total = to_device([max(float(each), 1.0) for each in target_tokens], torch.float64, self._device)
+        # The share of a micro-batch's noise that is left in the window's rows.
+        left = (both[1, -1].diagonal() / total.square()).clamp(max=1.0)
+        signal, noisy = (each.diagonal(dim1=1, dim2=2) for each in means)
+        signal = torch.where(usable[0].diagonal(), signal.clamp(min=0.0), noisy)
+        noisy.copy_(left * noisy + (1.0 - left) * signal)
         growth = self._growth(means[1], usable[1])
         share = 1.0 - self._config.smoothing
         for kept, mean, new in zip((self._kept, self._kept_noisy), means, usable, strict=True):
@@ -110,8 +125,7 @@ class GramEstimate:
     def gram(self) -> tuple[Tensor, Tensor]:
         """Returns the estimate `[B, K, K]`, made positive semidefinite, and the languages `[K]` bool that have one."""
         gram, noisy = (kept[:-1] / torch.where(kept[-1] > 0, kept[-1], 1.0) for kept in (self._kept, self._kept_noisy))
-        unknown = torch.diag(self._kept[-1].diagonal() == 0)
-        gram = torch.where(unknown, noisy, gram)
+        gram = torch.where(torch.eye(self._count, dtype=torch.bool, device=self._device), noisy, gram)
         known = self._kept_noisy[-1].diagonal() > 0
         return positive_semidefinite((gram + gram.mT) / 2), known
 

@@ -389,7 +389,7 @@ class MixedSession(Stays):
             return
         assert self._decided is not None
         if self._takes_grams:
-            self.estimate.finish()
+            self.estimate.finish(self.window.target_tokens)
         gram, weights = (each.read() for each in self._decided)
         self.record.add(
             Resolution(

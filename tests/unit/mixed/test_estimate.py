@@ -28,7 +28,7 @@ def test_windows_count_alike_whatever_their_size() -> None:
         estimate = GramEstimate(config, 2, Exchange(), "reference", torch.device("cpu"))
         for each in grams:
             estimate.add(each, 1.0, torch.ones(1, 6))
-            estimate.finish()
+            estimate.finish([2, 2, 2])
         return estimate.gram()[0]
 
     alike = rows @ rows.mT
