@@ -13,9 +13,9 @@ semidefinite one before the rule sees it. A language that never had two document
 diagonal, and is shown with its noise until it has.
 
 The weights then multiply rows that have their noise. A rule that holds lengths against each other (CAGrad's ball around
-the mean row, MGDA's shortest vector) would lengthen a row whose noise it does not see until the step is nothing else. So
-what it sees on the diagonal is the squared length that the rows of a window are expected to have: the unbiased one, and
-of the noise of a micro-batch the share that is left in a mean over the window.
+the mean row, MGDA's shortest vector) would lengthen a row whose noise it does not see, until the step is nothing else.
+So what it sees on the diagonal is the squared length that the rows of a window are expected to have: the unbiased one,
+and of the noise of a micro-batch the share that is left in a mean over the window.
 
 Gradients shrink while a model learns, and a rule knows directions and proportions only. So what is kept of a block is
 brought to the size of its newest Gram before both are averaged: otherwise the first Grams, which are the largest, would
