@@ -38,8 +38,9 @@ def render(result: dict[str, Any]) -> str:
     if "before" in result:
         lines += [
             "",
-            "The same where kept Grams were averaged at the size that they had, so that the first ones, the largest, "
-            "decided the weights to the end:",
+            "The same before two changes of the estimate. Kept Grams were averaged at the size that they had, so that "
+            "the first ones, the largest, decided the weights to the end; and rules saw rows without their noise, and "
+            "made short ones long:",
             "",
             *_table(result["before"], result["values"]["averaging"]),
         ]
