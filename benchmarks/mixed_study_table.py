@@ -44,6 +44,18 @@ def render(result: dict[str, Any]) -> str:
             "",
             *_table(result["before"], result["values"]["averaging"]),
         ]
+    if "larger" in result:
+        larger = result["larger"]
+        plain = larger["values"]["averaging"]
+        changes = ", ".join(
+            f"{name} {value - plain:+.3f}" for name, value in larger["values"].items() if value != plain
+        )
+        described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in larger["settings"].items())
+        lines += [
+            "",
+            f"A larger run ({described}), given up for lack of time after part of seed {larger['seed']}: {changes}.",
+        ]
+    lines += ["", *(f"* {note}" for note in result.get("notes", ()))]
     return "\n".join(lines)
 
 
