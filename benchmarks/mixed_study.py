@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where the result goes, as JSON")
     parser.add_argument("--minutes", type=float, default=1e9, help="after which no run begins (default: all are made)")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), metavar="SEED")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--every", type=int, nargs="+", default=[8, 1, 16, 4], help="windows from Gram to Gram")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "bucketmoo_ds", help="fetched text")
@@ -138,7 +138,7 @@ def main() -> None:
         "corpus": study.corpus,
         "base": study.base_values,
     }
-    for chosen, seed in itertools.product((arms(options.every), SMALL), range(options.seeds)):
+    for chosen, seed in itertools.product((arms(options.every), SMALL), options.seeds):
         for arm in chosen:
             values = result["values"].setdefault(arm.name, {})
             if str(seed) in values or time.monotonic() - began > 60 * options.minutes:

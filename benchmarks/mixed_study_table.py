@@ -44,6 +44,14 @@ def render(result: dict[str, Any]) -> str:
             "",
             *_table(result["before"], result["values"]["averaging"]),
         ]
+    if "fresh" in result:
+        fresh = result["fresh"]
+        lines += [
+            "",
+            f"Fresh seeds ({', '.join(fresh['averaging'])}), which no choice has seen, with the code as it is:",
+            "",
+            *_table(fresh, fresh["averaging"]),
+        ]
     if "larger" in result:
         larger = result["larger"]
         plain = larger["values"]["averaging"]

@@ -51,7 +51,8 @@ Outcomes = list[tuple[dict[str, Any], list[Any]]]  # cases, with the results of 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
     print(f"BUCKETMOO_TEST_SEED={SEED}")
-    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    mine = [item for item in request.session.items if item.path == request.path]
+    tests = [item.callspec.params for item in mine if hasattr(item, "callspec")]
     asked = [each for each in MEAN if any(each == (test.get("layout"), test.get("ragged")) for test in tests)]
     cases = [*ALWAYS, *(case("trainer", layout, BY_TOKENS, ragged) for layout, ragged in asked)]
     cases += [case("trainer", layout, None, ragged) for layout, ragged in dict.fromkeys([*asked, CONFLICTS])]

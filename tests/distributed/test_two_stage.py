@@ -122,7 +122,8 @@ Results = list[tuple[Case, list[Any]]]  # cases and scenarios, with what came of
 @pytest.fixture(scope="module")
 def everything(request: pytest.FixtureRequest) -> Results:
     print(f"BUCKETMOO_TEST_SEED={SEED}")
-    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    mine = [item for item in request.session.items if item.path == request.path]
+    tests = [item.callspec.params for item in mine if hasattr(item, "callspec")]
     asked = {test.get("name") for test in tests} | {name for pair in SAME_BITS for name in pair}
     cases = [case for name, case in CASES.items() if name in asked]
     cases += [case for case in NOT_FINITE if any(test.get("case") is case for test in tests)] + SCENARIOS

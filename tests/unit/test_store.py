@@ -61,7 +61,9 @@ def test_bfloat16_rows_are_added_to_in_float32_and_rounded_once_each() -> None:
     store.add(0, 0, first, 1.0)
     store.add(0, 0, second, 3.0)
     expected = (first.bfloat16().float() + 3.0 * second).bfloat16()
-    torch.testing.assert_close(store.rows(0, [0])[0], expected, rtol=2**-8, atol=0)  # the last bit of a tie
+    # Where float32 rounds the sum another way, a tie may fall to the other side: one unit in the last of 8 bits, which
+    # is up to 2^-7 of the number.
+    torch.testing.assert_close(store.rows(0, [0])[0], expected, rtol=2**-7, atol=0)
     assert (store.rows(0, [0])[0] == expected).float().mean() > 0.99
 
 
