@@ -157,7 +157,7 @@ class LanguageTracker:
 
     @contextlib.contextmanager
     def language(
-        self, language: object, target_tokens: int | None = None, loss_divisor: float | None = None
+        self, language: object, target_tokens: object = None, loss_divisor: float | None = None
     ) -> Iterator[None]:
         """Sets the language of the forward passes inside the `with` block, and how their loss is normalised."""
         before = self._default

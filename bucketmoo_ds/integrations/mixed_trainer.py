@@ -11,7 +11,6 @@ Read in transformers 5.23 (`trainer.py`) and TRL 1.16 (`sft_trainer.py`).
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.integrations.fused_head import unfuse
+from bucketmoo_ds.pipeline import checkpoint
 
-STATE = "bucket_moo.json"
+_OF_TOKENS = "bucketmoo_languages"  # while a row is packed
 
 
 class MixedTrainerMixin:
@@ -69,7 +69,8 @@ class MixedTrainerMixin:
     @property
     def moo(self) -> mixed.MixedSession | None:
         """The session; `None` without settings, and, under DeepSpeed, before there is an engine."""
-        return self._moo or getattr(getattr(self, "model_wrapped", None), "moo", None)
+        engine = getattr(self, "model_wrapped", None) if self._moo_config is not None else None
+        return self._moo or getattr(engine, "moo", None)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -95,9 +96,11 @@ class MixedTrainerMixin:
         def of_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
             count = len(row["input_ids"])
             told = row[column]
-            return {column: [index(each) for each in told] if isinstance(told, list) else [index(told)] * count}
+            return {_OF_TOKENS: [index(each) for each in told] if isinstance(told, list) else [index(told)] * count}
 
-        dataset = dataset.map(of_tokens, remove_columns=[column]).select_columns(["input_ids", "labels", column])
+        # A column of another name: under its own it would stay a ClassLabel, whose numbers these are no more.
+        dataset = dataset.map(of_tokens, remove_columns=[column]).rename_column(_OF_TOKENS, column)
+        dataset = dataset.select_columns(["input_ids", "labels", column])
         if args.shuffle_dataset:
             dataset = dataset.shuffle(seed=args.seed)
         dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
@@ -119,15 +122,15 @@ class MixedTrainerMixin:
 
                 resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir) or True
             if resume_from_checkpoint is not True:
-                file = Path(resume_from_checkpoint) / STATE
-                if not file.exists():
-                    raise ConfigError(f"{file} is missing: the checkpoint was written by a run without moo")
-                self._moo.load_state_dict(json.loads(file.read_text()))
+                states = checkpoint.load(Path(resume_from_checkpoint), self._moo.config)
+                if states is not None:
+                    self._moo.load_state_dict(states["moo"])
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
 
 class LanguageCollator:
-    """A collator that puts the languages of its rows beside what another one makes of them.
+    """A collator that puts the languages of its rows beside what another one makes of them; rows without any, as
+    evaluation may have them, go to the other as they are.
 
     Args:
         collator: the other; it does not see the column.
@@ -150,6 +153,8 @@ class LanguageCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """Returns the micro-batch with one more entry: `[batch]`, or `[batch, sequence]` where rows say it by token or
         are laid one after the other."""
+        if not any(self._column in feature for feature in features):
+            return self._collator(features, *args, **kwargs)
         told = [feature[self._column] for feature in features]
         rest = [{name: each for name, each in feature.items() if name != self._column} for feature in features]
         lengths = [len(feature["input_ids"]) for feature in features]
@@ -223,8 +228,8 @@ def _state_keeper(session: mixed.MixedSession) -> Any:
         """Writes the session's state into each checkpoint."""
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                (folder / STATE).write_text(json.dumps(session.state_dict()))
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            states = {"moo": session.state_dict()}
+            checkpoint.save(folder, session.config, session.plan, states, session.exchange)
 
     return StateKeeper()

@@ -170,6 +170,38 @@ def test_class_labels_go_by_name(tmp_path: Path) -> None:
         assert torch.equal(each, reached[1][name]), name
 
 
+def test_packing_keeps_languages_by_name(tmp_path: Path) -> None:
+    """Tokens that a ClassLabel of another order numbers: packed, the numbers are those of `languages`, once."""
+    draw = random.Random(SEED)
+    names = ["en", "de", "fr"]
+    told = [draw.randrange(3) for _ in range(32)]
+    ids = [[3 + each] * draw.randint(2, 9) for each in told]  # a token tells its language
+    features = Features(
+        {
+            "input_ids": Sequence(Value("int64")),
+            "labels": Sequence(Value("int64")),
+            "language": Sequence(ClassLabel(names=names)),
+        }
+    )
+    columns = {"input_ids": ids, "labels": ids, "language": [[each - 3 for each in row] for row in ids]}
+    trainer = MixedSFTTrainer(
+        model=model_of(SEED),
+        args=SFTConfig(**arguments(tmp_path), packing=True, max_length=16, gradient_checkpointing=False),
+        train_dataset=Dataset.from_dict(columns, features=features),
+        processing_class=tokenizer(),
+        moo=config(),
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = [LANGUAGES.index(names[token - 3]) for token in batch["input_ids"].flatten().tolist()]
+    assert batch["language"].flatten().tolist() == expected
+
+
+def test_evaluation_needs_no_languages(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, SEED, packing=False, moo=config())
+    without = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 4, "labels": [[3, 4, 5]] * 4})
+    assert trainer.evaluate(without)["eval_loss"] > 0
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 4]], "lang": ["de"]})
     with pytest.raises(ConfigError, match='no column "language"'):

@@ -23,6 +23,7 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.adapters.hooks import Hook, Stays, after_backward, graph_task, tensors_of, watch, weak
 from bucketmoo_ds.adapters.mixed import accounted, coverage, modules
 from bucketmoo_ds.adapters.mixed.passes import Pass
+from bucketmoo_ds.adapters.whole import BUCKET_BYTES
 from bucketmoo_ds.comm.agreement import check_equal, digest, tell_ranks
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
@@ -36,8 +37,6 @@ from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.plan.blocks import plan_blocks
 from bucketmoo_ds.transfer import ToHost, to_device
-
-BUCKET_BYTES = 25 * 2**20  # DDP's own default; here a bucket is a block of granularity `bucket`, and nothing else
 
 
 class MixedSession(Stays):
@@ -70,6 +69,7 @@ class MixedSession(Stays):
     ) -> None:
         self.config = config
         self.exchange = exchange
+        # A bucket is a block of granularity `bucket` here, and nothing else.
         self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, config.granularity)
         self.record = Record(config, self.plan, speaks=exchange.rank == 0)
         self._model = model
@@ -95,6 +95,7 @@ class MixedSession(Stays):
         self._task: int | None = None  # the backward that has opened the micro-step
         self._open: list[Pass] = []  # the passes of it
         self._slot: MixedSlot | None = None
+        self._unexpected: LanguageError | None = None  # of a window that was to be told
         self._decided: tuple[ToHost, ToHost] | None = None
         self._solved_for: tuple[Any, ...] = ()
         self._unaccounted = True
@@ -143,16 +144,16 @@ class MixedSession(Stays):
                 out.
             loss_divisor: see `bucketmoo_ds.data.batch`.
         """
-        return self._tracker.language(language, target_tokens, loss_divisor)  # type: ignore[arg-type]
+        return self._tracker.language(language, target_tokens, loss_divisor)
 
     def expect(self, batches: Sequence[Mapping[str, Any]]) -> None:
         """Tells the micro-batches of the window that comes, so that each language's tokens are known before the first
-        backward. On all ranks, or on none.
-
-        Raises:
-            LanguageError: one of them names no valid languages.
+        backward. On all ranks, or on none. One without valid languages is an error of that backward, on all ranks.
         """
-        self.window.expect(self._tracker.count(batches).tolist(), len(batches))
+        try:
+            self.window.expect(self._tracker.count(batches).tolist(), len(batches))
+        except LanguageError as error:
+            self._unexpected = error
 
     @property
     def last(self) -> Resolution | None:
@@ -173,6 +174,7 @@ class MixedSession(Stays):
         """Gives up the window under way, after an error that was caught; to be called on all ranks. Clears the
         gradients."""
         self._tracker.forget()
+        self._unexpected = None
         self._passes.clear()
         self._reaching.clear()
         self._close_micro_step()
@@ -188,16 +190,22 @@ class MixedSession(Stays):
         """
         if self.window.micro_steps:
             raise BucketMOOError("state_dict in the middle of a window: save after optimizer.step()")
-        return {**self.record.state_dict(), **self.estimate.state_dict(), **self.window.state_dict()}
+        own = {**self.record.state_dict(), **self.estimate.state_dict(), **self.window.state_dict()}
+        return {"languages": list(self.config.languages), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
 
         Raises:
-            ConfigError: the state is of another model or granularity, or of another mode.
+            ConfigError: the state is of another model, granularity or mode, or of other languages.
         """
         if "grams" not in state:
             raise ConfigError("the checkpoint has no Grams: it was written by another mode than mixed")
+        if state["languages"] != list(self.config.languages):
+            raise ConfigError(
+                f"the checkpoint has languages = {state['languages']}, here {list(self.config.languages)}: its Grams "
+                "need the same languages in the same order"
+            )
         self.record.load_state_dict(state)
         self.estimate.load_state_dict(state)
         self.window.load_state_dict(state)
@@ -246,6 +254,11 @@ class MixedSession(Stays):
         args, kwargs, entries = self._tracker.strip(args, kwargs)
         if self.recomputes():
             return args, kwargs
+        if module is not self._model:
+            raise ConfigError(
+                "mixed.register: a replica of the model runs, as nn.DataParallel makes them (Trainer does where one "
+                "process sees several GPUs): start one process a GPU, with torchrun"
+            )
         self._current = self._found = None
         if torch.is_grad_enabled():
             self.check_finished()
@@ -317,7 +330,7 @@ class MixedSession(Stays):
         whole = self.window.micro_steps >= self._micro_steps()
         if whole and all(parameter.grad is None for parameter in self._model.parameters()):
             self._start_window()  # it was cleared without a step, as GradScaler's are after an overflow
-        slot = self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
+        slot = self._unexpected or self._tracker.mixed_slot(self._micro_steps(), self.exchange.world_size)
         position = {
             "window": self.record.windows,
             "micro-step": self.window.micro_steps,

@@ -275,8 +275,7 @@ def _sum(use: Use, rows: Tensor, takes_gram: bool) -> tuple[Tensor, Tensor | Non
 def _cross(one: Factors, other: Factors) -> Tensor:
     """The products of two uses' gradients, `[number, number]`."""
     if one.left is None or other.left is None:
-        if one.left is not None or other.left is not None:
-            raise NotImplementedError("a matrix that one module uses whole and another by rows")
+        assert one.left is None and other.left is None, "coverage.of_model refuses such a matrix"
         return _dots(one.right, other.right, torch.float64)
 
     def pairs(some: slice) -> Tensor:
