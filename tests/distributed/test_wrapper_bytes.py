@@ -202,17 +202,17 @@ def test_the_planner_says_so(layout: str, window: str, outcomes: Outcomes) -> No
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_rows_take_what_the_planner_says(storage: str, outcomes: Outcomes) -> None:
-    """In device or host memory, but for the padding of shards, which the planner does not know: below 1 %. The numbers
-    are proportional to the elements, so they hold for 8B of them as for these."""
+    """In device or host memory, to the byte, once it is told the padded elements, which only plain FSDP2's bytes tell.
+    The numbers are proportional to the elements, so they hold for 8B of them as for these."""
+    exchanges, width = 2, 4
+    parameters = round(padded(outcomes, (2, "plain-two")) / exchanges / width)
+    setup = Setup(world_size=2, ranks_per_node=2, languages=2, parameters=parameters, micro_steps=exchanges)
+    planned = forecast(setup).memory[storage]
+    rows = planned.host if storage == "host" else planned.device
+    large = forecast(dataclasses.replace(setup, parameters=8 * 10**9)).memory[storage]
+    assert (large.host if storage == "host" else large.device) == pytest.approx(rows * 8 * 10**9 / parameters, rel=1e-4)
     for result in outcomes[2, f"rows_{storage}-two"]:
-        setup = Setup(world_size=2, ranks_per_node=2, languages=2, parameters=result["numel"], micro_steps=2)
-        planned = forecast(setup).memory[storage]
-        rows = planned.host if storage == "host" else planned.device
-        assert rows <= result["row_bytes"] <= 1.01 * rows
-        large = forecast(dataclasses.replace(setup, parameters=8 * 10**9)).memory[storage]
-        assert (large.host if storage == "host" else large.device) == pytest.approx(
-            rows * 8 * 10**9 / result["numel"], rel=1e-4
-        )
+        assert result["row_bytes"] == rows, explain((2, f"rows_{storage}-two"))
 
 
 @parametrized([key for key in OURS if key[1].startswith(("flat", "rows"))], DRAWN)
