@@ -20,7 +20,7 @@ WINDOWS = 3
 MICRO_STEPS = 2
 
 
-class MixedTrainer(bucketmoo_ds.MixedTrainerMixin, Trainer):
+class MixedTrainer(bucketmoo_ds.LanguageTrainerMixin, Trainer):
     """What a user writes."""
 
 

@@ -30,11 +30,11 @@ LANGUAGES = ["de", "fr", "en"]
 WORDS = [f"w{number}" for number in range(40)]
 
 
-class MixedSFTTrainer(bm.MixedTrainerMixin, SFTTrainer):
+class MixedSFTTrainer(bm.LanguageTrainerMixin, SFTTrainer):
     """What a user writes."""
 
 
-class MixedTrainer(bm.MixedTrainerMixin, Trainer):
+class MixedTrainer(bm.LanguageTrainerMixin, Trainer):
     """And without TRL."""
 
 
