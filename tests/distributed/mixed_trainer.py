@@ -82,7 +82,7 @@ def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int) -> dict[str
             ),
             train_dataset=Rows(seed),
             data_collator=collate,
-            moo=None if moo is None else bucketmoo_ds.BucketMOOConfig(languages=LANGUAGES, gram_every=1, **moo),
+            moo=None if moo is None else bucketmoo_ds.BucketMOOConfig(languages=LANGUAGES, mode="mixed", gram_every=1, **moo),
         )
         trainer.train()
         session = trainer.moo
