@@ -33,7 +33,7 @@ class MicroStep:
         slot: this rank's slot of the present (or latest) micro-step.
     """
 
-    slot: Slot
+    slot = Slot(0, 0, 0.0)
 
     def __init__(self, moo: BucketMOO, tracker: LanguageTracker) -> None:
         self.moo = moo

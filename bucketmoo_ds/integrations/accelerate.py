@@ -46,14 +46,20 @@ def _iterate(wrapped: Any, loader: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 def _seek(wrapped: Any, skipping: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Whole windows are skipped by ours, which need not draw them; each rank has `micro_steps` batches of one."""
+    return _sought(wrapped, skipping)
+
+
+def _sought(wrapped: Any, skipping: Any) -> Iterator[Any]:
+    """Looks when the first batch is drawn: with workers, torch makes two iterators and draws from one."""
     *_, innermost = _inside(skipping)
-    if not _is_ours(innermost) or innermost.rank is not None or innermost.window:
-        return wrapped(*args, **kwargs)
-    windows, rest = divmod(skipping.skip_batches, innermost.schedule.micro_steps)
-    if rest or (skipping.batch_sampler is innermost and innermost.schedule.world_size > 1):
-        return wrapped(*args, **kwargs)
+    ours = _is_ours(innermost) and innermost.rank is None and innermost.window == 0
+    windows, rest = divmod(skipping.skip_batches, innermost.schedule.micro_steps) if ours else (0, 1)
+    undealt = skipping.batch_sampler is innermost
+    if not ours or rest or (undealt and innermost.schedule.world_size > 1):
+        yield from wrapped()
+        return
     innermost.seek(innermost.epoch, windows)
-    return iter(skipping.batch_sampler)
+    yield from skipping.batch_sampler
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
