@@ -328,7 +328,8 @@ def test_dpo_trainer_averages_pairs(tmp_path: Path) -> None:
     args = trl.DPOConfig(**{**usual, "bf16": False, "gradient_checkpointing": False})
     reached = []
     for cls, more in ((Plain, {}), (Preferring, {"moo": config(aggregator="mean", weighting="token")})):
-        trainer = cls(model=model_of(SEED), args=args, train_dataset=rows, processing_class=tokenizer(), **more)
+        more = {**more, "ref_model": model_of(SEED + 1), "processing_class": tokenizer()}
+        trainer = cls(model=model_of(SEED), args=args, train_dataset=rows, **more)
         trainer.train()
         reached.append(weights_of(trainer))
     start = dict(model_of(SEED).named_parameters())
