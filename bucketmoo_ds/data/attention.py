@@ -1,8 +1,8 @@
 """Which of its inputs a model reads to keep the documents of a packed sequence apart.
 
 A document mask that the model does not obey is none: gradients would cross documents, unseen. Below is what the models
-of transformers obey, read in versions 5.23 and 4.57; `tests/unit/test_documents.py` perturbs one document and looks at
-the next.
+of transformers obey, read in 4.57, 5.23 and 5.24; `tests/unit/test_documents.py` perturbs one document and looks at the
+next.
 
     position_ids that restart   `find_packed_sequence_indices` makes the mask from them, in batches of any size, under
                                 eager, sdpa and flex attention, if there is no attention_mask and *no cache*. With
@@ -35,6 +35,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _MASKED_BY_POSITION = ("eager", "sdpa", "flex_attention")
@@ -124,7 +125,9 @@ class Attention:
         cache = inputs.get("use_cache")
         cache = getattr(config, "use_cache", False) if cache is None else cache
         checkpointed = getattr(self._module, "gradient_checkpointing", False) and self._module.training
-        if inputs.get("past_key_values") is not None or (cache and not checkpointed):
+        checkpointed = checkpointed and torch.is_grad_enabled()  # from transformers 5.24 on not without gradients
+        given = any(inputs.get(name) is not None for name in ("past_key_values", "cache"))  # the latter from 5.24 on
+        if given or (cache and not checkpointed):
             return "not read where there is a cache; set model.config.use_cache = False"
         return ""
 
