@@ -1,5 +1,5 @@
-"""Other spellings of a language: ISO 639-1, ISO 639-3, the older codes of 639-2, and the English name, with a script or a
-region behind it or not (`de`, `deu`, `ger`, `German`, `deu_Latn`, `de-DE`). A small table; anything else is told."""
+"""Other spellings of a language: ISO 639-1, ISO 639-3, the older codes of 639-2, and the English name, with a script or
+a region behind it or not (`de`, `deu`, `ger`, `German`, `deu_Latn`, `de-DE`). A small table; anything else is told."""
 
 from __future__ import annotations
 

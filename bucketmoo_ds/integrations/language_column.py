@@ -102,10 +102,8 @@ class LanguageColumn(LanguageTable):
     def _classes(self, dataset: Any) -> Sequence[str] | None:
         """The names of a ClassLabel, of rows or of their tokens."""
         feature = (getattr(dataset, "features", None) or {}).get(self.name)
-        if hasattr(getattr(feature, "feature", None), "names"):
-            found = [feature.feature.names]
-        else:
-            found = class_names(dataset, self.name)
+        of_tokens = getattr(getattr(feature, "feature", None), "names", None)
+        found = class_names(dataset, self.name) if of_tokens is None else [of_tokens]
         if any(names != found[0] for names in found):
             raise ConfigError(f'column "{self.name}": its parts number their ClassLabel differently; cast them to one')
         return found[0] if found else None
@@ -140,7 +138,7 @@ class LanguageCollator:
         lengths = [len(feature.get("input_ids", ())) for feature in features]
         batch = self._collator(rest, *args, **kwargs)
         by_row = [[self._index(each) for each in row] if _is_list(row) else [self._index(_plain(row))] for row in told]
-        shape = batch["input_ids"].shape if "input_ids" in batch else ()
+        shape: Sequence[int] = batch["input_ids"].shape if "input_ids" in batch else ()
         flattened = len(shape) == 2 and shape[0] == 1 and len(features) > 1
         if not flattened and not any(_is_list(row) for row in told):
             batch[self._key] = [row[0] for row in by_row]

@@ -143,7 +143,8 @@ class LanguageTrainerMixin:
         if self._moo_config is None or not packing or self._moo_column.name not in (dataset.column_names or ()):
             return prepare(dataset, processing_class, args, *rest)
         pack = _packed_apart if self._moo_mode == "placed" else _packed_together
-        return pack(dataset, self._moo_column, functools.partial(prepare, processing_class=processing_class), args, rest)
+        given = functools.partial(prepare, processing_class=processing_class)
+        return pack(dataset, self._moo_column, given, args, rest)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -385,8 +386,8 @@ def _placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn
         dataset = trainer._remove_unused_columns(dataset, description="training")
     else:
         collator = trainer._get_collator_with_removed_columns(collator, description="training")
-    settings = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
-    told = {name: getattr(args, f"dataloader_{name}") for name in settings if hasattr(args, f"dataloader_{name}")}
+    kept = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
+    told = {name: getattr(args, f"dataloader_{name}") for name in kept if hasattr(args, f"dataloader_{name}")}
     init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, worker_init_fn=init, **told)
     return trainer.accelerator.prepare(loader)

@@ -298,8 +298,9 @@ def test_sft_trainer(tmp_path: Path, packing: bool) -> None:
     )  # fmt: skip
     rows = Dataset.from_dict({"text": texts, "language": [LANGUAGES[row % 3] for row in range(96)]})
     trainer = Tuned(
-        model=model_of(SEED), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer(), moo=config()
-    )
+        model=model_of(SEED), args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer(),
+        moo=config(),
+    )  # fmt: skip
     trainer.train()
     logs = next(each for each in trainer.state.log_history if "loss" in each)
     assert trainer.moo.last.window == 1
@@ -321,15 +322,15 @@ def test_dpo_trainer_averages_pairs(tmp_path: Path) -> None:
 
     draw = random.Random(SEED)
     pair = [" ".join(str(draw.randrange(40)) for _ in range(4)) for _ in range(3 * 48)]
-    rows = Dataset.from_dict({
-        "prompt": pair[:48], "chosen": pair[48:96], "rejected": pair[96:], "language": [LANGUAGES[i % 3] for i in range(48)]
-    })  # fmt: skip
-    usual = {**arguments(tmp_path, optim="sgd", learning_rate=0.5, max_steps=2).to_dict(), "hub_token": None, "hub_model_id": "x"}
+    texts = {"prompt": pair[:48], "chosen": pair[48:96], "rejected": pair[96:]}
+    rows = Dataset.from_dict({**texts, "language": [LANGUAGES[row % 3] for row in range(48)]})
+    usual = arguments(tmp_path, optim="sgd", learning_rate=0.5, max_steps=2).to_dict()
+    usual |= {"hub_token": None, "hub_model_id": "x"}
     args = trl.DPOConfig(**{**usual, "bf16": False, "gradient_checkpointing": False})
     reached = []
+    usual_models = {"ref_model": model_of(SEED + 1), "processing_class": tokenizer()}
     for cls, more in ((Plain, {}), (Preferring, {"moo": config(aggregator="mean", weighting="token")})):
-        more = {**more, "ref_model": model_of(SEED + 1), "processing_class": tokenizer()}
-        trainer = cls(model=model_of(SEED), args=args, train_dataset=rows, **more)
+        trainer = cls(model=model_of(SEED), args=args, train_dataset=rows, **usual_models, **more)
         trainer.train()
         reached.append(weights_of(trainer))
     start = dict(model_of(SEED).named_parameters())

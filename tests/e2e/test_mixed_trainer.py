@@ -163,7 +163,8 @@ def test_class_labels_go_by_name(tmp_path: Path) -> None:
         batch = next(iter(trainer.get_train_dataloader()))
         looked_up = {tuple(row): LANGUAGES.index(names[each]) for row, each in zip(ids, told, strict=True)}
         for row, language in zip(batch["input_ids"].tolist(), list(batch["language"]), strict=True):
-            assert (language.tolist() if by_token else language) == ([looked_up[tuple(row)]] * 9 if by_token else looked_up[tuple(row)])
+            wanted = looked_up[tuple(row)]
+            assert (language.tolist() if by_token else language) == ([wanted] * 9 if by_token else wanted)
         trainer.train()
         reached.append(weights_of(trainer))
     for name, each in reached[0].items():
