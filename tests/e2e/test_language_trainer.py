@@ -123,8 +123,9 @@ def test_the_loop_by_hand_does_the_same(tmp_path: Path) -> None:
         optimizer.zero_grad()
     start, reached = dict(model_of(SEED).named_parameters()), dict(model.named_parameters())
     for name, each in weights_of(trainer).items():
-        # Four updates in float32; the rule's weights answer to roundings a little.
-        assert (each - reached[name]).norm() <= 1e-4 * (reached[name] - start[name]).norm(), name
+        moved = (reached[name] - start[name]).norm()
+        # The rule's weights answer to roundings a little, and four times the parameter is rounded to float32.
+        assert (each - reached[name]).norm() <= 1e-4 * moved + 4 * 2**-24 * reached[name].norm(), name
     assert trainer.moo.last.target_tokens == session.last.target_tokens
 
 
@@ -336,5 +337,5 @@ def test_dpo_trainer_averages_pairs(tmp_path: Path) -> None:
     start = dict(model_of(SEED).named_parameters())
     for name, each in reached[1].items():
         moved = (reached[0][name] - start[name]).norm()
-        # Two updates in float32; gradients are added up in another order.
-        assert (each - reached[0][name]).norm() <= 1e-4 * moved, name
+        # Gradients are added up in another order, and twice the parameter is rounded to float32.
+        assert (each - reached[0][name]).norm() <= 1e-4 * moved + 2 * 2**-24 * reached[0][name].norm(), name

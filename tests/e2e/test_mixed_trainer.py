@@ -112,8 +112,9 @@ def test_the_mean_by_token_is_plain_training(tmp_path: Path, packing: bool) -> N
     start, reached = dict(model_of(number).named_parameters()), weights_of(plain)
     for name, each in weights_of(mixed).items():
         moved = (reached[name] - start[name]).norm()
-        # Four updates in float32; TRL's fused head and the plain one add up in another order.
-        assert (each - reached[name]).norm() <= 2e-5 * moved, name
+        # TRL's fused head and the plain one add up in another order; and four times the parameter itself is rounded to
+        # float32, which counts where it has hardly moved.
+        assert (each - reached[name]).norm() <= 2e-5 * moved + 4 * 2**-24 * reached[name].norm(), name
 
 
 def test_off_is_plain_to_the_bit(tmp_path: Path) -> None:
