@@ -206,7 +206,8 @@ def test_logs_are_of_each_language(tmp_path: Path, mode: str) -> None:
         assert evaluated[f"eval_{name}_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert logs[f"moo/weight/{name}"] > 0
     assert 0 <= logs["moo/conflict"] <= 1
-    assert logs["moo/single_language_windows"] == 0
+    # Mixed, batches are Trainer's own: six rows in random order, now and then of one language.
+    assert 0 <= logs["moo/single_language_windows"] <= (0 if mode == "placed" else 0.5)
     assert trainer.evaluate()["eval_de_loss"] == pytest.approx(evaluated["eval_de_loss"], rel=1e-6)
 
 
