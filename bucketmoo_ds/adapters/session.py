@@ -145,6 +145,11 @@ class Session(Stays):
         return self.moo.last
 
     @property
+    def windows(self) -> int:
+        """How many windows have been resolved."""
+        return self.moo.windows
+
+    @property
     def slot(self) -> Slot:
         """What this rank has trained on in the latest micro-step."""
         return self._micro.slot
