@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
     from bucketmoo_ds.data.schedule import LanguageSchedule
     from bucketmoo_ds.integrations.mixed_trainer import MixedTrainerMixin
+    from bucketmoo_ds.integrations.prepare import prepare
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _PUBLIC = {
     "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
     "MixedTrainerMixin": "bucketmoo_ds.integrations.mixed_trainer",
+    "prepare": "bucketmoo_ds.integrations.prepare",
     "weights": "bucketmoo_ds.aggregate",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "MixedTrainerMixin",
     "__version__",
     "initialize",
+    "prepare",
     "weights",
 ]
 
