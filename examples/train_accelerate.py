@@ -1,9 +1,9 @@
 """A loop of Accelerate's that resolves the conflicts of its languages; the wrapper is whatever Accelerate is told.
 
-    accelerate launch --num_processes 2 examples/train_accelerate.py            # or torchrun --nproc-per-node 2
+    accelerate launch --num_processes 2 examples/train_accelerate.py            # without a GPU: --cpu
     accelerate launch --num_processes 2 --use_deepspeed --zero_stage 2 examples/train_accelerate.py
 
-With `--save FOLDER` the run is saved after every window, and goes on from what the folder holds already.
+With `--save FOLDER` the run is saved at its end, and goes on from what the folder holds already.
 """
 
 import argparse

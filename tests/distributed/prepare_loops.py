@@ -90,7 +90,9 @@ def accelerator(wrapper: str, micro_steps: int) -> Accelerator:
         cpu=True, gradient_accumulation_steps=micro_steps, fsdp_plugin=plugin, kwargs_handlers=gloo
     )
     if plugin is not None:
-        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+        made.state.fsdp_plugin = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
     return made
 
 

@@ -36,7 +36,7 @@ def outcomes(request: pytest.FixtureRequest) -> Outcomes:
     return Outcomes(request, "prepare_loops.py", CASES)
 
 
-@pytest.mark.parametrize("key", some([(key,) for key in CASES], 5))
+@pytest.mark.parametrize("key", some([(key,) for key in CASES], 4))
 def test_a_window_is_the_one_by_hand(key: Key, outcomes: Outcomes) -> None:
     case = CASES[key]
     for result in outcomes[key]:
