@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from bucketmoo_ds.config import BucketMOOConfig
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
     from bucketmoo_ds.data.schedule import LanguageSchedule
-    from bucketmoo_ds.integrations.mixed_trainer import MixedTrainerMixin
+    from bucketmoo_ds.integrations.language_trainer import LanguageTrainerMixin
     from bucketmoo_ds.integrations.prepare import prepare
+    from bucketmoo_ds.integrations.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,8 @@ _PUBLIC = {
     "BucketMOOConfig": "bucketmoo_ds.config",
     "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
-    "MixedTrainerMixin": "bucketmoo_ds.integrations.mixed_trainer",
+    "LanguageTrainerMixin": "bucketmoo_ds.integrations.language_trainer",
+    "Trainer": "bucketmoo_ds.integrations.trainer",
     "prepare": "bucketmoo_ds.integrations.prepare",
     "weights": "bucketmoo_ds.aggregate",
 }
@@ -36,7 +38,8 @@ __all__ = [
     "BucketMOOConfig",
     "LanguageBatchSampler",
     "LanguageSchedule",
-    "MixedTrainerMixin",
+    "LanguageTrainerMixin",
+    "Trainer",
     "__version__",
     "initialize",
     "prepare",
