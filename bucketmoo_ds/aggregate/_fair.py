@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate._definite import solve_factored, times
-from bucketmoo_ds.aggregate._scaling import positive_semidefinite, unit_rows
+from bucketmoo_ds.aggregate._scaling import ROUNDING, positive_semidefinite, unit_rows
 
-# Added to the cosines: weights of a Pareto-stationary block would grow for ever, and grow to about a million.
-RIDGE = 1e-12
+# Added to the cosines, twice what `positive_semidefinite` may lack: the weights of a Pareto-stationary block would grow
+# for ever, and grow to some millions. d is then 0 but for the ridge's root, 5e-7 of the sizes of its parts.
+RIDGE = 2.0 * ROUNDING
 # Newton steps. With power 1, rows of any norms that are not nearly dependent need 8 at most up to K = 16; other powers
 # see the norms, and need 30 for norms of 1e-3 to 1e3.
 STEPS = {1.0: 10}
@@ -43,12 +44,13 @@ def fair(gram: Tensor, mask: Tensor, power: float) -> Tensor:
     for _ in range(STEPS.get(power, MOST_STEPS)):
         gains = y * times(matrix, y)
         wanted = price * y ** (1.0 - power)
-        factor = (wanted.sum(-1, keepdim=True) / gains.sum(-1, keepdim=True)) ** (1.0 / (1.0 + power))
-        y, gains, wanted = y * factor, gains * factor.square(), wanted * factor ** (1.0 - power)
+        longer = (wanted.sum(-1, keepdim=True) / gains.sum(-1, keepdim=True)) ** (1.0 / (1.0 + power))
+        y, gains, wanted = y * longer, gains * longer.square(), wanted * longer ** (1.0 - power)
         root = wanted.sqrt()
         relative = y / root
         hessian = matrix * relative.unsqueeze(-1) * relative.unsqueeze(-2) + unit
-        step = solve_factored(torch.linalg.cholesky_ex(hessian).L, (wanted - gains) / root) / root
+        factor, failed = torch.linalg.cholesky_ex(hessian)  # of eigenvalues above `power`, but for rounding
+        step = torch.where(failed.unsqueeze(-1) > 0, 0.0, solve_factored(factor, (wanted - gains) / root) / root)
         y = y * (1.0 + step / (1.0 + (-step).amax(-1, keepdim=True).clamp(min=0.0)))
     y = torch.where(nonzero, y, 0.0)
     total = y.sum(-1, keepdim=True)
