@@ -11,9 +11,10 @@ from bucketmoo_ds.aggregate._scaling import ROUNDING, positive_semidefinite, uni
 # Added to the cosines, twice what `positive_semidefinite` may lack: the weights of a Pareto-stationary block would grow
 # for ever, and grow to some millions. d is then 0 but for the ridge's root, 5e-7 of the sizes of its parts.
 RIDGE = 2.0 * ROUNDING
-# Newton steps. With power 1, rows of any norms that are not nearly dependent need 8 at most up to K = 16; other powers
-# see the norms, and need 30 for norms of 1e-3 to 1e3.
-STEPS = {1.0: 10}
+# Newton steps. With power 1, rows of any norms that are not nearly dependent need 8 at most up to K = 16, and a block
+# that is Pareto stationary 16 until d is 1e-8 of its parts; other powers see the norms, and need 30 for norms of 1e-3
+# to 1e3.
+STEPS = {1.0: 16}
 MOST_STEPS = 32
 
 

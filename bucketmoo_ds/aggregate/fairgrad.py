@@ -24,7 +24,7 @@ class FairGrad(Aggregator):
     times as large. Here d is scaled as Nash-MTL's is: `sum_i w_i ||g_i|| = mean ||g_i||`. A zero row is left out, with
     weight 0; with alpha above 1 a short one gets more weight than `1 / ||g_i||`.
 
-    Guarantee by block: `<g_i, d> > 0` for all languages. 32 Newton steps of K^3/3 each; 10 with alpha = 1.
+    Guarantee by block: `<g_i, d> > 0` for all languages. 32 Newton steps of K^3/3 each; 16 with alpha = 1.
 
     Args:
         alpha: from 0.5 to below 4.1; with others the equation has more digits between its sides than float64.

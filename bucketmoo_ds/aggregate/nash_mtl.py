@@ -26,7 +26,7 @@ class NashMTL(Aggregator):
     A zero row gains by no direction, and the product is 0: it is left out, with weight 0. A row that is nearly zero
     counts as much as any other, and so does its noise. Where rows nearly cancel, d is what is left of a difference.
 
-    Guarantee by block: `<g_i, d> > 0` for all languages. 10 Newton steps of K^3/3 each.
+    Guarantee by block: `<g_i, d> > 0` for all languages. 16 Newton steps of K^3/3 each.
     """
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ OPTIONS = {
     "static": {"shares": {name: 1.0 + place for place, name in enumerate(LANGUAGES)}},
     "fairgrad": {"alpha": 2.0},  # with 1 it is nash_mtl
 }
-BLOCKS = 24
+BLOCKS = 16
 # Rows that are dependent but for less than the accuracy of a Gram have no answer that survives another order of sums.
 PLAIN = tuple(kind for kind in KINDS if kind not in ("badly scaled", "nearly parallel"))
 
@@ -61,7 +61,9 @@ def bend(rule: str, generator: torch.Generator) -> float:
     """How far from linear the combined row is in the factors by which rows are multiplied."""
     worst = 0.0
     for rows in some(PLAIN, generator):
-        factors = [0.5 + 1.5 * torch.rand(*rows.shape[:2], 1, generator=generator, dtype=torch.float64) for _ in "ab"]
+        factors = [
+            10.0 ** (2.0 * torch.rand(*rows.shape[:2], 1, generator=generator, dtype=torch.float64) - 1.0) for _ in "ab"
+        ]
         apart = sum(weights(rule, factor * rows) * factor.squeeze(-1) for factor in factors)
         both = sum(factors)
         worst = max(worst, combined_error(rows, apart, weights(rule, both * rows) * both.squeeze(-1)))
@@ -95,7 +97,7 @@ def stillness(rule: str, generator: torch.Generator) -> float:
     """How much shorter than its parts the combined row is, at the most, where a direction helps all languages well: the
     rows lie in a plane, within 60 degrees of one direction."""
     angles = (
-        (2.0 * torch.rand(8 * BLOCKS, len(LANGUAGES), generator=generator, dtype=torch.float64) - 1.0) * torch.pi / 3
+        (2.0 * torch.rand(12 * BLOCKS, len(LANGUAGES), generator=generator, dtype=torch.float64) - 1.0) * torch.pi / 3
     )
     lengths = 0.5 + torch.rand(angles.shape, generator=generator, dtype=torch.float64)
     rows = lengths.unsqueeze(-1) * torch.stack([angles.cos(), angles.sin()], -1)
