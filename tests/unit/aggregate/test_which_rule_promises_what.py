@@ -143,5 +143,5 @@ def write(file: Path, rule: str, measured: dict[str, float]) -> None:
         name: {"holds": value <= PROPERTIES[name][1], "measured": value} for name, value in measured.items()
     }
     found["rules"] = dict(sorted(found["rules"].items()))
-    found |= {"made_by": describe(), "seed": SEED}
+    found |= {"made_by": describe(("torch",)), "seed": SEED}
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
