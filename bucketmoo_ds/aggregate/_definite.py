@@ -26,17 +26,20 @@ def ridged_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
         factor: `[B, K, K]`, lower triangular, of the lifted matrix.
         lift: `[B, K]`, what the diagonal was lifted by beside the ridge, 0 or more up to rounding.
     """
-    left = matrix + torch.diag_embed(torch.full_like(matrix[..., 0], RIDGE))
-    factor, lifts = torch.zeros_like(matrix), []
-    for k in range(matrix.shape[-1]):
-        own, below = left[:, k, k], left[:, k + 1 :, k]
-        pivot = torch.cat([own.abs().unsqueeze(-1), below.square()], -1).amax(-1).clamp(min=RIDGE)
+    ridge = torch.diag_embed(torch.full_like(matrix[..., 0], RIDGE))
+    left = (
+        (matrix + ridge).permute(1, 2, 0).contiguous()
+    )  # the blocks last: each operation takes what lies side by side
+    factor, lifts = torch.zeros_like(left), []
+    for k in range(len(left)):
+        own, below = left[k, k], left[k + 1 :, k]
+        pivot = torch.cat([own.abs().unsqueeze(0), below.square()]).amax(0).clamp(min=RIDGE)
         lifts.append(pivot - own)
-        factor[:, k, k] = pivot.sqrt()
-        column = below / pivot.sqrt().unsqueeze(-1)
-        factor[:, k + 1 :, k] = column
-        left[:, k + 1 :, k + 1 :] -= column.unsqueeze(-1) * column.unsqueeze(-2)
-    return factor, torch.stack(lifts, -1)
+        factor[k, k] = pivot.sqrt()
+        column = below / pivot.sqrt()
+        factor[k + 1 :, k] = column
+        left[k + 1 :, k + 1 :] -= column.unsqueeze(1) * column
+    return factor.permute(2, 0, 1).contiguous(), torch.stack(lifts, -1)
 
 
 def solve_factored(factor: Tensor, right: Tensor) -> Tensor:
