@@ -35,8 +35,7 @@ def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.nn.functional.pad(factor, (0, 2 * half - factor.shape[-1])).permute(2, 1, 0).contiguous()
     for _ in range((2 * half - 1) * (SWEEPS + (half - 1).bit_length())):
         left, right = columns.chunk(2)
-        product = (left * right).sum(1, keepdim=True)
-        difference = (right.square() - left.square()).sum(1, keepdim=True)
+        product, difference = _summed(left * right), _summed(right.square() - left.square())
         scale = difference.abs() + (difference.square() + 4.0 * product.square()).sqrt()
         tangent = torch.where(difference < 0.0, -2.0, 2.0) * product / torch.where(scale > 0.0, scale, 1.0)
         cosine = 1.0 / (1.0 + tangent.square()).sqrt()
@@ -45,6 +44,15 @@ def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
         # The next round's pairs: the first stays where it is, and the others move round by one place.
         ring = [left[:1], right[:1], left[1:-1], right[1:], left[-1:]] if half > 1 else [left, right]
         columns = torch.cat(ring)
-    rows = columns.permute(2, 0, 1)
+    rows = columns.permute(2, 0, 1).contiguous()
     squares = rows.square().sum(-1)
     return squares - RIDGE, rows / torch.where(squares > 0.0, squares, 1.0).sqrt().unsqueeze(-1)
+
+
+def _summed(entries: Tensor) -> Tensor:
+    """Returns the sums `[P, 1, B]` of `[P, K, B]`, halves upon halves: torch's own order depends on B."""
+    while entries.shape[1] > 1:
+        half = entries.shape[1] // 2
+        folded = entries[:, :half] + entries[:, half : 2 * half]
+        entries = torch.cat([folded, entries[:, 2 * half :]], 1) if entries.shape[1] % 2 else folded
+    return entries

@@ -153,10 +153,11 @@ def test_pcgrad_with_a_masked_language_ignores_it(rows: Tensor, seed: int) -> No
     assert bool((result[:, 1:].sum(-1) >= 1 - 1e-12).all())  # A projection only ever adds multiples of other rows.
 
 
-@settings(deadline=None, max_examples=examples(12))
-@given(rows(most=12), st.sampled_from([*UNORDERED, "pcgrad", "adasum"]), st.sampled_from(("none", "unit")), seeds)
+@pytest.mark.parametrize("rule", [*UNORDERED, "pcgrad", "adasum"])
+@settings(deadline=None, max_examples=examples(3))
+@given(rows(least=5, most=12), st.sampled_from(("none", "unit")), seeds)
 def test_a_block_gets_the_same_bits_alone_and_among_any_others(
-    rows: Tensor, rule: str, normalize: str, seed: int
+    rule: str, rows: Tensor, normalize: str, seed: int
 ) -> None:
     """However many threads share the blocks out: blocks are resolved one by one on one rank, all at once on another."""
     gram = gram_of(rows)
