@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import deepspeed
 import hjson
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -22,7 +23,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bucketmoo_ds.adapters.deepspeed import checks, late, mixed
+from bucketmoo_ds.adapters.deepspeed import checks, late, mixed, seams
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.extension_locks import warn_of_old_locks
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
@@ -88,8 +89,6 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError: the section is invalid, or cannot be combined with another setting of the JSON.
     """
-    import deepspeed
-
     return deepspeed.initialize(*args, **kwargs)
 
 
@@ -176,7 +175,7 @@ def _asked_for(engine: DeepSpeedEngine) -> BucketMOOConfig | None:
     """
     config = read_section(_json_of(engine))
     if config is not None and config.mode != "mixed":
-        checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        seams.check_seams(deepspeed.__version__, DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
         checks.refuse_settings(engine._config, SECTION)
     return config
 

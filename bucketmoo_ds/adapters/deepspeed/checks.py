@@ -1,12 +1,11 @@
 """What cannot be combined with bucket_moo under DeepSpeed: refused at start-up, with the reason and the way out.
 
-Each entry reads DeepSpeed's own parsed configuration (0.19.8); some of these paths replace the reduction, so that
-the run would silently train by averaging.
+Each entry reads DeepSpeed's own parsed configuration, in which older versions lack some settings; some of these paths
+replace the reduction, so that the run would silently train by averaging.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         "managed_gradient_accumulation = false",
-        lambda c: not c.managed_gradient_accumulation,
+        lambda c: not getattr(c, "managed_gradient_accumulation", True),
         "the boundary of a window is then unknown during backward",
         "set gradient_accumulation_steps",
     ),
@@ -80,7 +79,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         "gradient_allreduce_op = sum",
-        lambda c: c.gradient_allreduce_op == "sum",
+        lambda c: getattr(c, "gradient_allreduce_op", "mean") == "sum",
         "scaling of gradients is part of their per-language mean",
         "remove it (the default is mean)",
     ),
@@ -143,50 +142,9 @@ def refuse_engine(engine: Any, engine_class: type, known: Mapping[type, T]) -> T
         ("sequence parallelism", engine.sequence_parallel_size > 1),
         ("tensor or pipeline parallelism (mpu)", engine.mpu is not None),
         ("embeddings with sparse=True", any(getattr(m, "sparse", False) for m in engine.module.modules())),
+        ("1-bit optimizers", ".onebit." in built.__module__),
         ("the Muon optimizer", any(getattr(param, "use_muon", False) for param in engine.module.parameters())),
     ):
         if is_on:
             raise ConfigError(f"bucket_moo cannot be combined with {what}: gradients are then reduced another way")
     return found
-
-
-# The methods that the adapter overrides or calls, with the parameters that 0.19.8 gives them.
-SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "engine": {
-        "_backward_prologue": ("self",),
-        "_backward_epilogue": ("self",),
-        "is_gradient_accumulation_boundary": ("self",),
-        "buffered_allreduce_fallback": ("self", "grads", "elements_per_buffer"),
-        "_take_model_step": ("self", "lr_kwargs"),
-    },
-    "ZeRO-1/2": {
-        "process_gradients": ("self", "param", "i"),
-        "independent_gradient_partition_epilogue": ("self",),
-        "check_overflow": ("self", "partition_gradients"),
-        "step": ("self", "closure"),
-        "_build_compact_grad_partition_buffer": ("self", "group_idx"),
-    },
-    # A profiler's decorator hides the parameters of some.
-    "ZeRO-3": {
-        "reduce_independent_p_g_buckets_and_remove_grads": ("self", "param"),
-        "independent_gradient_partition_epilogue": ("args", "kwargs"),
-        "_overflow_check_and_loss_scale_update": ("args", "kwargs"),
-        "_loss_scale_update_and_overflow_cleanup": ("self",),
-        "partition_grads": ("args", "kwargs"),
-        "step": ("args", "kwargs"),
-    },
-}
-
-
-def check_seams(engine_class: type, zero12_class: type, zero3_class: type) -> None:
-    """Raises `ConfigError` where this DeepSpeed lacks a method that the adapter builds on, or has changed its
-    parameters."""
-    for owner, methods in zip((engine_class, zero12_class, zero3_class), SEAMS.values(), strict=True):
-        for name, expected in methods.items():
-            method = getattr(owner, name, None)
-            found = tuple(inspect.signature(method).parameters) if method is not None else None
-            if found != expected:
-                raise ConfigError(
-                    f"this DeepSpeed's {owner.__name__}.{name} has parameters {found}, expected {expected}: install "
-                    "a version that bucketmoo_ds supports (0.19.8 is tested)"
-                )
