@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -32,12 +32,15 @@ class BuildWithLibraries(build_py):
                 print(line)
 
 
+class ForOnePlatform(Distribution):
+    """Says that there is compiled code, where it can be built here: a wheel's files then lie where pip puts them."""
+
+    def has_ext_modules(self):
+        return build.can_build()
+
+
 class WheelWithLibraries(bdist_wheel):
     """The libraries are for one platform, but for every Python and, by the stable ABI, every torch from 2.11 on."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = not build.can_build()
 
     def get_tag(self):
         python, abi, platform = super().get_tag()
@@ -45,6 +48,7 @@ class WheelWithLibraries(bdist_wheel):
 
 
 setup(
+    distclass=ForOnePlatform,
     packages=[
         *find_packages(include=["bucketmoo_ds", "bucketmoo_ds.*"]),
         "bucketmoo_ds.kernels",

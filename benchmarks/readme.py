@@ -18,6 +18,7 @@ import mixed_study_table
 import mixed_table
 import overlap_table
 import step_table
+import versions
 import wrappers_table
 
 from bucketmoo_ds.apps.bench import table
@@ -153,6 +154,10 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
+    **{
+        f"{package}-versions": ("docs/compatibility.md", f"{package}-versions.json", versions.render)
+        for package in versions.FILES
+    },
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),

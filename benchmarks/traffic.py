@@ -87,8 +87,8 @@ class Call:
 def install() -> None:
     """Wraps the collectives, once. To be called before DeepSpeed joins the process group: it keeps some of them."""
     for name, describe in _OPERATIONS.items():
-        original = getattr(dist, name)
-        if not hasattr(original, "_counted"):
+        original = getattr(dist, name, None)  # some have a name of their own before torch 2.13, and another after
+        if original is not None and not hasattr(original, "_counted"):
             setattr(dist, name, _counting(name, original, describe))
 
 

@@ -154,7 +154,7 @@ def _units(model: FullyShardedDataParallel) -> list[_Unit]:
     except AttributeError as error:
         raise ConfigError(
             f"fsdp1.register: torch {torch.__version__} keeps flat parameters in another way than 2.13.0, which "
-            f"bucketmoo_ds reads ({error}); use torch 2.13, or fully_shard and bucketmoo_ds.fsdp2"
+            f"bucketmoo_ds reads ({error}); use torch 2.11 to 2.14, or fully_shard and bucketmoo_ds.fsdp2"
         ) from error
 
 

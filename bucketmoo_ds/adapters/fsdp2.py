@@ -488,11 +488,15 @@ class FSDP2Adapter(Sharded):
 
 def _fill_unused(group: _Group) -> None:
     """Does what `set_reduce_scatter_unused_params(True)` does from torch 2.13 on: a parameter that was not used has a
-    gradient of zeros. Before, FSDP2 leaves it out of the bucket."""
-    plain = group.own.post_backward
+    gradient of zeros. Before, FSDP2 leaves it out of the bucket. A group of several modules comes here once for each of
+    them then; what it has had is had once a backward."""
+    plain, filled = group.own.post_backward, -1  # the backward that was filled in last
 
     def post_backward(*arguments: Any) -> None:
-        for each in group.members if group.own.reduce_grads else ():
+        nonlocal filled
+        backward = torch._C._current_graph_task_id()
+        reduces, filled = group.own.reduce_grads and backward != filled, backward
+        for each in group.members if reduces else ():
             if hasattr(each, "_unsharded_param") and each.unsharded_accumulated_grad is None:
                 unsharded = each._unsharded_param
                 if unsharded.grad is None and unsharded.requires_grad:

@@ -1,7 +1,8 @@
 """Which of its inputs a model reads to keep the documents of a packed sequence apart.
 
 A document mask that the model does not obey is none: gradients would cross documents, unseen. Below is what the models
-of transformers obey, read in version 5.23; `tests/unit/test_documents.py` perturbs one document and looks at the next.
+of transformers obey, read in 4.57, 5.23 and 5.24; `tests/unit/test_documents.py` perturbs one document and looks at the
+next.
 
     position_ids that restart   `find_packed_sequence_indices` makes the mask from them, in batches of any size, under
                                 eager, sdpa and flex attention, if there is no attention_mask and *no cache*. With
@@ -14,7 +15,8 @@ of transformers obey, read in version 5.23; `tests/unit/test_documents.py` pertu
     cu_seq_lens_q               flash attention, beside cu_seq_lens_k, max_length_q and max_length_k, if there is no
                                 attention_mask
     attention_mask [B, 1, S, S] of 0 and minus infinity: all but flash attention. Of truth values: sdpa; eager and flex
-                                attention add them to the scores
+                                attention add them to the scores. In transformers 4 models that make their masks
+                                without position_ids read it otherwise, or not at all
     attention_mask [B, S]       0 is padding and anything else is not. Numbers of documents (1 1 2 2 2 0) are obeyed by
                                 models that were *patched* for it alone; that is taken at its word
     BlockMask                   flex attention; as it does not say which documents it keeps apart, `seq_idx` has to
@@ -26,12 +28,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _MASKED_BY_POSITION = ("eager", "sdpa", "flex_attention")
@@ -88,6 +92,8 @@ class Attention:
         return None if self._module is None else self._module.config._attn_implementation
 
     def _why_no_mask(self, mask: Tensor) -> str:
+        if self._module is not None and mask.dim() == 4 and not self._by_position and _is_old():
+            return f"transformers {importlib.metadata.version('transformers')} reads it otherwise in this model"
         if self._module is None or (self._implementation == "sdpa" and mask.dim() == 4):
             return ""
         if mask.dim() != 4 or self.flash:
@@ -119,9 +125,16 @@ class Attention:
         cache = inputs.get("use_cache")
         cache = getattr(config, "use_cache", False) if cache is None else cache
         checkpointed = getattr(self._module, "gradient_checkpointing", False) and self._module.training
-        if inputs.get("past_key_values") is not None or (cache and not checkpointed):
+        checkpointed = checkpointed and torch.is_grad_enabled()  # from transformers 5.24 on not without gradients
+        given = any(inputs.get(name) is not None for name in ("past_key_values", "cache"))  # the latter from 5.24 on
+        if given or (cache and not checkpointed):
             return "not read where there is a cache; set model.config.use_cache = False"
         return ""
+
+
+@functools.cache
+def _is_old() -> bool:
+    return int(importlib.metadata.version("transformers").partition(".")[0]) < 5
 
 
 @functools.cache

@@ -8,11 +8,13 @@ nor its labels, which may be taken off before, say how the loss was divided; Tra
 A loss that Trainer makes, and TRL's SFTTrainer, are known. Of another one only its owner knows whether it is divided:
 `loss_is_scaled_for_ga`, which transformers asks for there, says so.
 
-Read in transformers 5.23 (`trainer.py`) and TRL 1.16 (`sft_trainer.py`).
+Read in transformers 5.23 and 4.57 (`trainer.py`), and TRL 1.16 (`sft_trainer.py`). In 4.57 label smoothing, and what
+`loss_is_scaled_for_ga` says against Trainer's own rule, would be wrong by the number of micro-steps: they are refused.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import weakref
 from collections.abc import Mapping
 from types import ModuleType
@@ -47,6 +49,7 @@ class TrainerLoss:
     Attributes:
         entries: the labels of the batch, as Trainer got it, or as its label smoother did.
         by_trainer: whether Trainer's own `compute_loss` made the loss.
+        smoothed_mean: whether the label smoother was not told `num_items_in_batch`.
         made: in the first micro-step, the loss that the model has made of its labels, and the model's outputs.
     """
 
@@ -57,6 +60,7 @@ class TrainerLoss:
         if isinstance(inputs, Mapping):
             self.entries = Entries(labels=inputs.get("labels"), shift_labels=inputs.get("shift_labels"))
         self.by_trainer = False
+        self.smoothed_mean = False
         self.made: tuple[Tensor, Any] | None = None
 
     def divisor(self) -> float | None:
@@ -65,6 +69,19 @@ class TrainerLoss:
         by_function = trainer.compute_loss_func is not None
         handed_on = self._num_items is not None and (trainer.model_accepts_loss_kwargs or by_function)
         stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if stated not in (None, handed_on or by_function) and not _reads_statement(trainer):
+            raise LanguageError(
+                f"{name}.loss_is_scaled_for_ga = {stated}: transformers {_version()} does not read it, and would "
+                f"{'' if stated else 'not '}divide the loss by the micro-steps; use transformers 5.23"
+                + ("" if stated else ", or set `model.accepts_loss_kwargs = False` before the Trainer is made")
+            )
+        if handed_on and self.smoothed_mean:
+            raise LanguageError(
+                f"label_smoothing_factor: the label smoother of transformers {_version()} is not told "
+                "num_items_in_batch and returns the mean of its micro-batch, which Trainer does not divide by the "
+                "micro-steps: use transformers 5.23, or set `model.accepts_loss_kwargs = False` before the Trainer is "
+                "made"
+            )
         if not (handed_on or by_function if stated is None else stated):
             if self.by_trainer and handed_on:
                 raise LanguageError(
@@ -143,12 +160,27 @@ def _smooth(wrapped: Any, smoother: Any, args: tuple[Any, ...], kwargs: dict[str
     """The smoother is told whether to shift labels by the model's name, not as the model would do it itself."""
     stated = stated_loss()
     if isinstance(stated, TrainerLoss):
-        stated.entries = _smoothed(*args, **kwargs)
+        stated.entries, stated.smoothed_mean = _smoothed(*args, **kwargs)
     return wrapped(*args, **kwargs)
 
 
-def _smoothed(model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Entries:
-    return Entries(shift_labels=labels[..., 1:] if shift_labels else labels)
+def _smoothed(
+    model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+) -> tuple[Entries, bool]:
+    return Entries(shift_labels=labels[..., 1:] if shift_labels else labels), num_items_in_batch is None
+
+
+def _reads_statement(trainer: Any) -> bool:
+    """Whether Trainer itself has the attribute `loss_is_scaled_for_ga`, and so reads it."""
+    return any(
+        "loss_is_scaled_for_ga" in vars(each)
+        for each in type(trainer).__mro__
+        if each.__module__ == "transformers.trainer"
+    )
+
+
+def _version() -> str:
+    return importlib.metadata.version("transformers")
 
 
 def _is_known(trainer: Any) -> bool:

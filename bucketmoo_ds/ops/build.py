@@ -98,13 +98,16 @@ class Library:
         return f"libbucketmoo_{self.name}.so"
 
 
-def cpu_library() -> str:
+def cpu_library(*, installed: bool = True) -> str:
     """Returns the path of the CPU backend's library, which is built first if need be.
+
+    Args:
+        installed: whether one that came with a wheel will do.
 
     Raises:
         BuildError: there is no compiler, it fails, or there is no place to write to.
     """
-    return _find_or_build("cpu", _cpu)
+    return _find_or_build("cpu", _cpu, installed)
 
 
 def architecture_of(capability: tuple[int, int]) -> str | None:
@@ -115,16 +118,17 @@ def architecture_of(capability: tuple[int, int]) -> str | None:
     return own[-1] if own else ARCHITECTURES[-1] if capability > max(majors) else None
 
 
-def cuda_library(architectures: Sequence[str] = ARCHITECTURES) -> str:
+def cuda_library(architectures: Sequence[str] = ARCHITECTURES, *, installed: bool = True) -> str:
     """Returns the path of the CUDA backend's library, which is built first if need be.
 
     Args:
         architectures: what it is built for where it has to be: those of the devices at hand build sooner than all.
+        installed: whether one that came with a wheel will do.
 
     Raises:
         BuildError: torch is built without CUDA, there is no compiler, it fails, or there is no place to write to.
     """
-    return _find_or_build("cuda", functools.partial(_cuda, architectures))
+    return _find_or_build("cuda", functools.partial(_cuda, architectures), installed)
 
 
 def can_build() -> bool:
@@ -220,10 +224,10 @@ def _compiler() -> tuple[str, ...]:
     return tuple(words)
 
 
-def _find_or_build(name: str, describe: Callable[[], Library]) -> str:
-    installed = _PACKAGE / FOLDER / f"libbucketmoo_{name}.so"
-    if installed.exists():
-        return str(installed)
+def _find_or_build(name: str, describe: Callable[[], Library], installed: bool) -> str:
+    of_the_wheel = _PACKAGE / FOLDER / f"libbucketmoo_{name}.so"
+    if installed and of_the_wheel.exists():
+        return str(of_the_wheel)
     library = describe()
     folder = _cache() / _fingerprint(library)
     built = folder / library.file

@@ -8,6 +8,7 @@ from typing import Any
 
 import launch
 import pytest
+from distributed.of_transformers import counted_otherwise_by_4, refused_by_4
 from draw import SEED
 
 from bucketmoo_ds.config import BucketMOOConfig
@@ -83,6 +84,7 @@ def test_trains_as_initialize_does(outcomes: Outcomes, way: str, layout: tuple[i
         assert difference(found, wanted) < TOLERANCE
 
 
+@refused_by_4
 @pytest.mark.parametrize("layout", SMOOTH_LAYOUTS, ids=lambda layout: f"zero{layout[0]}-M{layout[1]}")
 def test_label_smoothing_trains_as_initialize_does(outcomes: Outcomes, layout: tuple[int, int]) -> None:
     """Trainer takes the labels off the batch, and its smoother divides by the window's tokens, outside of the model."""
@@ -96,6 +98,7 @@ def test_label_smoothing_trains_as_initialize_does(outcomes: Outcomes, layout: t
         assert difference(found, other) > 100 * TOLERANCE, "smoothing should matter"
 
 
+@counted_otherwise_by_4
 @pytest.mark.parametrize(
     ("layout", "ragged"),
     [

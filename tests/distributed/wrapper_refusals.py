@@ -21,7 +21,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -202,7 +201,9 @@ def fsdp2_not_sharded() -> nn.Module:
 
 
 def fsdp2_several_groups() -> nn.Module:
-    """The head's parameters on a mesh of their own."""
+    """The head's parameters on a mesh of their own, which torch has from 2.13 on."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+
     model = toy.ToyLM()
     head, alone = model.head.weight, FSDPMeshInfo(mesh=two_dimensional(worker.WORLD_SIZE)["shard"], shard_mesh_dim=0)
 

@@ -51,7 +51,7 @@ def lines() -> Iterator[list[str]]:
 
 @pytest.fixture
 def _no_library(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
-    def fail() -> str:
+    def fail(installed: bool) -> str:
         raise build.BuildError("there is no C++ compiler g++-99")
 
     monkeypatch.setattr(build, "cpu_library", fail)
@@ -182,8 +182,8 @@ def test_the_compute_capability_decides(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(build, "cuda_library", asked.append)
-    monkeypatch.setattr(libraries, "load", lambda find: find() or "")
+    monkeypatch.setattr(build, "cuda_library", lambda architectures, installed: asked.append(architectures))
+    monkeypatch.setattr(libraries, "load", lambda find: find(installed=True) or "")
     assert ops.choose_backend(device="cuda") == runs
     (line,) = (line for line in lines if "backend of the ops on cuda:0: " in line)
     assert reason in line
@@ -196,10 +196,26 @@ def test_the_compute_capability_decides(
 def test_a_file_that_is_no_library_is_a_reason(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "libbucketmoo_cpu.so"
     file.write_bytes(content)
-    reason = libraries.load(lambda: str(file))
+    reason = libraries.load(lambda installed: str(file))
     assert f"{file} cannot be loaded" in reason
     assert "delete it" in reason
     assert len(reason.splitlines()) == 1
+
+
+def test_where_the_library_of_a_wheel_cannot_be_loaded_another_is_built(tmp_path: Path) -> None:
+    """It may have been made for a newer C library than this machine's."""
+    of_the_wheel = tmp_path / "libbucketmoo_cpu.so"
+    of_the_wheel.write_bytes(b"")
+    assert libraries.load(lambda installed: str(of_the_wheel) if installed else build.cpu_library()) == ""
+
+    def no_compiler(installed: bool) -> str:
+        if installed:
+            return str(of_the_wheel)
+        raise build.BuildError("there is no C++ compiler g++")
+
+    reason = libraries.load(no_compiler)
+    assert f"{of_the_wheel} cannot be loaded" in reason
+    assert reason.endswith("; there is no C++ compiler g++")
 
 
 def _forget() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -88,10 +89,17 @@ def keeps_apart(model: nn.Module, inputs: dict[str, Any], batch: int) -> bool:
     tokens = torch.randint(5, 60, (batch, LENGTH))
     changed = tokens.clone()
     changed[:, 1] = (tokens[:, 1] + 7) % 60
-    with torch.no_grad():
-        before, after = (model(input_ids=each, **inputs).logits for each in (tokens, changed))
+    # XGLM of transformers 4 adds to the positions in place.
+    before, after = (
+        model(input_ids=each, **{name: _own(value) for name, value in inputs.items()}).logits
+        for each in (tokens, changed)
+    )
     assert not torch.equal(before[:, :FIRST], after[:, :FIRST])
     return torch.equal(before[:, FIRST:], after[:, FIRST:])
+
+
+def _own(value: Any) -> Any:
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
 
 
 def told_apart(model: nn.Module | None, inputs: dict[str, Any], batch: int) -> tuple[bool, str]:
@@ -111,10 +119,15 @@ def told_apart(model: nn.Module | None, inputs: dict[str, Any], batch: int) -> t
     ],
 )  # fmt: skip
 def test_documents_are_those_of_the_model(name: str, attention: str, use_cache: bool) -> None:
+    if name == "bert" and transformers.__version__ < "5":
+        pytest.skip("BERT of transformers 4 takes no other inputs than its own, and says so")
     model = made(name, attention, use_cache)
     for form, batch in itertools.product(FORMS, (1, 2)):
         inputs = _inputs(form, batch)
         told, unread = told_apart(model, inputs, batch)
+        if (name, form) == ("xglm", "blocks") and transformers.__version__ < "5":
+            assert not told, "it fails by itself"
+            continue
         assert told == keeps_apart(model, inputs, batch), (form, batch, unread)
         assert told or unread or form in ("nothing", "positions that go on"), "a refusal says why"
     assert told_apart(None, _inputs("positions", 2), 2)[0], "a model that is not theirs is taken at its word"
@@ -127,7 +140,8 @@ def test_a_checkpointed_model_that_trains_has_no_cache() -> None:
             module.p = 0.0
     inputs = _inputs("positions", 2)
     assert not told_apart(model, inputs, 2)[0]
-    model.activation_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()  # the latter is the name in transformers 4
     assert not told_apart(model, inputs, 2)[0], "in evaluation it has one"
     model.train()
     assert told_apart(model, inputs, 2)[0]

@@ -106,7 +106,7 @@ for words in ("doctor", f"{plan} --framework deepspeed --stage 2", plan, f"train
     found = re.findall(r"(.*?)= (\d)\n", done.stderr, re.DOTALL)
     assert [status for _, status in found] == ["0", "0", "0", "2"], done.stderr
     doctor, zero, fsdp2, train = (said for said, _ in found)
-    assert re.search(r"deepspeed \(the DeepSpeed adapter\)\W+not installed\W+pip install", done.stdout)
+    assert re.search(r"DeepSpeed adapter\)\W+not installed\W+pip install 'bucketmoo-ds\[deepspeed\]'", done.stdout)
     assert doctor == fsdp2 == ""
     assert 'pip install "bucketmoo-ds[deepspeed]"' in zero
     assert "pip install 'bucketmoo-ds[train]'" in train

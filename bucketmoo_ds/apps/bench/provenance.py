@@ -31,7 +31,7 @@ def describe(packages: Sequence[str] = ("torch", "deepspeed")) -> dict[str, Any]
     changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     gpu = _gpu_model()
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "system": platform.platform()}
         | ({"gpu": gpu} if gpu else {}),
         "versions": {

@@ -11,6 +11,7 @@ import platform
 import shutil
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bucketmoo_ds import __version__, ops
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
     findings = examine()
     table = Table("", "what", "found", "what to do", title=f"bucketmoo_ds {__version__}")
     for finding in findings:
-        table.add_row("ok" if finding.well else "--", finding.what, finding.found, finding.way_out)
+        # An extra's brackets are no markup.
+        table.add_row("ok" if finding.well else "--", *map(escape, (finding.what, finding.found, finding.way_out)))
     Console().print(table)
     missing = [finding for finding in findings if not finding.well and finding.what.split()[0] in NEEDED]
     if missing:

@@ -4,9 +4,11 @@ A number that is not finite is written as `null`, because `NaN` is not JSON and 
 follow `RunRecord.blocks`; matrices of languages follow `RunRecord.languages`.
 """
 
-# No `from __future__ import annotations` here: on Python 3.11 it hides `NotRequired` from `__required_keys__`.
+# No `from __future__ import annotations` here: on Python 3.10 and 3.11 it hides `NotRequired` from `__required_keys__`.
 from collections.abc import Mapping
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, cast
+
+from typing_extensions import NotRequired, TypedDict
 
 from bucketmoo_ds.errors import BucketMOOError, did_you_mean, one_of
 

@@ -13,7 +13,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
+
+from typing_extensions import Self
 
 from bucketmoo_ds.apps.monitor.reader import read
 from bucketmoo_ds.apps.monitor.records import DETAIL_KEYS, MetricsError, Record, StepRecord, check

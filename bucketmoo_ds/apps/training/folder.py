@@ -14,9 +14,10 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from typing_extensions import Self
 
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.logs import logger

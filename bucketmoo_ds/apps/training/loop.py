@@ -205,7 +205,7 @@ class _Loop:
         writer.write(
             {
                 "event": "run",
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "aggregator": self.config.aggregator if moo is not None else "averaging",
                 "granularity": self.config.granularity,
                 "languages": list(self.config.languages),

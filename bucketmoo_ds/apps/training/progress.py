@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from typing_extensions import Self
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 LINE_EVERY = 20.0

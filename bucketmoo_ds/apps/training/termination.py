@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
 
 import torch.distributed as dist
+from typing_extensions import Self
 
 from bucketmoo_ds.apps.training.environment import TERMINATED_STATUS, TerminatedError
 

@@ -124,7 +124,8 @@ def _load() -> str:
     """Loads the library once, and returns "", or why that does not work."""
     capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
     found = {build.architecture_of(each) for each in capabilities}
-    return libraries.load(lambda: build.cuda_library([each for each in build.ARCHITECTURES if each in found]))
+    architectures = [each for each in build.ARCHITECTURES if each in found]
+    return libraries.load(functools.partial(build.cuda_library, architectures))
 
 
 def _ops() -> torch._ops._OpNamespace:

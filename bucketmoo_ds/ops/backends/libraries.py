@@ -10,14 +10,19 @@ import torch
 from bucketmoo_ds.ops import build
 
 
-def load(find_or_build: Callable[[], str]) -> str:
-    """Loads the library that the function names; returns "", or the reason why it cannot be had here."""
-    try:
-        library = find_or_build()
-    except build.BuildError as error:
-        return str(error)
-    try:
-        torch.ops.load_library(library)
-    except (OSError, RuntimeError) as error:
-        return f"{library} cannot be loaded ({str(error).strip().splitlines()[0]}): delete it, and it is built anew"
-    return ""
+def load(find_or_build: Callable[..., str]) -> str:
+    """Loads the library that the function names; returns "", or the reason why it cannot be had here. One that came
+    with a wheel may have been made for newer system libraries: another is built then, where there is a compiler."""
+    reason = ""
+    for installed in (True, False):
+        try:
+            library = find_or_build(installed=installed)
+        except build.BuildError as error:
+            return "; ".join(filter(None, (reason, str(error))))
+        try:
+            torch.ops.load_library(library)
+        except (OSError, RuntimeError) as error:
+            reason = f"{library} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        else:
+            return ""
+    return f"{reason}: delete it, and it is built anew"

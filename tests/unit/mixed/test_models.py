@@ -105,5 +105,7 @@ def with_balance(model: nn.Module, inputs: dict[str, Tensor], there: Tensor, tar
 )
 def test_experts(make: Callable[..., nn.Module], implementation: str, balanced: bool) -> None:
     model = make(output_router_logits=balanced, router_aux_loss_coef=0.1)
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip("transformers 4 hands an expert gathered rows, which are refused by name")
     model.set_experts_implementation(implementation)
     check(model, **({"loss_of": with_balance} if balanced else {}))
