@@ -1,4 +1,4 @@
-"""The parts of DeepSpeed that the adapter builds on, by version: read in each release of the range, checked at start-up.
+"""The parts of DeepSpeed that the adapter builds on, by version, checked at start-up.
 
 What a release lacks, or has in another form, is looked for where it is used, so that no other file knows versions.
 """

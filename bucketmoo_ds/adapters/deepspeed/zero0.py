@@ -1,9 +1,9 @@
 """ZeRO-0: DeepSpeed's plain data parallelism, every rank with the whole model.
 
-Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/engine.py`. Stock all-reduces `.grad` once, at the boundary, where the languages of a
-rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there and adds it up,
-each language apart, and at the boundary `.grad` becomes the combined gradient, which clipping and the optimizer
-(DeepSpeed's for bf16, or the user's own) find where they look for it. Stock's all-reduce is left out.
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/engine.py`. Stock all-reduces `.grad` once, at the boundary, where the
+languages of a rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there
+and adds it up, each language apart, and at the boundary `.grad` becomes the combined gradient, which clipping and the
+optimizer (DeepSpeed's for bf16, or the user's own) find where they look for it. Stock's all-reduce is left out.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
                 self.norm_for_param_grads[self.get_param_id(param)] = part.norm(2, dtype=torch.float64)
 
     def _partition(self, group: int) -> tuple[Tensor, list[Tensor]]:
-        """Returns room for this rank's gradient of a group, flat, and in the pieces in which DeepSpeed reads it: one for
-        each parameter, of its shape where it is all here, then the padding."""
+        """Returns room for this rank's gradient of a group, flat, and in the pieces in which DeepSpeed reads it: one
+        for each parameter, of its shape where it is all here, then the padding."""
         if hasattr(self, "_build_compact_grad_partition_buffer"):
             compact = self._build_compact_grad_partition_buffer(group)
             return compact.flat_partition, compact

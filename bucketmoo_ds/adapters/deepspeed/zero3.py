@@ -1,7 +1,7 @@
 """ZeRO-3: DeepSpeed's optimizer with its bucketing and reduction replaced by the engine's.
 
-Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/zero/stage3.py`. Every parameter is cut into W chunks, one a rank, so a combined
-shard is made of chunks that are this rank's own: nothing is sent on. What is overridden:
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/zero/stage3.py`. Every parameter is cut into W chunks, one a rank, so a
+combined shard is made of chunks that are this rank's own: nothing is sent on. What is overridden:
 
 * `reduce_independent_p_g_buckets_and_remove_grads`, called by a hook on every parameter when its gradient is ready;
 * `independent_gradient_partition_epilogue`, called at the end of every backward;
