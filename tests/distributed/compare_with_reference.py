@@ -437,8 +437,10 @@ def whole(optimizer: Any, partitions: list[Tensor]) -> dict[str, Tensor]:
         parts = [torch.empty_like(mine) for _ in range(worker.WORLD_SIZE)]
         dist.all_gather(parts, mine)
         flat = torch.cat(parts).double()
-        for param, offset in zip(params, optimizer.round_robin_bit16_offsets[group], strict=True):
-            found[plain_name(optimizer.param_names[param])] = flat[offset : offset + param.numel()]
+        end = 0
+        for param in params:  # without parameter_alignment nothing lies between two of them
+            begin, end = end, end + param.numel()
+            found[plain_name(optimizer.param_names[param])] = flat[begin:end]
     return found
 
 

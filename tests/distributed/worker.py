@@ -35,7 +35,7 @@ def start() -> None:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     # DeepSpeed 0.18.7 to 0.18.9 gather ZeRO-1's and ZeRO-2's parameters into views that gloo may not write to.
     gather = deepspeed.comm.all_gather_into_tensor
-    deepspeed.comm.all_gather_into_tensor = lambda output, *args, **kwargs: gather(output.detach(), *args, **kwargs)
+    deepspeed.comm.all_gather_into_tensor = lambda output, *args, **kwargs: gather(output.data, *args, **kwargs)
     # ZeRO-3 collects garbage whenever an engine is made, and would go through all that was imported.
     gc.freeze()
 
