@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from bucketmoo_ds.config import BucketMOOConfig
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
     from bucketmoo_ds.data.schedule import LanguageSchedule
-    from bucketmoo_ds.integrations.mixed_trainer import MixedTrainerMixin
+    from bucketmoo_ds.integrations.language_trainer import LanguageTrainerMixin
+    from bucketmoo_ds.integrations.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,8 @@ _PUBLIC = {
     "BucketMOOConfig": "bucketmoo_ds.config",
     "LanguageBatchSampler": "bucketmoo_ds.data.sampler",
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
-    "MixedTrainerMixin": "bucketmoo_ds.integrations.mixed_trainer",
+    "LanguageTrainerMixin": "bucketmoo_ds.integrations.language_trainer",
+    "Trainer": "bucketmoo_ds.integrations.trainer",
     "weights": "bucketmoo_ds.aggregate",
 }
 
@@ -34,7 +36,8 @@ __all__ = [
     "BucketMOOConfig",
     "LanguageBatchSampler",
     "LanguageSchedule",
-    "MixedTrainerMixin",
+    "LanguageTrainerMixin",
+    "Trainer",
     "__version__",
     "initialize",
     "weights",

@@ -2,7 +2,7 @@
 # Sets everything up in a virtual environment of its own and runs one of the two commands of the README:
 #   bash scripts/run.sh quickstart [arguments of `bucketmoo quickstart`]
 #   bash scripts/run.sh test [arguments of pytest]
-# BUCKETMOO_VENV names the environment (default .venv); PYTHON the interpreter (default python3, 3.10 or newer).
+# BUCKETMOO_VENV names the environment (default .venv); PYTHON the interpreter (default python3, 3.11 or newer).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,8 +16,8 @@ shift
 
 venv=${BUCKETMOO_VENV:-.venv}
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "bucketmoo_ds needs Python 3.10 or newer; name one: PYTHON=/path/to/python3.12 bash scripts/run.sh $command" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "constraints.txt is of Python 3.11 or newer; name one: PYTHON=/path/to/python3.12 bash scripts/run.sh $command" >&2
     exit 2
 }
 wanted="$extras $(cat constraints.txt pyproject.toml setup.py | sha256sum)"

@@ -30,7 +30,10 @@ class MicroStep:
         boundary: whether the present (or latest) micro-step ends the window.
         resolved: whether what the optimizer sees is a resolved window's, or nothing.
         unused: whether no step has used it yet.
+        slot: this rank's slot of the present (or latest) micro-step.
     """
+
+    slot = Slot(0, 0, 0.0)
 
     def __init__(self, moo: BucketMOO, tracker: LanguageTracker) -> None:
         self.moo = moo
@@ -57,6 +60,7 @@ class MicroStep:
         moo = self.moo
         moo.begin_micro_step(obstacle or self.tracker.slot(moo.micro_steps, moo.exchange.world_size), boundary)
         self.boundary = boundary
+        self.slot = moo.window.latest[moo.exchange.rank]
         taken = moo.window.micro_steps
         if taken >= moo.micro_steps and not boundary:
             raise BucketMOOError(
@@ -121,11 +125,6 @@ class MicroStep:
     def exchanges(self) -> bool:
         """Whether the present micro-step's gradients go to the other ranks."""
         return self.boundary or not self.moo.window.once_a_window
-
-    @property
-    def slot(self) -> Slot:
-        """This rank's slot of the present micro-step."""
-        return self.moo.window.latest[self.moo.exchange.rank]
 
     @property
     def factor(self) -> float:

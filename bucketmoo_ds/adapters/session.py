@@ -21,7 +21,7 @@ from bucketmoo_ds.adapters.hooks import Hook, Stays, after_backward, graph_task,
 from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data import switched_on
-from bucketmoo_ds.data.batch import LanguageTracker, Passage
+from bucketmoo_ds.data.batch import LanguageTracker, Passage, Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.pipeline.engine import BucketMOO
@@ -143,6 +143,11 @@ class Session(Stays):
     def last(self) -> Resolution | None:
         """What was decided in the latest window."""
         return self.moo.last
+
+    @property
+    def slot(self) -> Slot:
+        """What this rank has trained on in the latest micro-step."""
+        return self._micro.slot
 
     @property
     def skipped(self) -> bool:

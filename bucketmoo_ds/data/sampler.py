@@ -161,6 +161,11 @@ class LanguageBatchSampler(Sampler[list[int]]):
         return self._start[0]
 
     @property
+    def window(self) -> int:
+        """The window of it that the next iteration begins with."""
+        return self._start[1]
+
+    @property
     def windows_per_epoch(self) -> int:
         """The windows, that is the optimizer steps, of an epoch; equal for all epochs."""
         return self.schedule.windows_per_epoch
@@ -322,6 +327,22 @@ def _labels(dataset: Any, column: str, given: Any, languages: Sequence[str]) -> 
 
 
 def _column_labels(dataset: Any, column: str, table: LanguageTable) -> NDArray[np.int32]:
+    values, codes = distinct_values(dataset, column)
+    names = values
+    for each in class_names(dataset, column):
+        table.check_classes(each, [value for value in values if isinstance(value, int)], column)
+        if _is_hugging_face(dataset):
+            known = dict(enumerate(each))
+            names = [known.get(value) if isinstance(value, int) else value for value in values]
+    return table.column(names, codes, f'column "{column}"')
+
+
+def distinct_values(dataset: Any, column: str) -> tuple[list[Any], NDArray[np.int64]]:
+    """Returns the distinct values of a column, as it writes them, and for each row which of them it has.
+
+    Raises:
+        ConfigError: there is no such column, or rows cannot be picked by number.
+    """
     if dataset is None:
         raise ConfigError("dataset: missing; give a dataset with a language column, or sample_languages")
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -330,21 +351,22 @@ def _column_labels(dataset: Any, column: str, table: LanguageTable) -> NDArray[n
             "could say which language comes next; expected a map-style dataset. Load it without streaming=True, or "
             "save it once: datasets.Dataset.from_generator(lambda: iter(stream))"
         )
-    if hasattr(dataset, "column_names") and hasattr(dataset, "with_format"):
-        return _hugging_face_labels(dataset, column, table)
+    if _is_hugging_face(dataset):
+        return _hugging_face_values(dataset, column)
     values = []
     for row in range(len(dataset)):
         sample = dataset[row]
         if not isinstance(sample, Mapping) or column not in sample:
             raise _missing_column(column, list(sample) if isinstance(sample, Mapping) else [])
         values.append(sample[column])
-    known, codes = _distinct(values)
-    for class_names in _class_names(dataset, column):
-        table.check_classes(class_names, [value for value in known if isinstance(value, int)], column)
-    return table.column(known, codes, f'column "{column}"')
+    return _distinct(values)
 
 
-def _hugging_face_labels(dataset: Any, column: str, table: LanguageTable) -> NDArray[np.int32]:
+def _is_hugging_face(dataset: Any) -> bool:
+    return hasattr(dataset, "column_names") and hasattr(dataset, "with_format")
+
+
+def _hugging_face_values(dataset: Any, column: str) -> tuple[list[Any], NDArray[np.int64]]:
     """Reads the column as Arrow does, so that ten million strings become numbers without a Python object each."""
     if column not in dataset.column_names:
         raise _missing_column(column, dataset.column_names)
@@ -354,23 +376,17 @@ def _hugging_face_labels(dataset: Any, column: str, table: LanguageTable) -> NDA
         raise ConfigError(f'column "{column}" holds {kind}: expected a name, an index or a ClassLabel in each row')
     encoded = arrow.column(column).combine_chunks().dictionary_encode()
     values: list[Any] = encoded.dictionary.to_pylist()
-    codes = encoded.indices.fill_null(len(values)).to_numpy()
-    names = values
-    for class_names in _class_names(dataset, column):
-        known = dict(enumerate(class_names))
-        names = [known.get(value) for value in values]
-        table.check_classes(class_names, values, column)
-    return table.column([*names, None], codes, f'column "{column}"')
+    return [*values, None], encoded.indices.fill_null(len(values)).to_numpy().astype(np.int64)
 
 
-def _class_names(dataset: Any, column: str) -> list[Sequence[str]]:
+def class_names(dataset: Any, column: str) -> list[Sequence[str]]:
     """Returns the names of the column's `ClassLabel`, where it is one. Torch's `Subset` and `ConcatDataset` hide the
     features of what they are made of, but not the numbers."""
     feature = (getattr(dataset, "features", None) or {}).get(column)
     if feature is not None:
         return [feature.names] if hasattr(feature, "names") else []
     inner = [*getattr(dataset, "datasets", []), getattr(dataset, "dataset", None)]
-    return [names for each in inner if each is not None for names in _class_names(each, column)]
+    return [names for each in inner if each is not None for names in class_names(each, column)]
 
 
 def _distinct(values: Sequence[Any]) -> tuple[list[object], NDArray[np.int64]]:

@@ -3,7 +3,8 @@
 `accelerator.prepare` and `skip_first_batches` put samplers of their own around ours, a `BatchSamplerShard` that deals
 the batches out to the ranks and a `SkipBatchSampler`. Their `set_epoch` reaches through one of them and not through
 both, so a run that is resumed inside its second epoch would be fed the rows of the first. Here it reaches ours through
-any number of them. Loaders without our sampler are left alone.
+any number of them, and batches that are to be skipped are not drawn: ours seeks. Loaders without our sampler are left
+alone.
 
 Read in Accelerate 1.15, `data_loader.py`, and transformers 5.23, `Trainer._run_epoch`.
 """
@@ -23,6 +24,7 @@ def install(data_loader: ModuleType) -> None:
     for loader in (data_loader.DataLoaderShard, data_loader.DataLoaderDispatcher):
         wrap(loader, "set_epoch", _set_epoch)
         wrap(loader, "__iter__", _iterate)
+    wrap(data_loader.SkipBatchSampler, "__iter__", _seek)
 
 
 def _set_epoch(wrapped: Any, loader: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,9 +44,30 @@ def _iterate(wrapped: Any, loader: Any, args: tuple[Any, ...], kwargs: dict[str,
     return wrapped(*args, **kwargs)
 
 
+def _seek(wrapped: Any, skipping: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whole windows are skipped by ours, which need not draw them; each rank has `micro_steps` batches of one."""
+    return _sought(wrapped, skipping)
+
+
+def _sought(wrapped: Any, skipping: Any) -> Iterator[Any]:
+    """Looks when the first batch is drawn: with workers, torch makes two iterators and draws from one."""
+    *_, innermost = _inside(skipping)
+    ours = _is_ours(innermost) and innermost.rank is None and innermost.window == 0
+    windows, rest = divmod(skipping.skip_batches, innermost.schedule.micro_steps) if ours else (0, 1)
+    undealt = skipping.batch_sampler is innermost
+    if not ours or rest or (undealt and innermost.schedule.world_size > 1):
+        yield from wrapped()
+        return
+    innermost.seek(innermost.epoch, windows)
+    yield from skipping.batch_sampler
+
+
 def _samplers(loader: Any) -> Iterator[Any]:
     """Yields the loader's batch sampler, the one inside it, and so on; `None` where it has none."""
-    sampler = loader.batch_sampler
+    yield from _inside(loader.batch_sampler)
+
+
+def _inside(sampler: Any) -> Iterator[Any]:
     yield sampler
     while (sampler := getattr(sampler, "batch_sampler", None)) is not None:
         yield sampler

@@ -38,7 +38,7 @@ def run(
     """
     torch.manual_seed(seed)
     model = make_model(seed)
-    numel = sum(parameter.numel() for parameter in model.parameters())
+    shapes = [parameter.shape for parameter in model.parameters()]
     settings: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16 if dtype == "bf16" else None)}
     if replicas > 1:
         shape = (replicas, worker.WORLD_SIZE // replicas)
@@ -75,7 +75,8 @@ def run(
         window()
     dist.barrier()  # every rank has read what was sent to it, so it has been sent
     found: dict[str, Any] = {
-        "numel": numel,
+        "shapes": shapes,
+        "numel": sum(shape.numel() for shape in shapes),
         "buckets": len(linears),
         "sent": traffic.sent_by(calls, "purpose"),
         "gradients": traffic.gradient_bytes(calls),

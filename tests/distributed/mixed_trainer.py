@@ -1,4 +1,4 @@
-"""Worker: transformers' Trainer with languages mixed in every batch, under DDP and DeepSpeed."""
+"""Worker: transformers' Trainer with languages, mixed in every batch or not, under DDP and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = 3
 MICRO_STEPS = 2
 
 
-class MixedTrainer(bucketmoo_ds.MixedTrainerMixin, Trainer):
+class Languages(bucketmoo_ds.LanguageTrainerMixin, Trainer):
     """What a user writes."""
 
 
@@ -45,8 +45,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
 
 
-def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int) -> dict[str, Any]:
-    """Returns the parameters after `WINDOWS` windows under DDP, or a stage of ZeRO."""
+def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int, mode: str = "mixed") -> dict[str, Any]:
+    """Returns the parameters after `WINDOWS` windows under DDP, or a stage of ZeRO, and what was logged."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -60,7 +60,7 @@ def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int) -> dict[str
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false" if config is None else "true"
     PartialState(backend="gloo", cpu=config is None)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = MixedTrainer(
+        trainer = Languages(
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
@@ -76,6 +76,8 @@ def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int) -> dict[str
                 max_grad_norm=0.0,
                 remove_unused_columns=False,
                 save_strategy="no",
+                logging_strategy="steps",
+                logging_steps=WINDOWS,
                 report_to=[],
                 disable_tqdm=True,
                 seed=seed,
@@ -83,14 +85,16 @@ def run(*, stage: int | None, moo: dict[str, Any] | None, seed: int) -> dict[str
             train_dataset=Rows(seed),
             data_collator=collate,
             moo=None if moo is None else bucketmoo_ds.BucketMOOConfig(languages=LANGUAGES, gram_every=1, **moo),
+            mode=mode,
         )
         trainer.train()
         session = trainer.moo
         return {
             "type": type(trainer.model_wrapped).__name__,
             "parameters": torch.cat([each.double().flatten() for each in worker.weights(trainer.model)]),
-            "windows": None if session is None else session.windows,
+            "windows": None if session is None else getattr(session, "moo", session).windows,
             "weights": None if session is None else session.last.weights,
+            "log": next(each for each in trainer.state.log_history if "loss" in each),
         }
 
 

@@ -1,4 +1,5 @@
-"""Trainer on several ranks with languages mixed in every batch: under DDP and DeepSpeed, by the same two lines."""
+"""Trainer on several ranks with languages mixed in every batch, or one in each: under DDP and DeepSpeed, by the same
+two lines."""
 
 from __future__ import annotations
 
@@ -9,22 +10,26 @@ import pytest
 from distributed.of_transformers import counted_otherwise_by_4
 from draw import SEED
 
+LANGUAGES = ("de", "fr", "pl")
 TYPES = {None: "DistributedDataParallel", 2: "DeepSpeedEngine", 3: "DeepSpeedEngine"}
 RULES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "mean": {"aggregator": "mean", "weighting": "token"},
     "upgrad": {"aggregator": "upgrad", "granularity": "layer"},
 }
-CASES = [{"stage": stage, "moo": moo, "seed": SEED} for stage in TYPES for moo in RULES.values()]
+CASES: dict[tuple[int | None, str], dict[str, Any]] = {
+    **{(stage, rule): {"stage": stage, "moo": moo} for stage in TYPES for rule, moo in RULES.items()},
+    **{(stage, "placed"): {"stage": stage, "moo": RULES["upgrad"], "mode": "placed"} for stage in TYPES},
+}
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[tuple[int | None, str], list[Any]]:
-    told = launch.run("mixed_trainer.py", 2, CASES)
+    told = launch.run("mixed_trainer.py", 2, [case | {"seed": SEED} for case in CASES.values()])
     for results in told:
         for each in results:
             assert "error" not in each, each
-    return dict(zip([(stage, rule) for stage in TYPES for rule in RULES], told, strict=True))
+    return dict(zip(CASES, told, strict=True))
 
 
 def difference(found: Any, expected: Any) -> float:
@@ -41,9 +46,17 @@ def test_the_mean_by_token_is_plain_trainer(outcomes: dict[Any, Any], stage: int
         assert difference(found, wanted) < 3e-7
 
 
+@pytest.mark.parametrize("rule", ["upgrad", "placed"])
 @pytest.mark.parametrize("stage", TYPES)
-def test_a_rule_gives_the_same_under_all(outcomes: dict[Any, Any], stage: int | None) -> None:
+def test_a_rule_gives_the_same_under_all(outcomes: dict[Any, Any], stage: int | None, rule: str) -> None:
     """DDP is the measure: gradients are summed in another order, and the rule's weights answer to that a little."""
-    for found, wanted in zip(outcomes[stage, "upgrad"], outcomes[None, "upgrad"], strict=True):
+    for found, wanted in zip(outcomes[stage, rule], outcomes[None, rule], strict=True):
+        assert found["windows"] == 3
         assert difference(found, wanted) < 3e-6
+        logged, expected = (
+            {name: each for name, each in result["log"].items() if name.startswith(("loss/", "tokens/", "moo/"))}
+            for result in (found, wanted)
+        )
+        assert len([name for name in logged if name.startswith("loss/")]) == len(LANGUAGES)
+        assert logged == pytest.approx(expected, rel=1e-4)  # losses in float32; weights answer to roundings
         assert difference(found, outcomes[stage, "mean"][0]) > 1e-4, "the rule should matter"

@@ -156,28 +156,61 @@ def whole(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads from /proc whether a rank listens")
-@pytest.mark.parametrize("rank", some([(0,), (1,)], 1))
-def test_interrupted_run_equals_an_uninterrupted_one(settings: dict, whole: Path, tmp_path: Path, rank: int) -> None:
-    """A run whose launcher is killed, which is resumed and asked to end, and is resumed once more, ends with the same
-    metrics and weights, bit for bit. Dropout is on, and PCGrad draws random orders: both continue where they were.
+@pytest.mark.parametrize(
+    ("end", "rank"), some([("launcher", 0), ("dead_rank", 1), ("ctrl_c", 0), ("SIGTERM", 0), ("SIGTERM", 1)], 1)
+)
+def test_interrupted_run_equals_an_uninterrupted_one(
+    settings: dict, whole: Path, tmp_path: Path, end: str, rank: int
+) -> None:
+    """A run that is ended, and resumed, ends with the same metrics and weights as one that is not, bit for bit. Dropout
+    is on, and PCGrad draws random orders: both continue where they were. While it trains, a second one is refused.
 
     A killed run loses what came after its last checkpoint. One that is asked to end, by SIGTERM to one rank, loses no
     step: from the moment at which that rank listens, the ranks agree on a step, save it and end.
     """
-    path, output = write(tmp_path, settings, "cut", checkpoint_every=1, save_on_signal=True)
-    kill_launcher(start_training(path, output), path)
-    killed = max(losses(output))
-    process = popen("train", path, "--resume")
-    os.kill(listening_rank(process, path, rank), signal.SIGTERM)
+    path, output = write(tmp_path, settings, "cut", checkpoint_every=1, save_on_signal=end == "SIGTERM")
+    process = popen("train", path)
+    try:
+        if end == "SIGTERM":
+            listening = listening_rank(process, path, rank)
+        else:
+            wait_for_a_checkpoint(process, output)
+        ranks = workers(path)
+        assert len(ranks) == 2, "ended before it was interrupted"
+        for each in ranks:  # goes on when the second has been refused
+            os.kill(each, signal.SIGSTOP)
+        refused_beside(path, ranks)
+        assert process.poll() is None, "the first run goes on"
+        if end == "SIGTERM":
+            os.kill(listening, signal.SIGTERM)
+        elif end == "dead_rank":
+            os.kill(rank_of(path, rank), signal.SIGKILL)
+        elif end == "ctrl_c":
+            process.send_signal(signal.SIGINT)
+        else:
+            process.kill()
+    finally:
+        for each in workers(path):
+            os.kill(each, signal.SIGCONT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    told = re.search(r"SIGTERM: saved a checkpoint of step (\d+); go on with --resume", err)
-    assert told is not None, err
-    assert 1 <= int(told[1]) < settings["training"]["steps"], f"killed after step {killed}"
-    assert f"latest checkpoint: step{told[1]}; go on with" in out
+    everyone_ends(path)
     assert "Traceback" not in err
-    assert workers(path) == []
-    assert losses(output) == {step: loss for step, loss in losses(whole).items() if step <= int(told[1])}
+    kept = max(losses(output), default=0)
+    if end == "SIGTERM":
+        assert process.returncode == 130, err
+        told = re.search(r"SIGTERM: saved a checkpoint of step (\d+); go on with --resume", err)
+        assert told is not None, err
+        assert f"latest checkpoint: step{told[1]}; go on with" in out
+        assert kept == int(told[1])
+    elif end == "ctrl_c":
+        assert process.returncode == 130, err
+        assert "interrupted; all ranks have ended" in err
+        assert "--resume" in out
+    elif end == "dead_rank":
+        assert process.returncode == 1, err
+        assert "killed by SIGKILL; the other ranks were ended" in err
+    assert kept < settings["training"]["steps"], "too late to be an interruption"
+    assert losses(output) == {step: loss for step, loss in losses(whole).items() if step <= kept}
     resumed = bucketmoo("train", path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(output) == losses(whole)
@@ -185,31 +218,14 @@ def test_interrupted_run_equals_an_uninterrupted_one(settings: dict, whole: Path
     assert "report.html" in resumed.stdout
 
 
-@pytest.mark.parametrize("end", some([("ctrl_c",), ("dead_rank",)], 1))
-def test_a_folder_belongs_to_one_run_until_it_ends(settings: dict, tmp_path: Path, end: str) -> None:
-    """A second run is refused while the first trains. That ends with a message, by Ctrl-C or with one of its ranks."""
-    path, output = write(tmp_path, settings, "held", steps=5000)
-    process = start_training(path, output)
+def refused_beside(path: Path, ranks: list[int]) -> None:
+    """A second run in the folder of a first one, of which these are the ranks."""
     second = bucketmoo("train", path, "--resume", timeout=120)
     assert second.returncode == 2
     holder = re.search(rf"process (\d+) on {re.escape(socket.gethostname())} trains there", second.stderr)
     assert holder is not None, second.stderr
-    assert int(holder[1]) in workers(path)
-    assert process.poll() is None, "the first run goes on"
-    if end == "dead_rank":
-        os.kill(workers(path)[-1], signal.SIGKILL)
-    else:
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    if end == "dead_rank":
-        assert process.returncode == 1
-        assert "killed by SIGKILL; the other ranks were ended" in err
-    else:
-        assert process.returncode == 130
-        assert "interrupted; all ranks have ended" in err
-        assert "--resume" in out
-        assert "Traceback" not in err
-    assert workers(path) == []
+    assert int(holder[1]) in ranks
+    assert workers(path) == ranks
 
 
 def test_the_whole_model_is_saved(settings: dict, whole: Path) -> None:
@@ -274,15 +290,13 @@ def popen(*words: object) -> subprocess.Popen[str]:
     )
 
 
-def start_training(path: Path, output: Path, seconds: float = 120) -> subprocess.Popen[str]:
-    """Starts a run and returns once its first checkpoint is whole."""
-    process = popen("train", path)
+def wait_for_a_checkpoint(process: subprocess.Popen[str], output: Path, seconds: float = 120) -> None:
+    """Returns once the first checkpoint of a run is whole."""
     deadline = time.monotonic() + seconds
     while not (output / "checkpoints" / "latest").exists():
         assert process.poll() is None, f"ended early: {process.communicate()}"
         assert time.monotonic() < deadline, f"no checkpoint in {output} after {seconds} s"
         time.sleep(0.05)
-    return process
 
 
 def listening_rank(process: subprocess.Popen[str], path: Path, rank: int, seconds: float = 120) -> int:
@@ -291,24 +305,24 @@ def listening_rank(process: subprocess.Popen[str], path: Path, rank: int, second
     while True:
         assert process.poll() is None, f"ended early: {process.communicate()}"
         assert time.monotonic() < deadline, f"no rank of {path} listens after {seconds} s"
-        for worker in workers(path):
-            if f"RANK={rank}" in proc(worker, "environ").split("\0"):
-                caught = re.search(r"^SigCgt:\s*(\w+)", proc(worker, "status"), re.MULTILINE)
-                if caught is not None and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
-                    return worker
+        worker = rank_of(path, rank)
+        caught = re.search(r"^SigCgt:\s*(\w+)", proc(worker, "status"), re.MULTILINE)
+        if caught is not None and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return worker
         time.sleep(0.02)
 
 
-def kill_launcher(process: subprocess.Popen[str], path: Path) -> None:
-    """Kills the launcher alone. Its ranks end with it: within a second where nothing else runs, and a busy machine
-    gets twenty."""
-    ranks = workers(path)
-    assert ranks, "ended before it was killed"
-    process.kill()
-    process.communicate(timeout=20)
-    deadline = time.monotonic() + 20
+def rank_of(path: Path, rank: int) -> int:
+    """Returns the process of a rank, or 0 where it has not started yet."""
+    found = (worker for worker in workers(path) if f"RANK={rank}" in proc(worker, "environ").split("\0"))
+    return next(found, 0)
+
+
+def everyone_ends(path: Path, seconds: float = 20) -> None:
+    """Ranks end with their launcher: within a second where nothing else runs, and a busy machine gets twenty."""
+    deadline = time.monotonic() + seconds
     while workers(path):
-        assert time.monotonic() < deadline, f"of ranks {ranks}, {workers(path)} outlive their launcher"
+        assert time.monotonic() < deadline, f"{workers(path)} outlive their launcher"
         time.sleep(0.05)
 
 

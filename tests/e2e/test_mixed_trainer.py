@@ -30,16 +30,16 @@ LANGUAGES = ["de", "fr", "en"]
 WORDS = [f"w{number}" for number in range(40)]
 
 
-class MixedSFTTrainer(bm.MixedTrainerMixin, SFTTrainer):
-    """What a user writes."""
+class MixedSFTTrainer(bm.LanguageTrainerMixin, SFTTrainer):
+    """What a user writes; the settings say the mode."""
 
 
-class MixedTrainer(bm.MixedTrainerMixin, Trainer):
+class MixedTrainer(bm.LanguageTrainerMixin, Trainer):
     """And without TRL."""
 
 
 def config(**settings: Any) -> bm.BucketMOOConfig:
-    return bm.BucketMOOConfig(languages=LANGUAGES, granularity="layer", gram_every=1, **settings)
+    return bm.BucketMOOConfig(languages=LANGUAGES, granularity="layer", mode="mixed", gram_every=1, **settings)
 
 
 def model_of(number: int) -> LlamaForCausalLM:
@@ -112,8 +112,9 @@ def test_the_mean_by_token_is_plain_training(tmp_path: Path, packing: bool) -> N
     start, reached = dict(model_of(number).named_parameters()), weights_of(plain)
     for name, each in weights_of(mixed).items():
         moved = (reached[name] - start[name]).norm()
-        # Four updates in float32; TRL's fused head and the plain one add up in another order.
-        assert (each - reached[name]).norm() <= 2e-5 * moved, name
+        # TRL's fused head and the plain one add up in another order; and four times the parameter itself is rounded to
+        # float32, which counts where it has hardly moved.
+        assert (each - reached[name]).norm() <= 2e-5 * moved + 4 * 2**-24 * reached[name].norm(), name
 
 
 def test_off_is_plain_to_the_bit(tmp_path: Path) -> None:
@@ -162,8 +163,9 @@ def test_class_labels_go_by_name(tmp_path: Path) -> None:
         )
         batch = next(iter(trainer.get_train_dataloader()))
         looked_up = {tuple(row): LANGUAGES.index(names[each]) for row, each in zip(ids, told, strict=True)}
-        for row, language in zip(batch["input_ids"].tolist(), batch["language"].tolist(), strict=True):
-            assert language == ([looked_up[tuple(row)]] * 9 if by_token else looked_up[tuple(row)])
+        for row, language in zip(batch["input_ids"].tolist(), list(batch["language"]), strict=True):
+            wanted = looked_up[tuple(row)]
+            assert (language.tolist() if by_token else language) == ([wanted] * 9 if by_token else wanted)
         trainer.train()
         reached.append(weights_of(trainer))
     for name, each in reached[0].items():
@@ -214,16 +216,17 @@ def test_the_collator_lays_languages_where_tokens_are() -> None:
     """Padded on the left, and laid one after the other."""
     from transformers import DataCollatorWithFlattening
 
-    from bucketmoo_ds.integrations.mixed_trainer import LanguageCollator
+    from bucketmoo_ds.integrations.language_column import LanguageCollator, LanguageColumn
 
+    column = LanguageColumn(config(), "language")
     left = copy.deepcopy(tokenizer())
     left.padding_side = "left"
     features = [
         {"input_ids": [3, 4, 5], "language": ["de", "de", "fr"]},
         {"input_ids": [6], "language": [2]},
     ]
-    padded = LanguageCollator(DataCollatorForLanguageModeling(left, mlm=False), config(), "language", None)(features)
+    padded = LanguageCollator(DataCollatorForLanguageModeling(left, mlm=False), column, None)(features)
     assert padded["language"].tolist() == [[0, 0, 1], [-1, -1, 2]]
     rows_ = [{"input_ids": [3, 4, 5], "language": "fr"}, {"input_ids": [6], "language": "de"}]
-    flat = LanguageCollator(DataCollatorWithFlattening(), config(), "language", None)(rows_)
+    flat = LanguageCollator(DataCollatorWithFlattening(), column, None)(rows_)
     assert flat["language"].tolist() == [[1, 1, 1, 0]]

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from bucketmoo_ds.adapters.deepspeed.reduction import StageReduction
 from bucketmoo_ds.adapters.hooks import after_backward, graph_task, watch
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.batch import LanguageTracker, Passage
+from bucketmoo_ds.data.batch import LanguageTracker, Passage, Slot
 from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.pipeline import checkpoint
 from bucketmoo_ds.pipeline.engine import BucketMOO
@@ -79,6 +79,11 @@ class BucketMOOEngine(DeepSpeedEngine):
     def moo(self) -> BucketMOO:
         """The pipeline: `engine.moo.last` is the latest window's resolution, `engine.moo.counters` what was skipped."""
         return self.reduction.moo
+
+    @property
+    def slot(self) -> Slot:
+        """What this rank has trained on in the latest micro-step."""
+        return self.reduction.micro.slot
 
     def language(
         self, language: object, target_tokens: int | None = None, loss_divisor: float | None = None

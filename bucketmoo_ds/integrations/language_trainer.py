@@ -1,0 +1,489 @@
+"""`LanguageTrainerMixin`: transformers' Trainer and Seq2SeqTrainer, TRL's SFTTrainer and DPOTrainer, where what a user
+adds is the language of a row.
+
+    class Trainer(bm.LanguageTrainerMixin, SFTTrainer): ...
+
+    trainer = Trainer(model=..., train_dataset=..., moo=bm.BucketMOOConfig(languages=["de", "fr"]))
+
+Read in transformers 5.23 (`trainer.py`) and TRL 1.16 (`sft_trainer.py`, `dpo_trainer.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from bucketmoo_ds.adapters import mixed, table
+from bucketmoo_ds.adapters.session import Session, unwrapped
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.data.sampler import LanguageBatchSampler
+from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.integrations.fused_head import unfuse
+from bucketmoo_ds.integrations.language_column import LanguageCollator, LanguageColumn
+from bucketmoo_ds.integrations.language_losses import LanguageLog, TokenLosses
+from bucketmoo_ds.pipeline import checkpoint
+
+_OF_TOKENS = "bucketmoo_languages"  # while a row is packed
+_OF_TRL = {"SFTTrainer": ("placed", "mixed"), "DPOTrainer": ("placed",)}  # the modes that are right there
+
+
+class LanguageTrainerMixin:
+    """To be put before a Trainer class. It keeps the language of every row through preparing, packing and collating,
+    draws micro-batches (placed), resolves conflicts under whatever wrapper Trainer builds, logs by language, and keeps
+    its state in checkpoints.
+
+    Args:
+        moo: the settings; without them, or with `enabled=False`, the trainer is exactly the class behind.
+        mode: `placed`: each micro-batch is of one language, and `LanguageBatchSampler` draws it. `mixed`: batches are
+            the trainer's own. Left out, what `moo.mode` says, and else `placed`.
+        language_column: the column of the data that says a row's language: by name, index, ClassLabel or another usual
+            spelling; in mode `mixed` also a list with the language of each token, -1 for none.
+        aliases: what else the column writes, and which of the languages it means.
+        sampler: further arguments of `LanguageBatchSampler`, such as `temperature` or `repeat`.
+
+    Raises:
+        ConfigError: there is no such column, a value means no language, or the trainer or its model cannot do it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        moo: BucketMOOConfig | None = None,
+        mode: str | None = None,
+        language_column: str = "language",
+        aliases: Mapping[str, str] | None = None,
+        sampler: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._moo_config = moo if moo is not None and moo.enabled else None
+        self._moo_session: Session | mixed.MixedSession | None = None
+        self._moo_listener: TokenLosses | None = None
+        self._moo_evaluated: LanguageLog | None = None
+        self._moo_pending: dict[str, float] = {}
+        if self._moo_config is not None:
+            self._moo_mode = _mode(self._moo_config, mode)
+            self._moo_column = LanguageColumn(self._moo_config, language_column, aliases)
+            self._moo_sampler = dict(sampler or {})
+            _refuse(type(self), self._moo_mode)
+        super().__init__(*args, **kwargs)
+        if self._moo_config is None:
+            return
+        trainer: Any = self
+        if trainer.train_dataset is not None:
+            self._moo_column.check(trainer.train_dataset)
+        if self._moo_mode == "mixed":
+            unfuse(trainer.model)
+        self._moo_log = LanguageLog(self._moo_config.languages, trainer.args.device)
+        trainer.add_callback(_callback(self))
+
+    @property
+    def moo(self) -> Any:
+        """What resolves: the session, or, under DeepSpeed, the engine's; `None` before training. `moo.last` is the
+        latest window's resolution."""
+        engine = getattr(self, "model_wrapped", None) if self._moo_config is not None else None
+        return self._moo_session or getattr(engine, "moo", None)
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's; placed, its batches are those of `LanguageBatchSampler`."""
+        trainer: Any = self
+        if self._moo_config is None or trainer.train_dataset is None:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        with self._moo_collating(trainer.train_dataset):
+            if self._moo_mode == "mixed":
+                return super().get_train_dataloader()  # type: ignore[misc]
+            return _placed_loader(trainer, self._moo_config, self._moo_column, self._moo_sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's; batches keep their languages."""
+        if self._moo_config is None:
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        trainer: Any = self
+        rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        with self._moo_collating(trainer.eval_dataset[rows] if isinstance(rows, str) else rows):
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's; batches keep their languages."""
+        if self._moo_config is None:
+            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+        with self._moo_collating(test_dataset):
+            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _moo_collating(self, dataset: Any) -> Iterator[None]:
+        """Loaders that are made inside the `with` block keep the languages of this data set's rows."""
+        trainer: Any = self
+        collator = trainer.data_collator
+        trainer.data_collator = LanguageCollator(collator, self._moo_column, dataset)
+        try:
+            yield
+        finally:
+            trainer.data_collator = collator
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        trainer: Any = self
+        if self._moo_config is not None and self._moo_column.name not in trainer._signature_columns:
+            trainer._signature_columns = [*trainer._signature_columns, self._moo_column.name]
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
+        """TRL's. Packing keeps two columns alone, so here each language is packed by itself; or, mixed, with the
+        language of every token beside them."""
+        prepare: Callable[..., Any] = super()._prepare_dataset  # type: ignore[misc]
+        packing = bool(rest and rest[0] is True)  # DPOTrainer's has no such argument
+        if self._moo_config is None or not packing or self._moo_column.name not in (dataset.column_names or ()):
+            return prepare(dataset, processing_class, args, *rest)
+        pack = _packed_apart if self._moo_mode == "placed" else _packed_together
+        given = functools.partial(prepare, processing_class=processing_class)
+        return pack(dataset, self._moo_column, given, args, rest)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's."""
+        if self._moo_config is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir) or True
+        self._moo_resumes = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        if self._moo_mode == "placed" and isinstance(trainer.model_wrapped, DistributedDataParallel):
+            trainer.model_wrapped = trainer.model  # an earlier run's, which keeps its communication hook
+        with self._moo_section():
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._moo_close()
+
+    @contextlib.contextmanager
+    def _moo_section(self) -> Iterator[None]:
+        """DeepSpeed engines that are made inside the `with` block read the settings from their JSON."""
+        trainer: Any = self
+        if not trainer.is_deepspeed_enabled:
+            yield
+            return
+        assert self._moo_config is not None
+        settings = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        before = settings.get(SECTION)
+        section = self._moo_config.to_json()
+        settings[SECTION] = {**section, "mode": "mixed"} if self._moo_mode == "mixed" else section
+        try:
+            yield
+        finally:
+            settings.pop(SECTION, None)
+            if before is not None:
+                settings[SECTION] = before
+
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, before it wraps the model: mixed, the model is registered by then."""
+        trainer: Any = self
+        if self._moo_config is not None and self._moo_mode == "mixed" and training and not trainer.is_deepspeed_enabled:
+            self._moo_close()
+            scaler = getattr(trainer.accelerator, "scaler", None)
+            self._moo_session = mixed.register(
+                trainer.model,
+                self._moo_config,
+                micro_steps=lambda: _divided_by(trainer),
+                loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
+            )
+        return super()._wrap_model(model, training, *args, **kwargs)  # type: ignore[misc]
+
+    def _moo_begin(self) -> None:
+        """The model is wrapped, and training begins."""
+        trainer: Any = self
+        assert self._moo_config is not None
+        if self._moo_mode == "placed" and not trainer.is_deepspeed_enabled:
+            self._moo_close()
+            self._moo_session = _register(trainer, self._moo_config)
+            # Trainer would exchange the last micro-step of a window alone, its languages added up.
+            trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        if self.moo is None:
+            raise BucketMOOError(
+                f"Trainer has built {type(trainer.model_wrapped).__name__}, whose gradients nobody resolves: its "
+                f"DeepSpeed JSON has lost the section {SECTION}, or another package has replaced the engine"
+            )
+        if self._moo_session is not None and self._moo_resumes is not None:
+            states = checkpoint.load(self._moo_resumes, self._moo_config)
+            if states is not None:
+                self._moo_session.load_state_dict(states["moo"])
+        if self._moo_mode == "mixed":
+            self._moo_listen()
+        self._moo_windows = self._moo_resolved
+        self._moo_verified = False
+        self._moo_log.clear()
+        self._moo_pending = {}
+
+    def _moo_close(self) -> None:
+        """The run is over, or begins anew. What it has decided can still be asked for."""
+        if self._moo_session is not None:
+            self._moo_session.close()
+        if self._moo_listener is not None:
+            self._moo_listener.close()
+            self._moo_listener = None
+
+    @property
+    def _moo_resolved(self) -> int:
+        return int(getattr(self.moo, "moo", self.moo).windows)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; it fetches all micro-batches of a window, which a mixed session is told."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches and self._moo_config is not None and self._moo_mode == "mixed" and self.moo is not None:
+            self.moo.expect(batches)
+        return batches, num_items
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the language goes beside the batch, not through it."""
+        step: Callable[..., Any] = super().training_step  # type: ignore[misc]
+        if self._moo_config is None or self._moo_column.key not in inputs:
+            return step(model, inputs, *args, **kwargs)
+        told, inputs = _taken_off(inputs, self._moo_column.key)
+        owner: Any = self._moo_session or self.model_wrapped  # type: ignore[attr-defined]
+        if self._moo_mode == "mixed":
+            assert self._moo_listener is not None
+            self._moo_listener.expect(inputs, told)
+            with owner.language(told):
+                loss = step(model, inputs, *args, **kwargs)
+            found = self._moo_listener.take()
+            if found is not None:
+                self._moo_log.add_losses(*found)
+            return loss
+        # Without labels each row counts as one, such as a pair of preferences.
+        tokens = None if "labels" in inputs or "shift_labels" in inputs else len(told)
+        language = sorted({*told}) if isinstance(told, list) else told.unique().tolist()
+        with owner.language(language, target_tokens=tokens):
+            loss = step(model, inputs, *args, **kwargs)
+        slot = owner.slot
+        self._moo_log.add_loss(slot.language, loss * slot.scale, slot.target_tokens)
+        return loss
+
+    def _moo_stepped(self, should_log: bool) -> None:
+        """The optimizer has stepped.
+
+        Raises:
+            BucketMOOError: on gradients that no window has resolved.
+        """
+        trainer: Any = self
+        if not self._moo_verified and not trainer.accelerator.optimizer_step_was_skipped:
+            if self._moo_resolved == self._moo_windows:
+                raise BucketMOOError(
+                    f"the first optimizer step of {type(self).__name__} has used gradients that no window has "
+                    f"resolved: its model is a {type(trainer.model_wrapped).__name__}, and its gradients took another "
+                    "way. Let training_step call the model that it is given, and the optimizer step once a window"
+                )
+            self._moo_verified = True
+        if self._moo_resolved > self._moo_windows:
+            self._moo_windows = self._moo_resolved
+            self._moo_log.add_window(self.moo.last)
+        if should_log:
+            self._moo_pending = self._moo_log.take(lambda each: trainer.accelerator.reduce(each, "sum"))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's; what is logged of training has the languages beside it."""
+        if self._moo_pending and "loss" in logs:
+            logs.update(self._moo_pending)
+            self._moo_pending = {}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def _moo_listen(self) -> TokenLosses:
+        if self._moo_listener is None:
+            assert self._moo_config is not None
+            trainer: Any = self
+            count = len(self._moo_config.languages)
+            self._moo_listener = TokenLosses(trainer.model, count, self._moo_config.shift_labels)
+        return self._moo_listener
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the metrics have the mean loss per target token of each language."""
+        if self._moo_config is None:
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        self._moo_evaluated = LanguageLog(self._moo_config.languages, trainer.args.device)
+        trains = self._moo_listener is not None
+        try:
+            self._moo_listen()
+            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            found = self._moo_evaluated.losses(lambda each: each)  # gathered already
+            output.metrics.update({f"{prefix}_{name}_loss": loss for name, loss in found.items()})
+        finally:
+            self._moo_evaluated = None
+            if not trains and self._moo_listener is not None:
+                self._moo_listener.close()
+                self._moo_listener = None
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which does not see the language."""
+        step: Callable[..., Any] = super().prediction_step  # type: ignore[misc]
+        if self._moo_config is None or self._moo_column.key not in inputs:
+            return step(model, inputs, *args, **kwargs)
+        trainer: Any = self
+        told, inputs = _taken_off(inputs, self._moo_column.key)
+        if self._moo_listener is None or self._moo_evaluated is None:
+            return step(model, inputs, *args, **kwargs)
+        self._moo_listener.expect(trainer._prepare_inputs(inputs), told)
+        result = step(model, inputs, *args, **kwargs)
+        found = self._moo_listener.take()
+        if found is not None:  # without the rows that fill up the last batch of some rank
+            self._moo_evaluated.add_losses(*trainer.accelerator.gather_for_metrics(found))
+        return result
+
+
+def _mode(config: BucketMOOConfig, mode: str | None) -> str:
+    if mode not in (None, "placed", "mixed"):
+        raise ConfigError(f'mode = "{mode}": expected "placed" or "mixed"')
+    if mode == "placed" and config.mode == "mixed":
+        raise ConfigError('mode = "placed", but bucket_moo.mode = "mixed": leave one of them out')
+    return mode or ("mixed" if config.mode == "mixed" else "placed")
+
+
+def _refuse(cls: type, mode: str) -> None:
+    """Raises `ConfigError` for a trainer of TRL's whose losses are not known to be right, by name."""
+    found = next((each for each in cls.__mro__ if each.__module__.startswith("trl.")), None)
+    if found is None or found.__name__.startswith("_"):
+        return
+    modes = _OF_TRL.get(found.__name__, ())
+    if mode in modes:
+        return
+    reason = f'use mode="{modes[0]}"' if modes else f"it is for {', '.join(['Trainer, Seq2SeqTrainer', *_OF_TRL])}"
+    raise ConfigError(
+        f'LanguageTrainerMixin, mode "{mode}": how {found.__name__} makes its loss of the rows of a batch is not known '
+        f"to be right for a language; {reason}"
+    )
+
+
+def _placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn, options: Mapping[str, Any]) -> Any:
+    """Returns Trainer's loader, with all its arguments, over micro-batches of one language."""
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import seed_worker
+
+    args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+    sampler = LanguageBatchSampler(
+        dataset,
+        config,
+        sample_languages=column.of_rows(dataset),
+        micro_batch_size=trainer._train_batch_size,
+        micro_steps=args.gradient_accumulation_steps,
+        world_size=args.world_size,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        **options,
+    )
+    if hasattr(dataset, "remove_columns"):
+        dataset = trainer._remove_unused_columns(dataset, description="training")
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator, description="training")
+    kept = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
+    told = {name: getattr(args, f"dataloader_{name}") for name in kept if hasattr(args, f"dataloader_{name}")}
+    init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, worker_init_fn=init, **told)
+    return trainer.accelerator.prepare(loader)
+
+
+def _register(trainer: Any, config: BucketMOOConfig) -> Session:
+    """Registers the model as Trainer has wrapped it, whatever it was asked to wrap it in."""
+    model: Any = unwrapped(trainer.model_wrapped)
+    if isinstance(model, DataParallel):
+        raise ConfigError(
+            "Trainer has wrapped the model in DataParallel, as one process sees several GPUs: start one process for "
+            "each, torchrun --nproc_per_node, or let it see one, CUDA_VISIBLE_DEVICES=0"
+        )
+    wrappers = {"fsdp2": FSDPModule, "fsdp1": FullyShardedDataParallel, "ddp": DistributedDataParallel}
+    name = next((name for name, wrapper in wrappers.items() if isinstance(model, wrapper)), "single")
+    session: Session = table.find(name).load().register(
+        trainer.model_wrapped,
+        config,
+        micro_steps=trainer.args.gradient_accumulation_steps,
+        on_nonfinite="keep" if getattr(trainer.accelerator, "scaler", None) is not None else "drop",
+    )
+    return session
+
+
+def _packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
+    """Packs the rows of each language by themselves."""
+    from datasets import concatenate_datasets
+
+    of_rows, parts = column.of_rows(dataset), []
+    for language in range(len(column)):
+        numbers = (of_rows == language).nonzero()[0]
+        if len(numbers):
+            part = _prepared(prepare, dataset.select(numbers), args, rest)
+            parts.append(part.add_column(column.name, [language] * len(part)))
+    return concatenate_datasets(parts)
+
+
+def _packed_together(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
+    """Packs rows as they come, with the language of every token."""
+    from trl import pack_dataset
+
+    if args.max_length is None:
+        raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+    whole = copy.copy(args)
+    whole.max_length, whole.shuffle_dataset = None, False
+    index, name = column.reader(dataset), column.name
+    dataset = _prepared(prepare, dataset, whole, (False, *rest[1:]))
+
+    def of_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        told, count = row[name], len(row["input_ids"])
+        return {_OF_TOKENS: [index(each) for each in told] if isinstance(told, list) else [index(told)] * count}
+
+    # A column of another name: under its own it would stay a ClassLabel, whose numbers these are no more.
+    dataset = dataset.map(of_tokens, remove_columns=[name]).rename_column(_OF_TOKENS, name)
+    dataset = dataset.select_columns(["input_ids", "labels", name])
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _prepared(prepare: Callable[..., Any], dataset: Any, args: Any, rest: Any) -> Any:
+    packing, formatting_func, dataset_name = rest
+    return prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=dataset_name)
+
+
+def _taken_off(inputs: Any, key: str) -> tuple[Any, Any]:
+    """Returns an entry of a batch, and the batch without it; the caller's own stays as it is."""
+    rest = copy.copy(inputs)
+    told = rest.pop(key)
+    return told, rest
+
+
+def _divided_by(trainer: Any) -> int:
+    """By how many micro-steps Trainer divides a loss that is the mean of a micro-batch."""
+    return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
+
+
+def _callback(trainer: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class Languages(TrainerCallback):
+        """Tells the trainer where its run stands, and writes the session's state into each checkpoint."""
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            trainer._moo_begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer._moo_stepped(control.should_log)
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            session = trainer._moo_session
+            if session is not None:  # DeepSpeed's checkpoints have it
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                pipeline = getattr(session, "moo", session)
+                states = {"moo": session.state_dict()}
+                checkpoint.save(folder, trainer._moo_config, pipeline.plan, states, pipeline.exchange)
+
+    return Languages()
