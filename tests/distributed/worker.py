@@ -33,9 +33,9 @@ def start() -> None:
     deepspeed.init_distributed("gloo")
     # DeepSpeed asks for AVX-512 FP16; torch computes in fp16 on any CPU.
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-    # DeepSpeed 0.18.7 to 0.18.9 gather ZeRO-1's and ZeRO-2's parameters into views that gloo may not write to.
+    # DeepSpeed 0.18.7 to 0.18.9 flatten parameters with autograd on, and gloo may not write into what comes of it.
     gather = deepspeed.comm.all_gather_into_tensor
-    deepspeed.comm.all_gather_into_tensor = lambda output, *args, **kwargs: gather(output.data, *args, **kwargs)
+    deepspeed.comm.all_gather_into_tensor = lambda whole, part, *rest, **kw: gather(whole.data, part.data, *rest, **kw)
     # ZeRO-3 collects garbage whenever an engine is made, and would go through all that was imported.
     gc.freeze()
 
