@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import read_section
 from bucketmoo_ds.adapters.deepspeed.attach import STAGES
-from bucketmoo_ds.adapters.deepspeed.checks import REFUSALS, refuse_engine, refuse_settings
+from bucketmoo_ds.adapters.deepspeed.checks import REFUSALS, refuse_engine, refuse_loss_scale, refuse_settings
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.seams import BEYOND, OLDEST, SEAMS, check_seams, expected
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine
@@ -226,6 +227,13 @@ def test_every_refused_engine(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_engine(FakeEngine(**changes), FakeEngine, KNOWN)
     assert str(caught.value) == f"bucket_moo cannot be combined with {what}: gradients are then reduced another way"
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 65536.0])
+def test_a_loss_scale_that_nothing_multiplies_by_is_refused(scale: float | None) -> None:
+    refused = pytest.raises(ConfigError, match="SimpleNamespace of DeepSpeed before 0.18.6 divides gradients by a loss")
+    with refused if scale == 65536.0 else contextlib.nullcontext():
+        refuse_loss_scale(SimpleNamespace(loss_scale=scale))
 
 
 def test_another_engine_is_refused() -> None:

@@ -115,6 +115,8 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     """
     stage = checks.refuse_engine(engine, DeepSpeedEngine, STAGES)
     optimizer = engine.optimizer
+    if stage.optimizer is None:
+        checks.refuse_loss_scale(optimizer)
     engine.__class__ = stage.engine
     engine.moo_config = config
     engine.language_tracker = LanguageTracker(config, engine.module)

@@ -148,3 +148,13 @@ def refuse_engine(engine: Any, engine_class: type, known: Mapping[type, T]) -> T
         if is_on:
             raise ConfigError(f"bucket_moo cannot be combined with {what}: gradients are then reduced another way")
     return found
+
+
+def refuse_loss_scale(optimizer: Any) -> None:
+    """Raises `ConfigError` where an optimizer of ZeRO-0 divides gradients by a loss scale: nothing multiplies by it."""
+    if (getattr(optimizer, "loss_scale", None) or 1.0) != 1.0:
+        raise ConfigError(
+            "bf16.enabled with zero_optimization.stage = 0 cannot be combined with bucket_moo: "
+            f"{type(optimizer).__name__} of DeepSpeed before 0.18.6 divides gradients by a loss scale that nothing has multiplied the loss by; "
+            "install a later one, or use stage 1, 2 or 3"
+        )
