@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
     from bucketmoo_ds.data.schedule import LanguageSchedule
     from bucketmoo_ds.integrations.language_trainer import LanguageTrainerMixin
+    from bucketmoo_ds.integrations.prepare import prepare
     from bucketmoo_ds.integrations.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _PUBLIC = {
     "LanguageSchedule": "bucketmoo_ds.data.schedule",
     "LanguageTrainerMixin": "bucketmoo_ds.integrations.language_trainer",
     "Trainer": "bucketmoo_ds.integrations.trainer",
+    "prepare": "bucketmoo_ds.integrations.prepare",
     "weights": "bucketmoo_ds.aggregate",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "initialize",
+    "prepare",
     "weights",
 ]
 

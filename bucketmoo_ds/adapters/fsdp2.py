@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-from bucketmoo_ds.adapters.hooks import Hook
+from bucketmoo_ds.adapters.hooks import Hook, graph_task
 from bucketmoo_ds.adapters.session import Session, unwrapped
 from bucketmoo_ds.adapters.sharded import Sharded, stream_of
 from bucketmoo_ds.comm.exchange import Exchange, Received
@@ -490,12 +490,13 @@ def _fill_unused(group: _Group) -> None:
     """Does what `set_reduce_scatter_unused_params(True)` does from torch 2.13 on: a parameter that was not used has a
     gradient of zeros. Before, FSDP2 leaves it out of the bucket. A group of several modules comes here once for each of
     them then; what it has had is had once a backward."""
-    plain, filled = group.own.post_backward, -1  # the backward that was filled in last
+    plain: Any = group.own.post_backward
+    filled: int | None = None  # the backward that was filled in last
 
     def post_backward(*arguments: Any) -> None:
         nonlocal filled
-        backward = torch._C._current_graph_task_id()
-        reduces, filled = group.own.reduce_grads and backward != filled, backward
+        backward = graph_task()
+        reduces, filled = group.own.reduce_grads and (backward is None or backward != filled), backward
         for each in group.members if reduces else ():
             if hasattr(each, "_unsharded_param") and each.unsharded_accumulated_grad is None:
                 unsharded = each._unsharded_param

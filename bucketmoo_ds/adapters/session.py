@@ -9,7 +9,7 @@ no gradient (`torch.autograd.grad`, another model's) opens nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,16 @@ class Session(Stays):
     def last(self) -> Resolution | None:
         """What was decided in the latest window."""
         return self.moo.last
+
+    @property
+    def windows(self) -> int:
+        """How many windows have been resolved."""
+        return self.moo.windows
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What has been counted since the run began."""
+        return self.moo.counters
 
     @property
     def slot(self) -> Slot:

@@ -38,7 +38,7 @@ class LanguageTable:
         Raises:
             LanguageError: it means none.
         """
-        value = _plain(value)
+        value = plain(value)
         if isinstance(value, str):
             if value in self._index:
                 return self._index[value]
@@ -57,10 +57,10 @@ class LanguageTable:
         Raises:
             LanguageError: the rows are of several languages, or of none.
         """
-        value = _plain(value)
+        value = plain(value)
         if not isinstance(value, (list, tuple)):
             return self.index(value)
-        different = {repr(item): item for item in map(_plain, value)}
+        different = {repr(item): item for item in map(plain, value)}
         if len(different) != 1:
             names = ", ".join(sorted(str(item) for item in different.values()))
             raise LanguageError(
@@ -119,7 +119,7 @@ class LanguageTable:
             )
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Returns NumPy's and torch's values as Python's, and bytes as text where they are text."""
     if hasattr(value, "tolist"):
         value = value.tolist()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.languages import LanguageTable
+from bucketmoo_ds.data.languages import LanguageTable, plain
 from bucketmoo_ds.data.sampler import class_names, distinct_values
 from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.integrations.aliases import meant
@@ -52,6 +52,7 @@ class LanguageColumn(LanguageTable):
         Raises:
             LanguageError: it means none.
         """
+        value = plain(value)
         if isinstance(value, str) and value not in self.names:
             known = meant(value, self.names)
             value = self._aliases.get(value, known[0] if len(known) == 1 else value)
@@ -66,6 +67,7 @@ class LanguageColumn(LanguageTable):
         classes = self._classes(dataset)
 
         def index(value: Any) -> int:
+            value = plain(value)  # NumPy's numbers, too, are those of the ClassLabel
             if isinstance(value, int) and not isinstance(value, bool):
                 if value == NONE:
                     return NONE
@@ -137,7 +139,7 @@ class LanguageCollator:
         rest = [{name: each for name, each in feature.items() if name != self._column} for feature in features]
         lengths = [len(feature.get("input_ids", ())) for feature in features]
         batch = self._collator(rest, *args, **kwargs)
-        by_row = [[self._index(each) for each in row] if _is_list(row) else [self._index(_plain(row))] for row in told]
+        by_row = [[self._index(each) for each in row] if _is_list(row) else [self._index(row)] for row in told]
         shape: Sequence[int] = batch["input_ids"].shape if "input_ids" in batch else ()
         flattened = len(shape) == 2 and shape[0] == 1 and len(features) > 1
         if not flattened and not any(_is_list(row) for row in told):
@@ -161,7 +163,3 @@ def _laid_out(tokens: Sequence[Tensor], shape: Sequence[int], attention_mask: Te
 
 def _is_list(told: object) -> bool:
     return isinstance(told, (list, tuple)) or getattr(told, "ndim", 0) > 0
-
-
-def _plain(told: Any) -> Any:
-    return told.item() if hasattr(told, "item") else told

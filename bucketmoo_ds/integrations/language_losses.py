@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bucketmoo_ds.adapters.hooks import Hook, Stays
+from bucketmoo_ds.aggregate.conflict import cosines, share_of_conflicts
 from bucketmoo_ds.data.batch import IGNORED_LABEL, shifts_labels
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.pipeline.resolution import Resolution
@@ -31,6 +32,7 @@ class TokenLosses(Stays):
         self._shifted = shifts_labels(model) if shifted is None else shifted
         self._expected: tuple[Any, Any, Any] | None = None
         self._found: tuple[Tensor, Tensor] | None = None
+        self._silent = False  # it has been said that there are none
         self._handle = model.register_forward_hook(Hook(self._after_forward))
 
     def expect(self, inputs: Mapping[str, Any], languages: Any) -> None:
@@ -42,7 +44,8 @@ class TokenLosses(Stays):
         """Returns the sums of the target tokens' losses and their numbers, each `[batch, K]` float64, of the latest
         pass that told them; `None` where none did."""
         found, self._found, self._expected = self._found, None, None
-        if found is None:
+        if found is None and not self._silent:
+            self._silent = True
             logger.warning("no loss by language: the model returns no logits for its labels, or has no labels")
         return found
 
@@ -155,10 +158,7 @@ class LanguageLog:
 
 
 def conflict(window: Resolution) -> float:
-    """Returns the share of a window's blocks and pairs of languages with a negative cosine, among those that have one;
-    NaN where none has."""
-    gram = window.gram[:, list(window.present)][:, :, list(window.present)]
-    length = gram.diagonal(dim1=-2, dim2=-1)
-    pairs = torch.triu(torch.ones(gram.shape[-2:], dtype=torch.bool), 1)
-    known = (length[:, :, None] > 0) & (length[:, None, :] > 0) & pairs
-    return float(((gram < 0) & known).sum() / known.sum()) if known.any() else math.nan
+    """Returns the mean over a window's blocks of the share of conflicting pairs of languages; NaN where none has a
+    cosine."""
+    present = list(window.present)
+    return float(share_of_conflicts(cosines(window.gram[:, present][:, :, present])).nanmean())

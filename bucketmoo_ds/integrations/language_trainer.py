@@ -15,7 +15,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -23,18 +23,22 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from bucketmoo_ds.adapters import mixed, table
 from bucketmoo_ds.adapters.session import Session, unwrapped
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.integrations.fused_head import unfuse
-from bucketmoo_ds.integrations.language_column import LanguageCollator, LanguageColumn
+from bucketmoo_ds.integrations.language_batches import packed_apart, packed_together, placed_loader
+from bucketmoo_ds.integrations.language_column import NONE, LanguageCollator, LanguageColumn
 from bucketmoo_ds.integrations.language_losses import LanguageLog, TokenLosses
 from bucketmoo_ds.pipeline import checkpoint
 
-_OF_TOKENS = "bucketmoo_languages"  # while a row is packed
+if TYPE_CHECKING:
+    from transformers import Trainer as _Behind  # or what is derived from it
+else:
+    _Behind = object
+
 _OF_TRL = {"SFTTrainer": ("placed", "mixed"), "DPOTrainer": ("placed",)}  # the modes that are right there
 
 
-class LanguageTrainerMixin:
+class LanguageTrainerMixin(_Behind):
     """To be put before a Trainer class. It keeps the language of every row through preparing, packing and collating,
     draws micro-batches (placed), resolves conflicts under whatever wrapper Trainer builds, logs by language, and keeps
     its state in checkpoints.
@@ -66,12 +70,13 @@ class LanguageTrainerMixin:
         self._moo_session: Session | mixed.MixedSession | None = None
         self._moo_listener: TokenLosses | None = None
         self._moo_evaluated: LanguageLog | None = None
-        self._moo_pending: dict[str, float] = {}
+        self._moo_pending: dict[str, float] = {}  # of the log that comes
         if self._moo_config is not None:
             self._moo_mode = _mode(self._moo_config, mode)
             self._moo_column = LanguageColumn(self._moo_config, language_column, aliases)
             self._moo_sampler = dict(sampler or {})
             _refuse(type(self), self._moo_mode)
+            _refuse_own_loader(type(self), self._moo_mode)
         super().__init__(*args, **kwargs)
         if self._moo_config is None:
             return
@@ -96,27 +101,27 @@ class LanguageTrainerMixin:
         """Trainer's; placed, its batches are those of `LanguageBatchSampler`."""
         trainer: Any = self
         if self._moo_config is None or trainer.train_dataset is None:
-            return super().get_train_dataloader()  # type: ignore[misc]
+            return super().get_train_dataloader()
         with self._moo_collating(trainer.train_dataset):
             if self._moo_mode == "mixed":
-                return super().get_train_dataloader()  # type: ignore[misc]
-            return _placed_loader(trainer, self._moo_config, self._moo_column, self._moo_sampler)
+                return super().get_train_dataloader()
+            return placed_loader(trainer, self._moo_config, self._moo_column, self._moo_sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Trainer's; batches keep their languages."""
         if self._moo_config is None:
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            return super().get_eval_dataloader(eval_dataset)
         trainer: Any = self
         rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
         with self._moo_collating(trainer.eval_dataset[rows] if isinstance(rows, str) else rows):
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Trainer's; batches keep their languages."""
         if self._moo_config is None:
-            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+            return super().get_test_dataloader(test_dataset)
         with self._moo_collating(test_dataset):
-            return super().get_test_dataloader(test_dataset)  # type: ignore[misc]
+            return super().get_test_dataloader(test_dataset)
 
     @contextlib.contextmanager
     def _moo_collating(self, dataset: Any) -> Iterator[None]:
@@ -130,7 +135,7 @@ class LanguageTrainerMixin:
             trainer.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        super()._set_signature_columns_if_needed()
         trainer: Any = self
         if self._moo_config is not None and self._moo_column.name not in trainer._signature_columns:
             trainer._signature_columns = [*trainer._signature_columns, self._moo_column.name]
@@ -138,11 +143,11 @@ class LanguageTrainerMixin:
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
         """TRL's. Packing keeps two columns alone, so here each language is packed by itself; or, mixed, with the
         language of every token beside them."""
-        prepare: Callable[..., Any] = super()._prepare_dataset  # type: ignore[misc]
+        prepare: Callable[..., Any] = super()._prepare_dataset
         packing = bool(rest and rest[0] is True)  # DPOTrainer's has no such argument
         if self._moo_config is None or not packing or self._moo_column.name not in (dataset.column_names or ()):
             return prepare(dataset, processing_class, args, *rest)
-        pack = _packed_apart if self._moo_mode == "placed" else _packed_together
+        pack = packed_apart if self._moo_mode == "placed" else packed_together
         given = functools.partial(prepare, processing_class=processing_class)
         return pack(dataset, self._moo_column, given, args, rest)
 
@@ -151,7 +156,7 @@ class LanguageTrainerMixin:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's."""
         if self._moo_config is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         trainer: Any = self
         if resume_from_checkpoint is True:
             from transformers.trainer_utils import get_last_checkpoint
@@ -162,7 +167,7 @@ class LanguageTrainerMixin:
             trainer.model_wrapped = trainer.model  # an earlier run's, which keeps its communication hook
         with self._moo_section():
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+                return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._moo_close()
 
@@ -197,7 +202,7 @@ class LanguageTrainerMixin:
                 micro_steps=lambda: _divided_by(trainer),
                 loss_scale=scaler.get_scale if scaler is not None else lambda: 1.0,
             )
-        return super()._wrap_model(model, training, *args, **kwargs)  # type: ignore[misc]
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     def _moo_begin(self) -> None:
         """The model is wrapped, and training begins."""
@@ -234,22 +239,22 @@ class LanguageTrainerMixin:
 
     @property
     def _moo_resolved(self) -> int:
-        return int(getattr(self.moo, "moo", self.moo).windows)
+        return int(self.moo.windows)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; it fetches all micro-batches of a window, which a mixed session is told."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches and self._moo_config is not None and self._moo_mode == "mixed" and self.moo is not None:
             self.moo.expect(batches)
         return batches, num_items
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the language goes beside the batch, not through it."""
-        step: Callable[..., Any] = super().training_step  # type: ignore[misc]
+        step: Callable[..., Any] = super().training_step
         if self._moo_config is None or self._moo_column.key not in inputs:
             return step(model, inputs, *args, **kwargs)
         told, inputs = _taken_off(inputs, self._moo_column.key)
-        owner: Any = self._moo_session or self.model_wrapped  # type: ignore[attr-defined]
+        owner: Any = self._moo_session or self.model_wrapped
         if self._moo_mode == "mixed":
             assert self._moo_listener is not None
             self._moo_listener.expect(inputs, told)
@@ -261,14 +266,14 @@ class LanguageTrainerMixin:
             return loss
         # Without labels each row counts as one, such as a pair of preferences.
         tokens = None if "labels" in inputs or "shift_labels" in inputs else len(told)
-        language = sorted({*told}) if isinstance(told, list) else told.unique().tolist()
+        language = sorted({*(told if isinstance(told, list) else told.flatten().tolist())} - {NONE})
         with owner.language(language, target_tokens=tokens):
             loss = step(model, inputs, *args, **kwargs)
         slot = owner.slot
         self._moo_log.add_loss(slot.language, loss * slot.scale, slot.target_tokens)
         return loss
 
-    def _moo_stepped(self, should_log: bool) -> None:
+    def _moo_stepped(self) -> None:
         """The optimizer has stepped.
 
         Raises:
@@ -286,15 +291,19 @@ class LanguageTrainerMixin:
         if self._moo_resolved > self._moo_windows:
             self._moo_windows = self._moo_resolved
             self._moo_log.add_window(self.moo.last)
+
+    def _moo_tell(self, should_log: bool) -> None:
+        """Trainer is about to log, on all ranks, or not."""
+        trainer: Any = self
         if should_log:
-            self._moo_pending = self._moo_log.take(lambda each: trainer.accelerator.reduce(each, "sum"))
+            self._moo_pending |= self._moo_log.take(lambda each: trainer.accelerator.reduce(each, "sum"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's; what is logged of training has the languages beside it."""
         if self._moo_pending and "loss" in logs:
             logs.update(self._moo_pending)
             self._moo_pending = {}
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -309,13 +318,13 @@ class LanguageTrainerMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the metrics have the mean loss per target token of each language."""
         if self._moo_config is None:
-            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            return super().evaluation_loop(*args, **kwargs)
         trainer: Any = self
         self._moo_evaluated = LanguageLog(self._moo_config.languages, trainer.args.device)
         trains = self._moo_listener is not None
         try:
             self._moo_listen()
-            output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+            output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             found = self._moo_evaluated.losses(lambda each: each)  # gathered already
             output.metrics.update({f"{prefix}_{name}_loss": loss for name, loss in found.items()})
@@ -328,7 +337,7 @@ class LanguageTrainerMixin:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, which does not see the language."""
-        step: Callable[..., Any] = super().prediction_step  # type: ignore[misc]
+        step: Callable[..., Any] = super().prediction_step
         if self._moo_config is None or self._moo_column.key not in inputs:
             return step(model, inputs, *args, **kwargs)
         trainer: Any = self
@@ -366,31 +375,15 @@ def _refuse(cls: type, mode: str) -> None:
     )
 
 
-def _placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn, options: Mapping[str, Any]) -> Any:
-    """Returns Trainer's loader, with all its arguments, over micro-batches of one language."""
-    from torch.utils.data import DataLoader
-    from transformers.trainer_utils import seed_worker
-
-    args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
-    sampler = LanguageBatchSampler(
-        dataset,
-        config,
-        sample_languages=column.of_rows(dataset),
-        micro_batch_size=trainer._train_batch_size,
-        micro_steps=args.gradient_accumulation_steps,
-        world_size=args.world_size,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-        **options,
-    )
-    if hasattr(dataset, "remove_columns"):
-        dataset = trainer._remove_unused_columns(dataset, description="training")
-    else:
-        collator = trainer._get_collator_with_removed_columns(collator, description="training")
-    kept = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
-    told = {name: getattr(args, f"dataloader_{name}") for name in kept if hasattr(args, f"dataloader_{name}")}
-    init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, worker_init_fn=init, **told)
-    return trainer.accelerator.prepare(loader)
+def _refuse_own_loader(cls: type, mode: str) -> None:
+    """Raises `ConfigError` where the class behind makes its training loader itself, which nobody would call."""
+    classes = cls.__mro__[cls.__mro__.index(LanguageTrainerMixin) + 1 :]
+    owner = next((each for each in classes if "get_train_dataloader" in vars(each)), None)
+    if mode == "placed" and owner is not None and owner.__module__.partition(".")[0] not in ("transformers", "trl"):
+        raise ConfigError(
+            f"{owner.__name__}.get_train_dataloader: LanguageTrainerMixin draws micro-batches of one language itself, "
+            'and would not call it; leave it out, or take mode="mixed"'
+        )
 
 
 def _register(trainer: Any, config: BucketMOOConfig) -> Session:
@@ -410,48 +403,6 @@ def _register(trainer: Any, config: BucketMOOConfig) -> Session:
         on_nonfinite="keep" if getattr(trainer.accelerator, "scaler", None) is not None else "drop",
     )
     return session
-
-
-def _packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
-    """Packs the rows of each language by themselves."""
-    from datasets import concatenate_datasets
-
-    of_rows, parts = column.of_rows(dataset), []
-    for language in range(len(column)):
-        numbers = (of_rows == language).nonzero()[0]
-        if len(numbers):
-            part = _prepared(prepare, dataset.select(numbers), args, rest)
-            parts.append(part.add_column(column.name, [language] * len(part)))
-    return concatenate_datasets(parts)
-
-
-def _packed_together(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
-    """Packs rows as they come, with the language of every token."""
-    from trl import pack_dataset
-
-    if args.max_length is None:
-        raise ValueError("When packing is enabled, `max_length` can't be `None`.")
-    whole = copy.copy(args)
-    whole.max_length, whole.shuffle_dataset = None, False
-    index, name = column.reader(dataset), column.name
-    dataset = _prepared(prepare, dataset, whole, (False, *rest[1:]))
-
-    def of_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        told, count = row[name], len(row["input_ids"])
-        return {_OF_TOKENS: [index(each) for each in told] if isinstance(told, list) else [index(told)] * count}
-
-    # A column of another name: under its own it would stay a ClassLabel, whose numbers these are no more.
-    dataset = dataset.map(of_tokens, remove_columns=[name]).rename_column(_OF_TOKENS, name)
-    dataset = dataset.select_columns(["input_ids", "labels", name])
-    if args.shuffle_dataset:
-        dataset = dataset.shuffle(seed=args.seed)
-    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
-    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-
-def _prepared(prepare: Callable[..., Any], dataset: Any, args: Any, rest: Any) -> Any:
-    packing, formatting_func, dataset_name = rest
-    return prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=dataset_name)
 
 
 def _taken_off(inputs: Any, key: str) -> tuple[Any, Any]:
@@ -476,7 +427,11 @@ def _callback(trainer: Any) -> Any:
             trainer._moo_begin()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer._moo_stepped(control.should_log)
+            trainer._moo_stepped()
+            trainer._moo_tell(control.should_log)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer._moo_tell(control.should_log)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             session = trainer._moo_session

@@ -1,4 +1,5 @@
-"""`examples/train_wrapped.py` runs under every wrapper by one option, and goes on where it was saved."""
+"""`examples/train_wrapped.py` runs under every wrapper by one option, and goes on where it was saved; so does
+`examples/train_accelerate.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from draw import some
 WRAPPERS = {"fsdp2": 2, "fsdp1": 2, "ddp": 2, "deepspeed": 2, "single": 1}
 LANGUAGES = ["--languages", "de", "fr", "ko"]
 RULE = ["--aggregator", "upgrad"]
-EXAMPLE = str(Path(__file__).parents[2] / "examples" / "train_wrapped.py")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLE, ACCELERATE = str(EXAMPLES / "train_wrapped.py"), str(EXAMPLES / "train_accelerate.py")
 
 
 class _Whole(dict[str, dict[int, str]]):
@@ -49,6 +51,17 @@ def test_bf16_is_close_to_fp32(wrapper: str, whole: _Whole) -> None:
         assert abs(rounded - exact) < 2.0**-6 * exact
 
 
+def test_accelerate_goes_on_as_if_it_had_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From within its second epoch, of six windows."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    saved = ["--save", str(tmp_path / "saved")]
+    words = (["--windows", "9"], [*saved, "--windows", "7"], [*saved, "--windows", "9"])
+    runs = [said(ACCELERATE, 2, *each) for each in words]
+    assert list(runs[0]) == list(range(1, 10))
+    assert list(runs[2]) == [8, 9]
+    assert runs[1] | runs[2] == runs[0]
+
+
 def test_text_of_files_is_read(tmp_path: Path) -> None:
     for name in ("de", "fr"):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 400)
@@ -57,8 +70,11 @@ def test_text_of_files_is_read(tmp_path: Path) -> None:
 
 def steps(wrapper: str, *arguments: str) -> dict[int, str]:
     """Runs the example; returns what it printed of each step."""
-    words = ["--wrapper", wrapper, *arguments]
-    outcomes = launch.launch("run_file.py", WRAPPERS[wrapper], {"file": EXAMPLE, "words": words, "leave": "'done'"})
+    return said(EXAMPLE, WRAPPERS[wrapper], "--wrapper", wrapper, *arguments)
+
+
+def said(file: str, ranks: int, *words: str) -> dict[int, str]:
+    outcomes = launch.launch("run_file.py", ranks, {"file": file, "words": list(words), "leave": "'done'"})
     for outcome in outcomes:
         assert outcome.result == "done", outcome.output[-3000:]
     return {int(step): rest for step, rest in re.findall(r"^step (\d+): (.*)$", outcomes[0].output, re.MULTILINE)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import launch
 import pytest
+import torch
 from distributed.of_transformers import counted_otherwise_by_4
 from draw import SEED
 
@@ -17,9 +18,11 @@ RULES: dict[str, dict[str, Any] | None] = {
     "mean": {"aggregator": "mean", "weighting": "token"},
     "upgrad": {"aggregator": "upgrad", "granularity": "layer"},
 }
+PCGRAD = {"aggregator": "pcgrad", "granularity": "layer"}  # its random orders are in the checkpoint
 CASES: dict[tuple[int | None, str], dict[str, Any]] = {
     **{(stage, rule): {"stage": stage, "moo": moo} for stage in TYPES for rule, moo in RULES.items()},
     **{(stage, "placed"): {"stage": stage, "moo": RULES["upgrad"], "mode": "placed"} for stage in TYPES},
+    **{(stage, "resumed"): {"stage": stage, "moo": PCGRAD, "mode": "placed", "resumed": True} for stage in (None, 2)},
 }
 
 
@@ -60,3 +63,12 @@ def test_a_rule_gives_the_same_under_all(outcomes: dict[Any, Any], stage: int | 
         assert len([name for name in logged if name.startswith("loss/")]) == len(LANGUAGES)
         assert logged == pytest.approx(expected, rel=1e-4)  # losses in float32; weights answer to roundings
         assert difference(found, outcomes[stage, "mean"][0]) > 1e-4, "the rule should matter"
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_run_resumed_in_its_second_epoch_is_the_same_run(outcomes: dict[Any, Any], stage: int | None) -> None:
+    for found in outcomes[stage, "resumed"]:
+        assert found["epoch"] > 1
+        assert found["again"]["windows"] == found["windows"] == 7
+        assert torch.equal(found["again"]["parameters"], found["parameters"])
+        assert torch.equal(found["again"]["weights"], found["weights"])

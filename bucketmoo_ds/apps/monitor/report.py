@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from bucketmoo_ds.aggregate.conflict import conflicts
 from bucketmoo_ds.apps.monitor import plots
 from bucketmoo_ds.apps.monitor.comparison import compare
 from bucketmoo_ds.apps.monitor.history import Curve, History, load
@@ -199,7 +200,7 @@ def _conflict_sections(run: History, charts: Mapping[str, Plot]) -> list[Section
         for (i, one), (j, other) in itertools.combinations(enumerate(run.languages), 2)
     ]
     pair_rows = sorted(
-        ((name, float(known.mean()), float((known < 0).mean())) for name, known in pairs if known.size),
+        ((name, float(known.mean()), float(conflicts(known).mean())) for name, known in pairs if known.size),
         key=lambda row: row[1],
     )
     sections = [

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.aggregate.conflict import GRAM_ACCURACY, cosines, share_of_conflicts
 from bucketmoo_ds.apps.monitor.records import StepDetail
 
-# A Gram of bfloat16 rows is right to about 2e-6 of its diagonal; below that, the sign of <g_i, d> says nothing.
-GRAM_ACCURACY = 2e-6
 # MGDA gives a row of norm r among rows of norm 1 nearly all the weight and a step of norm r: at a thousandth, the block
 # hardly moves for the sake of one language.
 NEAR_ZERO = 1e-3
@@ -24,8 +23,8 @@ class ConflictStatistics:
 
     Args:
         cosine: `[B, K, K]`, the cosine of every two rows; NaN where one of them is absent or zero.
-        conflict: `[B]`, the share of pairs of languages with a negative cosine, among the pairs that have a cosine;
-            NaN where there is none.
+        conflict: `[B]`, the share of pairs of languages with a negative cosine (see `aggregate.conflict`), among the
+            pairs that have a cosine; NaN where there is none.
         row_norm: `[B, K]`, the norms of the rows; NaN where absent.
         weights: `[B, K]`, the weights of the rows; NaN where absent.
         combined_norm: `[B]`, the norm of d, the weighted sum of the rows.
@@ -92,7 +91,7 @@ def conflict_statistics(gram: Tensor, mask: Tensor, weights: Tensor) -> Conflict
     w = torch.where(mask, weights.double(), 0.0)
     squares = G.diagonal(dim1=1, dim2=2).clamp(min=0)
     norm = squares.sqrt()
-    cosine, conflict = _cosine(G, norm)
+    cosine = cosines(G)
     products = torch.einsum("bij,bj->bi", G, w)
     present = mask.sum(dim=1)
     descent = torch.where(mask, products, math.inf).amin(dim=1)
@@ -100,7 +99,7 @@ def conflict_statistics(gram: Tensor, mask: Tensor, weights: Tensor) -> Conflict
     longest = squares.amax(dim=1)
     return ConflictStatistics(
         cosine=cosine,
-        conflict=conflict,
+        conflict=share_of_conflicts(cosine),
         row_norm=torch.where(mask, norm, nan),
         weights=torch.where(mask, weights.double(), nan),
         combined_norm=(w * products).sum(dim=1).clamp(min=0).sqrt(),
@@ -109,14 +108,6 @@ def conflict_statistics(gram: Tensor, mask: Tensor, weights: Tensor) -> Conflict
         descends=descent >= -GRAM_ACCURACY * longest * w.abs().sum(dim=1),
         near_zero=(mask & (norm <= NEAR_ZERO * longest.sqrt().unsqueeze(1))).sum(dim=1),
     )
-
-
-def _cosine(G: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    lengths = norm.unsqueeze(2) * norm.unsqueeze(1)
-    cosine = torch.where(lengths > 0, (G / lengths).clamp(-1, 1), math.nan)
-    upper = torch.ones_like(G, dtype=torch.bool).triu(diagonal=1) & cosine.isfinite()
-    # 0 / 0 is the NaN that says "no pair".
-    return cosine, ((cosine < 0) & upper).sum(dim=(1, 2)).double() / upper.sum(dim=(1, 2)).double()
 
 
 def _decimals(values: Tensor) -> list:

@@ -1,0 +1,94 @@
+"""The batches of `LanguageTrainerMixin`: micro-batches of one language, and rows packed by TRL with their languages."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.sampler import LanguageBatchSampler
+from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.integrations.language_column import LanguageColumn
+
+_OF_TOKENS = "bucketmoo_languages"  # while a row is packed
+
+
+def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn, options: Mapping[str, Any]) -> Any:
+    """Returns Trainer's loader, with all its arguments, over micro-batches of one language.
+
+    Raises:
+        ConfigError: the arguments ask for another order of the rows, or see `LanguageBatchSampler`.
+    """
+    from torch.utils.data import DataLoader
+    from transformers.trainer_utils import seed_worker
+
+    args, dataset, collator = trainer.args, trainer.train_dataset, trainer.data_collator
+    order = getattr(args, "train_sampling_strategy", "random")
+    if order != "random" or getattr(args, "group_by_length", False):  # the latter is transformers 4's
+        raise ConfigError(
+            f'train_sampling_strategy = "{order if order != "random" else "group_by_length"}": LanguageBatchSampler '
+            'draws micro-batches of one language at random; leave it out, or take mode="mixed"'
+        )
+    sampler = LanguageBatchSampler(
+        dataset,
+        config,
+        sample_languages=column.of_rows(dataset),
+        micro_batch_size=trainer._train_batch_size,
+        micro_steps=args.gradient_accumulation_steps,
+        world_size=args.world_size,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+        **options,
+    )
+    if hasattr(dataset, "remove_columns"):
+        dataset = trainer._remove_unused_columns(dataset, description="training")
+    else:
+        collator = trainer._get_collator_with_removed_columns(collator, description="training")
+    kept = ("num_workers", "pin_memory", "persistent_workers", "multiprocessing_context", "prefetch_factor", "in_order")
+    told = {name: getattr(args, f"dataloader_{name}") for name in kept if hasattr(args, f"dataloader_{name}")}
+    init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, worker_init_fn=init, **told)
+    return trainer.accelerator.prepare(loader)
+
+
+def packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
+    """Packs the rows of each language by themselves."""
+    from datasets import concatenate_datasets
+
+    of_rows, parts = column.of_rows(dataset), []
+    for language in range(len(column)):
+        numbers = (of_rows == language).nonzero()[0]
+        if len(numbers):
+            part = _prepared(prepare, dataset.select(numbers), args, rest)
+            parts.append(part.add_column(column.name, [language] * len(part)))
+    return concatenate_datasets(parts)
+
+
+def packed_together(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
+    """Packs rows as they come, with the language of every token."""
+    from trl import pack_dataset
+
+    if args.max_length is None:
+        raise ValueError("When packing is enabled, `max_length` can't be `None`.")
+    whole = copy.copy(args)
+    whole.max_length, whole.shuffle_dataset = None, False
+    index, name = column.reader(dataset), column.name
+    dataset = _prepared(prepare, dataset, whole, (False, *rest[1:]))
+
+    def of_tokens(row: Mapping[str, Any]) -> dict[str, list[int]]:
+        told, count = row[name], len(row["input_ids"])
+        return {_OF_TOKENS: [index(each) for each in told] if isinstance(told, list) else [index(told)] * count}
+
+    # A column of another name: under its own it would stay a ClassLabel, whose numbers these are no more.
+    dataset = dataset.map(of_tokens, remove_columns=[name]).rename_column(_OF_TOKENS, name)
+    dataset = dataset.select_columns(["input_ids", "labels", name])
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _prepared(prepare: Callable[..., Any], dataset: Any, args: Any, rest: Any) -> Any:
+    packing, formatting_func, dataset_name = rest
+    return prepare(dataset, args=args, packing=packing, formatting_func=formatting_func, dataset_name=dataset_name)
