@@ -20,7 +20,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import read_section
 from bucketmoo_ds.adapters.deepspeed.attach import STAGES
-from bucketmoo_ds.adapters.deepspeed.checks import REFUSALS, refuse_engine, refuse_loss_scale, refuse_settings
+from bucketmoo_ds.adapters.deepspeed.checks import (
+    REFUSALS,
+    refuse_engine,
+    refuse_gathers,
+    refuse_loss_scale,
+    refuse_settings,
+)
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.seams import BEYOND, OLDEST, SEAMS, check_seams, expected
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine
@@ -231,9 +237,32 @@ def test_every_refused_engine(changes: dict[str, Any], what: str) -> None:
 
 @pytest.mark.parametrize("scale", [None, 1.0, 65536.0])
 def test_a_loss_scale_that_nothing_multiplies_by_is_refused(scale: float | None) -> None:
-    refused = pytest.raises(ConfigError, match="SimpleNamespace of DeepSpeed before 0.18.6 divides gradients by a loss")
+    refused = pytest.raises(ConfigError, match=r"SimpleNamespace of DeepSpeed before 0[.]18[.]6 divides gradients")
     with refused if scale == 65536.0 else contextlib.nullcontext():
         refuse_loss_scale(SimpleNamespace(loss_scale=scale))
+
+
+def waits_for_the_last(launch_handles: list[Any]) -> None:
+    launch_handles[-1].wait()
+
+
+def waits_for_all(launch_handles: list[Any]) -> None:
+    for handle in launch_handles:
+        handle.wait()
+
+
+@pytest.mark.parametrize("gathers", [waits_for_the_last, waits_for_all])
+@pytest.mark.parametrize(
+    ("stage", "backend", "ranks"), [(3, "gloo", 2), (3, "nccl", 2), (3, "gloo", 1), (2, "gloo", 2)]
+)
+def test_gathers_that_nothing_waits_for_are_refused(
+    stage: int, backend: str, ranks: int, gathers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed.zero.Init, "_allgather_params_coalesced", gathers)
+    late = gathers is waits_for_the_last and (stage, backend, ranks) == (3, "gloo", 2)
+    refused = pytest.raises(ConfigError, match=r"^zero_optimization.stage = 3 over gloo .*; install 0[.]19[.]8 or")
+    with refused if late else contextlib.nullcontext():
+        refuse_gathers(stage, backend, ranks)
 
 
 def test_another_engine_is_refused() -> None:

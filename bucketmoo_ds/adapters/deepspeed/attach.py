@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import hjson
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -154,6 +155,8 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     wrapped(*args, **kwargs)
     config = _asked_for(engine)
+    if config is not None:
+        checks.refuse_gathers(engine.zero_optimization_stage(), dist.get_backend(), dist.get_world_size())
     if config is not None and config.mode == "mixed":
         mixed.attach(engine, config)
     elif config is not None and not isinstance(engine, BucketMOOEngine):

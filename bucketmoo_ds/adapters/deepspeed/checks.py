@@ -6,10 +6,12 @@ replace the reduction, so that the run would silently train by averaging.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import Init
 
 from bucketmoo_ds.errors import ConfigError, one_of
 
@@ -155,6 +157,22 @@ def refuse_loss_scale(optimizer: Any) -> None:
     if (getattr(optimizer, "loss_scale", None) or 1.0) != 1.0:
         raise ConfigError(
             "bf16.enabled with zero_optimization.stage = 0 cannot be combined with bucket_moo: "
-            f"{type(optimizer).__name__} of DeepSpeed before 0.18.6 divides gradients by a loss scale that nothing has multiplied the loss by; "
-            "install a later one, or use stage 1, 2 or 3"
+            f"{type(optimizer).__name__} of DeepSpeed before 0.18.6 divides gradients by a loss scale that nothing has "
+            "multiplied the loss by; install a later one, or use stage 1, 2 or 3"
+        )
+
+
+def refuse_gathers(stage: int, backend: str, world_size: int) -> None:
+    """Raises `ConfigError` where ZeRO-3 computes with parameters of which some may not have arrived: DeepSpeed before
+    0.19.8 waits for the last of several gathers. NCCL ends them in their order, gloo does not.
+
+    Args:
+        backend: of torch.distributed.
+    """
+    is_late = "launch_handles[-1].wait()" in inspect.getsource(Init._allgather_params_coalesced)
+    if is_late and stage == 3 and backend == "gloo" and world_size > 1:
+        raise ConfigError(
+            "zero_optimization.stage = 3 over gloo (on CPUs) cannot be combined with bucket_moo: DeepSpeed before "
+            "0.19.8, with or without bucket_moo, then computes with parameters that have not all arrived; install "
+            "0.19.8 or later, or use stage 0, 1 or 2"
         )
