@@ -169,8 +169,9 @@ def refuse_gathers(stage: int, backend: str, world_size: int) -> None:
     Args:
         backend: of torch.distributed.
     """
-    is_late = "launch_handles[-1].wait()" in inspect.getsource(Init._allgather_params_coalesced)
-    if is_late and stage == 3 and backend == "gloo" and world_size > 1:
+    if stage != 3 or backend != "gloo" or world_size == 1:
+        return
+    if "launch_handles[-1].wait()" in inspect.getsource(Init._allgather_params_coalesced):
         raise ConfigError(
             "zero_optimization.stage = 3 over gloo (on CPUs) cannot be combined with bucket_moo: DeepSpeed before "
             "0.19.8, with or without bucket_moo, then computes with parameters that have not all arrived; install "

@@ -14,9 +14,10 @@ DeepSpeed's own buckets stay empty. Its optimizer, clipping and loss scaling fin
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -70,20 +71,23 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def _partition(self, group: int) -> tuple[Tensor, list[Tensor]]:
         """Returns room for this rank's gradient of a group, flat, and in the pieces in which DeepSpeed reads it: one
-        for each parameter, of its shape where it is all here, then the padding."""
+        for each parameter, of its shape where it is all here, and what lies between and behind them."""
         if hasattr(self, "_build_compact_grad_partition_buffer"):
             compact = self._build_compact_grad_partition_buffer(group)
             return compact.flat_partition, compact
-        size, start = int(self.partition_size[group]), 0
+        size, rank = int(self.partition_size[group]), dist.get_rank(self.real_dp_process_group[group])
+        starts, places = self.grad_start_offset[group][rank], self.grad_partition_insertion_offset[group][rank]
         flat = torch.zeros(size, dtype=self.gradient_accumulation_dtype, device=self.bit16_groups[group][0].device)
-        pieces = []
-        for index, param in enumerate(self.params_in_partition[group]):
-            elsewhere = int(self.first_offset[group]) if index == 0 else 0
-            numel = min(param.numel() - elsewhere, size - start)
-            piece = flat.narrow(0, start, numel)
-            pieces.append(piece.view(param.shape) if numel == param.numel() else piece)
-            start += numel
-        return flat, [*pieces, flat.narrow(0, start, size - start)] if start < size else pieces
+        pieces: list[Tensor] = []
+        end = 0
+        for param in self.params_in_partition[group]:
+            number = self.get_param_id(param)
+            begin = int(places[number])
+            pieces += _padding(flat, end, begin)
+            end = begin + min(param.numel() - int(starts[number]), size - begin)
+            piece = flat[begin:end]
+            pieces.append(piece.view(param.shape) if piece.numel() == param.numel() else piece)
+        return flat, pieces + _padding(flat, end, size)
 
     def _update_scale(self, has_overflow: bool = False) -> None:
         """Makes it an overflow, on all ranks, where a row of the window was not finite."""
@@ -100,6 +104,14 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
         self.overflow = False  # older versions keep the last step's where they do not look for one
         super().step(closure)
         self.reduction.micro.use()
+
+
+def _padding(flat: Tensor, begin: int, end: int) -> list[Tensor]:
+    if begin == end:
+        return []
+    padding: Any = flat[begin:end]
+    padding._zero_padding = True  # so that DeepSpeed's norm leaves it out
+    return [padding]
 
 
 class PartitionReduction(ZeroReduction):
