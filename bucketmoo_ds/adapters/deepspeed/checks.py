@@ -171,7 +171,8 @@ def refuse_gathers(stage: int, backend: str, world_size: int) -> None:
     """
     if stage != 3 or backend != "gloo" or world_size == 1:
         return
-    if "launch_handles[-1].wait()" in inspect.getsource(Init._allgather_params_coalesced):
+    gathers = getattr(Init, "_allgather_params_coalesced", None)
+    if gathers is not None and "launch_handles[-1].wait()" in inspect.getsource(gathers):
         raise ConfigError(
             "zero_optimization.stage = 3 over gloo (on CPUs) cannot be combined with bucket_moo: DeepSpeed before "
             "0.19.8, with or without bucket_moo, then computes with parameters that have not all arrived; install "
