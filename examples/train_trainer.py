@@ -38,6 +38,9 @@ class Options:
 
 def main() -> None:
     options, arguments = HfArgumentParser((Options, TrainingArguments)).parse_args_into_dataclasses()
+    folder = Path(arguments.output_dir)
+    if (folder / "model").exists():  # a job that was put back into the queue as it ended
+        return
     set_seed(arguments.seed)
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -51,7 +54,6 @@ def main() -> None:
         moo=bm.BucketMOOConfig(languages=options.languages, aggregator=options.aggregator, granularity="layer"),
         language_column=options.language_column,
     )
-    folder = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.exists() else None)
     if trainer.is_world_process_zero():
         print(f"step {trainer.state.global_step}: {trainer.moo.windows} windows resolved", flush=True)

@@ -304,7 +304,7 @@ class LanguageTrainerMixin(_Behind):
     def _moo_end_if_asked(self, control: Any) -> None:
         """The optimizer has stepped: if any rank has got a SIGTERM by now, all save this step, and end."""
         trainer: Any = self
-        if not self._moo_saves_at_the_end:
+        if not self._moo_saves_at_the_end or control.should_training_stop:  # which has ended on all of them
             return
         asked = torch.tensor(float(self._moo_termination.asked), device=trainer.args.device)
         if trainer.accelerator.reduce(asked, "sum").item() > 0:
