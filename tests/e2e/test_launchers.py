@@ -50,7 +50,7 @@ def test_a_launcher_changes_nothing(
 ) -> None:
     words, environment = launchers.ROWS["bm.Trainer", wrapper]
     run = launchers.Run(launcher, nodes, words, environment, tmp_path)
-    assert run.wait(200) == 0, run.said()[-3000:]
+    assert run.wait(400) == 0, run.said()[-3000:]
     assert "step 6: 6 windows resolved" in run.said()
     assert_same(run.out, wanted(wrapper, [], tmp_path / "wanted", monkeypatch))
 
@@ -64,12 +64,12 @@ def test_ended_by_sigterm_and_started_again(
     words, environment = launchers.ROWS["bm.Trainer", wrapper]
     words = [*words, *launchers.LONGER]
     run = launchers.Run(launcher, nodes, words, environment, tmp_path)
-    saved = run.end(200)
+    saved = run.end(400)
     assert saved is not None, run.said()[-3000:]
     assert [each.name for each in run.out.glob("checkpoint-*")] == [f"checkpoint-{saved}"]
     assert not (run.out / "model").exists()
     again = launchers.Run(launcher, nodes, words, environment, tmp_path)
-    assert again.wait(200) == 0, again.said()[-3000:]
+    assert again.wait(400) == 0, again.said()[-3000:]
     assert_same(run.out, wanted(wrapper, launchers.LONGER, tmp_path / "wanted", monkeypatch))
 
 
