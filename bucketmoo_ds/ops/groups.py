@@ -47,7 +47,7 @@ class Grouped:
     def accumulate_gram(
         self,
         rows: Sequence[Tensor],
-        incoming: Sequence[Tensor],
+        incoming: Tensor,
         targets: Sequence[int],
         scales: Sequence[float],
         fresh: Sequence[bool],
@@ -58,12 +58,11 @@ class Grouped:
         """See `bucketmoo_ds.ops.accumulate_gram`. Two passes: the Gram takes rows of two groups."""
         for begin in range(0, len(rows), MAX_ROWS):
             group = slice(begin, begin + MAX_ROWS)
-            mine = [index for index, target in enumerate(targets) if begin <= target < begin + MAX_ROWS]
             self._backend.accumulate_gram(
                 rows[group],
-                [incoming[index] for index in mine],
-                [targets[index] - begin for index in mine],
-                [scales[index] for index in mine],
+                incoming,
+                [target - begin if begin <= target < begin + MAX_ROWS else -1 for target in targets],
+                scales,
                 fresh[group],
                 spans[:0],
                 cells[:0],
