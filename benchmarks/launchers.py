@@ -294,14 +294,15 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{headline(result)}. Two processes over gloo; two nodes are two launchers on loopback. `works`: windows were "
         "resolved, and the weights are to the bit those of the row's other runs. `step N`: ended by SIGTERM to the "
-        "last node, and saved at that step; started again, it has ended with the bits of a run that nothing ended.",
+        "last node, and saved at that step; started again, it has ended with the bits of a run that nothing ended. "
+        "Empty: not run.",
         "",
         f"| trainer, wrapper | {' | '.join(columns)} |",
         "| --- |" + " --- |" * len(columns),
     ]
     messages: list[str] = []
     for name, found in result["rows"].items():
-        weights = next(told["weights"] for told in found.values() if "weights" in told)  # the undisturbed one's, if any
+        reached = [told["weights"] for told in found.values() if "weights" in told]  # the undisturbed one's first
         cells = []
         for column in columns:
             told = found.get(column)
@@ -311,7 +312,7 @@ def render(result: dict[str, Any]) -> str:
                 if told["error"] not in messages:
                     messages.append(told["error"])
                 cells.append(f"fails ({messages.index(told['error']) + 1})")
-            elif told["weights"] != weights:
+            elif told["weights"] != reached[0]:
                 cells.append("other weights")
             else:
                 cells.append(f"step {told['saved']}" if "saved" in told else "works")
