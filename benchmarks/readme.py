@@ -138,6 +138,21 @@ def faults(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rules(result: dict[str, Any]) -> str:
+    """Returns a row for every rule, a column for every property, and what was measured where it does not hold."""
+    properties = list(next(iter(result["rules"].values())))
+    lines = [
+        f"{headline(result['made_by'])}; seed {result['seed']}. A number is what was missed.",
+        "",
+        f"| rule | {' | '.join(properties)} |",
+        "| --- |" + " --- |" * len(properties),
+    ]
+    for name, found in result["rules"].items():
+        cells = ("yes" if each["holds"] else f"no ({each['measured']:.2g})" for each in found.values())
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # What stands under a name: the page, the file of the result, and how it is rendered.
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
@@ -162,6 +177,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "launchers": ("docs/launchers.md", "launchers.json", launchers.render),
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
+    "rules": ("docs/theory.md", "rules.json", rules),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 

@@ -146,7 +146,7 @@ class GramEstimate:
             weights = aggregate.solve(
                 gram,
                 mask,
-                self.aggregator,
+                self.aggregator.at(self._config.languages, range(self._count), range(self._blocks)),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 generator=generator,
