@@ -79,7 +79,7 @@ def same_weights(result: dict[str, Any]) -> str:
 
 
 def compatibility(result: dict[str, Any]) -> str:
-    """Returns a row for every feature, a column for every stage, and below them what refusals say."""
+    """Returns a row for every feature, a column for every stage or wrapper, and below them what refusals say."""
     messages: list[str] = []
 
     def cell(said: str | None) -> str:
@@ -93,11 +93,17 @@ def compatibility(result: dict[str, Any]) -> str:
         return f"refused ({messages.index(message) + 1})"
 
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"{versions}, 2 ranks over gloo.", "", "| | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "| --- |" + " --- |" * 4]
+    columns = result["columns"]
+    lines = [
+        f"{versions}, 2 ranks over gloo.",
+        "",
+        f"| | {' | '.join(columns.values())} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
     for group, rows in result["table"].items():
-        lines.append(f"| **{group}** | | | | |")
+        lines.append(f"| **{group}** |" + " |" * len(columns))
         for row in rows:
-            cells = (cell(row["stages"].get(str(stage))) for stage in range(4))
+            cells = (cell(row["stages"].get(stage)) for stage in columns)
             lines.append(f"| {row['feature']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(messages, start=1))])
 
