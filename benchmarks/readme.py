@@ -160,6 +160,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
+    "fine-tuning": ("docs/compatibility.md", "fine-tuning.json", compatibility),
     **{
         f"{package}-versions": ("docs/compatibility.md", f"{package}-versions.json", versions.render)
         for package in versions.FILES
