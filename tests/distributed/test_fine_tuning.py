@@ -8,8 +8,9 @@ anew, and `python benchmarks/readme.py` the page from it:
 
     BUCKETMOO_FINE_TUNING_JSON=benchmarks/results/fine-tuning.json pytest tests/distributed/test_fine_tuning.py
 
-The error is relative to the norms of the weighted rows. Mixed and in float64 it is 1e-12; placed, rows are float32, and
-DeepSpeed trains in it: 5e-7, as in test_mixed_wrappers.py.
+The error is relative to the norms of the weighted rows. In float64 it is 1e-12 mixed, and 5e-7 placed, where rows are
+float32. DeepSpeed trains in float32, in which plain autograd alone is off by up to 2.3e-6 (of 40 of these models with
+rsLoRA; the median is 4.5e-7): 4e-6, as in unit/mixed/language_models.py.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def said_of(cell: Cell, results: Results) -> str:
     if "refused" in first:
         message = first["refused"].removeprefix("rank 0: ").partition("; rank 1: ")[0].partition(" Freeze its")[0]
         return f"refused: {message if first['ours'] else 'not by us: ' + message}"
-    limit = 5e-7 if cell.mode == "placed" or cell.wrapper.startswith("zero") else 1e-12
+    limit = 4e-6 if cell.wrapper.startswith("zero") else 5e-7 if cell.mode == "placed" else 1e-12
     worst = max(result["told"] for result in results)
     strays = max(result["moved"] + result["held"] for result in results)
     return "exact" if worst <= limit and not strays else f"wrong: off by {worst}, strays {strays}"
