@@ -199,8 +199,8 @@ class LanguageTrainerMixin(_Behind):
 
     @contextlib.contextmanager
     def _moo_syncing(self) -> Iterator[None]:
-        """Inside the `with` block Trainer exchanges each micro-step: by itself it would the last of a window alone, where
-        languages are added up."""
+        """Inside the `with` block Trainer exchanges each micro-step: by itself the last of a window alone, with
+        languages added up."""
         trainer: Any = self
         told = trainer.accelerator.gradient_state.plugin_kwargs  # of the process
         before = dict(told)
