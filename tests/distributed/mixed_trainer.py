@@ -144,8 +144,9 @@ def hooks(model: torch.nn.Module) -> int:
 
 def affinity(trainer: Any) -> str | None:
     """What the sampler of the latest run took."""
-    dealt = trainer.callback_handler.train_dataloader.batch_sampler
-    return getattr(getattr(dealt.batch_sampler, "schedule", None), "affinity", None)
+    sampler = trainer.callback_handler.train_dataloader.batch_sampler
+    sampler = getattr(sampler, "batch_sampler", sampler)
+    return sampler.schedule.affinity if hasattr(sampler, "schedule") else None
 
 
 def trainer_of(
