@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from setup_engine import LANGUAGES, settings
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import bucketmoo_ds
 from bucketmoo_ds.errors import ConfigError
@@ -44,6 +45,18 @@ class Sharded(Languages):
         for state in (AcceleratorState, PartialState):  # FSDP1 takes no "cpu:0"
             state._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
         self.is_fsdp_enabled = True
+
+
+class Ended(TrainerCallback):
+    """Sends SIGTERM to one rank, at an event of a window."""
+
+    def __init__(self, rank: int, window: int, event: str) -> None:
+        self.when = window if rank == torch.distributed.get_rank() else None
+        setattr(self, event, self.tell)
+
+    def tell(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.when:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -107,6 +120,24 @@ def resumed(*, wrapper: str, seed: int, **more: Any) -> dict[str, Any]:
         other = trainer_of(number=seed + 1, **told)
         other.train(resume_from_checkpoint=f"{folder}/checkpoint-{LONGER - 1}")
     return described(trainer) | {"resumed": described(other), "epoch": trainer.state.epoch}
+
+
+def ended(*, wrapper: str, seed: int, by: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Returns what comes of `WINDOWS` windows, of a run that `Ended` has made save, and of another model that goes on
+    from there."""
+    with shared_folder() as folder:
+        told = {"wrapper": wrapper, "seed": seed, "folder": folder, **more}
+        whole = trainer_of(number=seed, **told)
+        whole.train()
+        trainer = trainer_of(number=seed, enable_jit_checkpoint=True, **told)
+        trainer.add_callback(Ended(**by))
+        trainer.train()
+        found = {"step": trainer.state.global_step, "listens": signal.getsignal(signal.SIGTERM) != signal.SIG_DFL}
+        torch.distributed.barrier()
+        found["saved"] = os.listdir(folder)
+        other = trainer_of(number=seed + 1, **told)
+        other.train(resume_from_checkpoint=True)
+    return found | described(whole) | {"resumed": described(other)}
 
 
 @contextlib.contextmanager
@@ -220,7 +251,7 @@ def trainer_of(
 
 
 def case(*, what: str = "run", **more: Any) -> dict[str, Any]:
-    return {"run": run, "resumed": resumed}[what](**more)
+    return {"run": run, "resumed": resumed, "ended": ended}[what](**more)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@ same two lines; trained again, evaluated, resumed."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
-from distributed.of_transformers import counted_otherwise_by_4
+from distributed.of_transformers import counted_otherwise_by_4, saves_no_last_by_4
 from draw import SEED, Case, Key, some
 from outcomes import Outcomes
 
@@ -44,6 +45,13 @@ CASES: dict[Key, Case] = {
         for wrapper in ("ddp", "zero2", "fsdp2") for mode in ("placed", "mixed")
     },
 }  # fmt: skip
+# SIGTERM to one rank: within a window, between it and its step, or before it.
+_DRAW = random.Random(f"{SEED}/SIGTERM")
+EVENT = _DRAW.choice(["on_substep_end", "on_pre_optimizer_step", "on_step_begin"])
+BY = {"rank": _DRAW.randrange(2), "window": _DRAW.randrange(2), "event": EVENT}
+ENDED = [(2, f"{wrapper} ended") for wrapper in ("ddp", "zero2", "fsdp2")]
+MODE = _DRAW.choice(["placed", "mixed"])
+CASES |= {key: {"what": "ended", "wrapper": key[1].split()[0], "moo": PCGRAD, "mode": MODE, "by": BY} for key in ENDED}
 CASES = {key: case | {"seed": SEED} for key, case in CASES.items()}
 MEASURE = [key for key in CASES if key[1] in ("ddp plain", *(f"ddp {rule}" for rule in RULES))]
 COMPARED = [(2, f"{wrapper} {rule}") for wrapper in TYPES if wrapper != "ddp" for rule in RULES]
@@ -120,4 +128,17 @@ def test_a_run_resumed_in_its_second_epoch_is_the_same_run(outcomes: Outcomes, k
         assert found["epoch"] > 1
         assert found["resumed"]["windows"] == found["windows"] == 7
         assert torch.equal(found["resumed"]["parameters"], found["parameters"])
+        assert torch.equal(found["resumed"]["weights"], found["weights"])
+
+
+@saves_no_last_by_4
+@pytest.mark.parametrize("key", some([(key,) for key in ENDED], 2))
+def test_a_run_ended_by_sigterm_is_the_same_run(outcomes: Outcomes, key: Key) -> None:
+    """The window goes to its end, on both ranks, its step is saved, and the run that goes on reaches the same bits."""
+    for found in ranks(outcomes, key):
+        assert found["step"] == BY["window"] + 1, BY
+        assert found["saved"] == [f"checkpoint-{found['step']}"]
+        assert not found["listens"]
+        assert found["resumed"]["windows"] == found["windows"] == 3
+        assert torch.equal(found["resumed"]["parameters"], found["parameters"]), BY
         assert torch.equal(found["resumed"]["weights"], found["weights"])
