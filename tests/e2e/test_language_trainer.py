@@ -194,14 +194,14 @@ def test_an_epoch_that_is_stopped_within_a_window(tmp_path: Path, mode: str) -> 
                 control.should_epoch_stop = True
 
     stopped: list[int] = []
-    settings = {"moo": config(), "mode": mode, "max_steps": 5}
+    settings = {"moo": config(), "mode": mode, "max_steps": 9}  # one into the second epoch
     trainer = trainer_of(tmp_path, save_strategy="epoch", **settings)
     trainer.add_callback(Stops())
     trainer.train()
     assert stopped
     resumed = trainer_of(tmp_path, number=SEED + 1, ignore_data_skip=True, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert trainer.moo.last.window == resumed.moo.last.window == 4
+    assert trainer.moo.last.window == resumed.moo.last.window == 8
     assert (tmp_path / "checkpoint-2" / "bucket_moo.json").exists()
 
 
