@@ -467,8 +467,8 @@ def _refuse_again(trainer: Any, earlier: object) -> None:
         what = "FullyShardedDataParallel (fsdp_config version 1) keeps what was registered with it; use version 2"
     if what:
         raise ConfigError(
-            f"train() again, or after an evaluation: {what}. Make a new trainer of the model, train for more steps at "
-            "once (max_steps, num_train_epochs), or resume from a checkpoint with a new trainer"
+            f"train() again, or after an evaluation: {what}. Train for more steps at once (max_steps, "
+            "num_train_epochs), or resume from a checkpoint in a new process"
         )
 
 
