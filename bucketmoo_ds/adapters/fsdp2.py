@@ -212,7 +212,9 @@ def _own_groups(model: nn.Module) -> list[tuple[str, FSDPModule, Any]]:
 
 def _refuse(name: str, group: Any) -> None:
     if isinstance(group._reduce_scatter_comm, _Communication):
-        raise ConfigError("fsdp2.register: the model is registered already; register it once")
+        if group._reduce_scatter_comm.is_open:
+            raise ConfigError("fsdp2.register: the model is registered already; register it once, or close the session")
+        return
     communication = type(group._reduce_scatter_comm).__name__
     if communication != "DefaultReduceScatter":
         raise ConfigError(
@@ -323,6 +325,7 @@ class FSDP2Adapter(Sharded):
         self._others = [each for each in everything if id(each) not in members]
         self._trained: list[list[bool]] = []  # by group, in this window
         self._early: dict[int, Tensor] = {}
+        self.is_open = True
 
     def install(self) -> None:
         """Replaces FSDP2's reduction."""
@@ -343,6 +346,7 @@ class FSDP2Adapter(Sharded):
     def close(self) -> None:
         """See `Adapter`."""
         super().close()
+        self.is_open = False
         for group in self._groups:
             group.watched.clear()
 
@@ -564,6 +568,11 @@ class _Communication(ReduceScatter):
         self._bucket = bucket
         self._empty_output = empty_output
         self._is_output = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its session is not closed."""
+        return self._adapter.is_open
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Called for the input, then for the output; with replicas FSDP2 only keeps the latter."""

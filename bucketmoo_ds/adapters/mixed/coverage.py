@@ -256,6 +256,7 @@ def _through_base(cls: type) -> bool:
     """Whether a class's forward is that of `modules.base_of`, or calls it and uses parameters nowhere else."""
     above = cls.__mro__[: cls.__mro__.index(modules.base_of(cls))]
     forwards = [vars(each)["forward"] for each in above if "forward" in vars(each)]
+    forwards = [each for each in forwards if each.__module__ != modules.__name__]  # an earlier session's
     try:
         texts = [inspect.getsource(each) for each in forwards]
     except (OSError, TypeError):

@@ -134,7 +134,8 @@ def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
     cls: Any = type(module)
-    module.__class__ = _subclass(cls, base_of(cls))
+    if not any("covers" in vars(each) for each in cls.__mro__):  # a wrapper may have made its own of ours
+        module.__class__ = _subclass(cls, base_of(cls))
 
 
 def uncover(module: nn.Module) -> None:

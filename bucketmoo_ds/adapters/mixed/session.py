@@ -215,9 +215,10 @@ class MixedSession(Stays):
 
     def close(self) -> None:
         """Takes the hooks off again, and gives the modules their own forward."""
-        for handle in self._handles:
+        handles, self._handles = self._handles, []
+        for handle in handles:
             handle.remove()
-        for found in self._covered.found:
+        for found in self._covered.found if handles else ():  # closed before, they may be another session's by now
             modules.uncover(found.module)
 
     def describe(self) -> str:
