@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import bucketmoo_ds as bm
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
+from bucketmoo_ds.integrations import termination
 from bucketmoo_ds.integrations.language_column import LanguageCollator, LanguageColumn
 
 LANGUAGES = ["de", "fr", "en"]
@@ -151,17 +154,55 @@ def test_a_run_resumed_in_its_second_epoch_is_the_same_run(tmp_path: Path, mode:
     assert resumed.moo.last.window == whole.moo.last.window == 11
 
 
-def test_trains_twice(tmp_path: Path) -> None:
-    """The second run is a run of its own, on the weights of the first."""
-    trainer = trainer_of(tmp_path, moo=config())
+def test_sigterm_without_a_checkpoint_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    said: list[str] = []
+    monkeypatch.setattr(termination, "_end", said.append)  # which ends the process
+    trainer = trainer_of(tmp_path, moo=config(), save_strategy="steps", save_steps=2)
+    trainer.add_callback(Ended())
     trainer.train()
-    other = trainer_of(tmp_path, moo=config())
+    assert set(said) == {"1 finished steps are lost: the latest is of step 2"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("mode", ["placed", "mixed"])
+def test_trains_twice(tmp_path: Path, mode: str) -> None:
+    """The second run is a run of its own, on the weights of the first."""
+    trainer = trainer_of(tmp_path, moo=config(), mode=mode)
+    trainer.train()
+    other = trainer_of(tmp_path, moo=config(), mode=mode)
     other.model.load_state_dict(trainer.model.state_dict())
     trainer.optimizer = None  # Trainer would go on with the one that it has
     trainer.train()
     other.train()
     assert trainer.moo.last.window == 3
     assert_same(trainer, other)
+
+
+@pytest.mark.parametrize("mode", ["placed", "mixed"])
+def test_an_epoch_that_is_stopped_within_a_window(tmp_path: Path, mode: str) -> None:
+    """What came of the window is given up, so that it can be saved, and the next epoch's first one is whole."""
+
+    class Stops(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and trainer.moo.last.window == 1 and not stopped:
+                stopped.append(trainer.current_gradient_accumulation_steps)
+                control.should_epoch_stop = True
+
+    stopped: list[int] = []
+    settings = {"moo": config(), "mode": mode, "max_steps": 9}  # one into the second epoch
+    trainer = trainer_of(tmp_path, save_strategy="epoch", **settings)
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert stopped
+    resumed = trainer_of(tmp_path, number=SEED + 1, ignore_data_skip=True, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.moo.last.window == resumed.moo.last.window == 8
+    assert (tmp_path / "checkpoint-2" / "bucket_moo.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["ints", "classes", "aliases"])
