@@ -142,8 +142,9 @@ def make(folder: Path) -> None:
         rows += own
     write(folder / "all.jsonl", rows, "text", "instruction", "output", "language")
     write(folder / "chat.jsonl", rows, "messages", "channel")
-    entries: dict[str, Any] = {name: {"file_name": f"{name}.jsonl", "language": name} for name in LANGUAGES}
-    entries["all"] = {"file_name": "all.jsonl"}
+    columns = {"columns": {"prompt": "instruction", "response": "output"}}
+    entries: dict[str, Any] = {name: {"file_name": f"{name}.jsonl", "language": name} | columns for name in LANGUAGES}
+    entries["all"] = {"file_name": "all.jsonl"} | columns
     (folder / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
     zero2 = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -244,9 +245,7 @@ def llamafactory(folder: Path) -> dict[str, Case]:
 def swift(folder: Path) -> dict[str, Case]:
     """The cases of ms-swift."""
     plugin = folder / "languages.py"
-    plugin.write_text(
-        f"from bucketmoo_ds.integrations import swift\n\nswift.use({SECTION!r})\n", encoding="utf-8"
-    )
+    plugin.write_text(f"from bucketmoo_ds.integrations import swift\n\nswift.use({SECTION!r})\n", encoding="utf-8")
     mixed = folder / "mixed.py"
     mixed.write_text(
         f"from bucketmoo_ds.integrations import swift\n\nswift.use({SECTION | {'mode': 'mixed', 'gram_every': 2}!r})\n",

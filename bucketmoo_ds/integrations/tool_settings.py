@@ -31,7 +31,7 @@ class ToolSettings:
     def __init__(self, section: Mapping[str, Any] | None) -> None:
         if not section:
             raise ConfigError(
-                f'{SECTION}: there is no such section; expected one that names the languages, {SECTION}: '
+                f"{SECTION}: there is no such section; expected one that names the languages, {SECTION}: "
                 "{languages: [de, fr]}, and, to train without it, {enabled: false}"
             )
         rest = {name: value for name, value in section.items() if name not in _OF_THE_DATA}
