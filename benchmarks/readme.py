@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import integrations
 import mixed_study_table
 import mixed_table
 import overlap_table
@@ -158,6 +159,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         f"{package}-versions": ("docs/compatibility.md", f"{package}-versions.json", versions.render)
         for package in versions.FILES
     },
+    "integrations": ("docs/tools.md", "integrations.json", integrations.render),
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),

@@ -49,6 +49,8 @@ class Trainer(LanguageTrainerMixin, Seq2SeqTrainer):
         template, training = kwargs["template"], kwargs["args"]
         if settings.config.enabled:
             _refuse(template, training, kwargs.get("train_dataset"))
+        if settings.config.mode == "mixed":
+            training.use_logits_to_keep = False  # logits would be of fewer tokens than the batch says languages of
         super().__init__(*args, **settings.trainer_arguments, **kwargs)
 
     def _moo_table(self, rows: Any) -> Any:
