@@ -1,6 +1,6 @@
 """Runs a part of the tests on other versions than the pinned ones, and writes down what came of it.
 
-    python benchmarks/versions.py torch|transformers|python [FILE ...]
+    python benchmarks/versions.py deepspeed|torch|transformers|python [FILE ...]
 
 runs, with the interpreter that it is started with, the files of tests below that touch that package, or those of them
 that are named, and puts the outcome under the version it finds into `benchmarks/results/<package>-versions.json`; other
@@ -29,6 +29,13 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MIXED = ("unit/mixed", "distributed/test_mixed_wrappers.py")
 FILES = {
+    "deepspeed": (
+        "unit/test_refusals.py",
+        "distributed/test_stages_agree.py",
+        "distributed/test_reference_parity.py",
+        "distributed/test_off_is_plain.py",
+        "distributed/test_checkpoint_resume.py",
+    ),
     "torch": (
         "unit/test_build.py",
         "unit/test_backend_choice.py",

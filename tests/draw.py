@@ -93,6 +93,12 @@ def examples(number: int) -> int:
     return number * int(os.environ.get("BUCKETMOO_TEST_EXAMPLES", "1"))
 
 
+def few(values: Sequence[Any], number: int, of: str) -> tuple[Any, ...]:
+    """Returns that many drawn ones of the values of a factor, in their order; `of` tells draws apart."""
+    drawn = random.Random(f"{SEED}/{of}").sample(range(len(values)), number)
+    return tuple(values[index] for index in sorted(drawn))
+
+
 def some(cases: Sequence[tuple[Any, ...]], number: int) -> list[Any]:
     """Returns parameters of a test, of which all but that many drawn ones are for the nightly list."""
     drawn = set(random.Random(f"{SEED}/{len(cases)}").sample(range(len(cases)), number))

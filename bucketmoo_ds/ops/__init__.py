@@ -55,7 +55,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *
 
 def accumulate_gram(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
@@ -65,14 +65,15 @@ def accumulate_gram(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Adds `scales[m] * incoming[m]` to `rows[targets[m]]` for every m, in order, and returns `gram` of the result.
+    """Adds `scales[p] * incoming[p]` to `rows[targets[p]]` for every p, in order, and returns `gram` of the result.
 
     One pass: the Gram is taken of the rows while they lie in registers or cache, so that it costs no further read.
 
     Args:
         rows: K float32 tensors `[S]`; they are written, elements outside of any segment too.
-        incoming: tensors `[S]` of one floating dtype; float64 ones are rounded to float32 first.
-        targets: for each incoming gradient the index of its row.
+        incoming: P gradients `[P, S]` in one of the dtypes of rows, each contiguous; float64 ones are rounded to
+            float32 first.
+        targets: for each incoming gradient the index of its row, or -1 where it is left out.
         scales: for each incoming gradient what it is multiplied by.
         fresh: for each row whether its content is void: its first incoming gradient then overwrites it. A fresh row
             must have one.
@@ -86,7 +87,7 @@ def accumulate_gram(
         ConfigError: as in `gram`.
     """
     return _ops.accumulate_gram(
-        list(rows), list(incoming), list(targets), list(scales), list(fresh), spans, cells, num_cells,
+        list(rows), incoming, list(targets), list(scales), list(fresh), spans, cells, num_cells,
         backend=backend,
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """The ops for more rows than a backend takes (`MAX_ROWS`): any backend's own, called with groups of rows.
 
-The Gram is put together from those of pairs of groups, which costs about twice the products. Min-norm weights come from
-the readable solver. What `bucketmoo_ds.ops` promises holds for any number of rows.
+The Gram is put together from those of pairs of groups, which costs about twice the products. The CPU's solver takes any
+number of rows; a GPU's keeps them in a multiprocessor's memory, and leaves more to the readable one. What
+`bucketmoo_ds.ops` promises holds for any number of rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.ops.backends import cpu
 from bucketmoo_ds.ops.backends import min_norm as solver
 from bucketmoo_ds.ops.backends.checks import MAX_ROWS
 
@@ -45,7 +47,7 @@ class Grouped:
     def accumulate_gram(
         self,
         rows: Sequence[Tensor],
-        incoming: Sequence[Tensor],
+        incoming: Tensor,
         targets: Sequence[int],
         scales: Sequence[float],
         fresh: Sequence[bool],
@@ -56,12 +58,11 @@ class Grouped:
         """See `bucketmoo_ds.ops.accumulate_gram`. Two passes: the Gram takes rows of two groups."""
         for begin in range(0, len(rows), MAX_ROWS):
             group = slice(begin, begin + MAX_ROWS)
-            mine = [index for index, target in enumerate(targets) if begin <= target < begin + MAX_ROWS]
             self._backend.accumulate_gram(
                 rows[group],
-                [incoming[index] for index in mine],
-                [targets[index] - begin for index in mine],
-                [scales[index] for index in mine],
+                incoming,
+                [target - begin if begin <= target < begin + MAX_ROWS else -1 for target in targets],
+                scales,
                 fresh[group],
                 spans[:0],
                 cells[:0],
@@ -71,7 +72,9 @@ class Grouped:
 
     def min_norm(self, gram: Tensor, mask: Tensor, max_weight: float) -> tuple[Tensor, Tensor]:
         """See `bucketmoo_ds.ops.min_norm`."""
-        return solver.min_norm(gram, mask, max_weight)
+        takes_any = self._backend if self._backend is cpu else solver
+        weights, finite = takes_any.min_norm(gram, mask, max_weight)
+        return weights, finite
 
     def combine(self, rows: Sequence[Tensor], weights: Tensor, spans: Tensor, cells: Tensor, out: Tensor) -> None:
         """See `bucketmoo_ds.ops.combine`. The groups' sums are added up in float64, and rounded once."""

@@ -16,7 +16,7 @@ _library = torch.library.Library("bucketmoo_ds", "FRAGMENT")
 _SEGMENTS = "Tensor spans, Tensor cells"
 _library.define(f"gram(Tensor[] rows, {_SEGMENTS}, int num_cells, *, str backend='auto') -> Tensor")
 _library.define(
-    "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] targets, float[] scales, bool[] fresh, "
+    "accumulate_gram(Tensor(a!)[] rows, Tensor incoming, int[] targets, float[] scales, bool[] fresh, "
     f"{_SEGMENTS}, int num_cells, *, str backend='auto') -> Tensor"
 )
 _library.define("min_norm(Tensor gram, Tensor mask, *, float max_weight=1.0, str backend='auto') -> (Tensor, Tensor)")
@@ -40,7 +40,7 @@ def _gram(rows: list[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *, b
 
 def _accumulate_gram(
     rows: list[Tensor],
-    incoming: list[Tensor],
+    incoming: Tensor,
     targets: list[int],
     scales: list[float],
     fresh: list[bool],
@@ -110,7 +110,7 @@ def _(rows: list[Tensor], spans: Tensor, cells: Tensor, num_cells: int, *, backe
 @torch.library.register_fake("bucketmoo_ds::accumulate_gram", lib=_library)
 def _(
     rows: list[Tensor],
-    incoming: list[Tensor],
+    incoming: Tensor,
     targets: list[int],
     scales: list[float],
     fresh: list[bool],

@@ -64,17 +64,12 @@ class _Held(NamedTuple):
 
 
 class _Arriving(NamedTuple):
-    """What the slices of a bucket are in a micro-step: those that hold a gradient, in the order of their languages."""
+    """What the slices of a bucket are in a micro-step."""
 
-    places: list[int]  # among the slices
-    languages: list[int]
-    rows: list[int]  # of each language among those present
-    scales: list[float]  # in units of the row
-
-    @property
-    def one_each(self) -> bool:
-        """Whether they are the rows: each language comes from one rank, in the units of its row."""
-        return self.rows == list(range(len(self.rows))) and all(scale == 1.0 for scale in self.scales)
+    fed: list[tuple[int, int, float]]  # language, place among the slices and scale of each that holds a gradient
+    targets: list[int]  # of each slice, its row among those present; -1 where it holds no gradient
+    scales: list[float]  # of each slice, in units of its row
+    one_each: bool  # whether they are the rows: each language comes from one rank, in the units of its row
 
 
 class BucketMOO:
@@ -379,10 +374,11 @@ class BucketMOO:
         """Adds what has come to the rows of the window, and takes their Grams if it was the last of it."""
         bucket, arriving = pending.bucket, pending.arriving
         if pending.last and self._store.is_float32_on_device:
-            claim = self._store.claim(bucket, self.window.present, set(arriving.languages), slices[0])
+            receiving = {language for language, _, _ in arriving.fed}
+            claim = self._store.claim(bucket, self.window.present, receiving, slices[0])
             self._grams[bucket] = self._accumulate_gram(bucket, *claim, slices, arriving)
             return
-        for place, language, scale in zip(arriving.places, arriving.languages, arriving.scales, strict=True):
+        for language, place, scale in arriving.fed:
             self._store.add(bucket, language, slices[place], scale)
         if pending.last:
             self._grams[bucket] = self._gram(bucket, self._rows(bucket))
@@ -390,22 +386,25 @@ class BucketMOO:
     def _arriving(self, part: int) -> _Arriving:
         """Of the slots that exchange this part, by rank or by node."""
         window = self.window
-        slots = enumerate(self._by_node[part] or window.sources(part))
-        fed = sorted(((slot.language, place, slot.scale) for place, slot in slots if slot.target_tokens > 0))
+        slots = self._by_node[part] or window.sources(part)
         row_of = {language: row for row, language in enumerate(window.present)}
-        return _Arriving(
-            places=[place for _, place, _ in fed],
-            languages=[language for language, _, _ in fed],
-            rows=[row_of[language] for language, _, _ in fed],
-            scales=[scale / window.reference_scale(language) for language, _, scale in fed],
-        )
+        targets, scales, fed = [-1] * len(slots), [0.0] * len(slots), []
+        for place, slot in enumerate(slots):
+            if slot.target_tokens > 0:
+                targets[place] = row_of[slot.language]
+                scales[place] = slot.scale / window.reference_scale(slot.language)
+                fed.append((slot.language, place, scales[place]))
+        fed.sort()
+        rows = [targets[place] for _, place, _ in fed]
+        one_each = rows == list(range(len(window.present))) and all(scale == 1.0 for _, _, scale in fed)
+        return _Arriving(fed, targets, scales, one_each)
 
     def _stream(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
         if arriving.one_each:
-            rows = [slices[place] for place in arriving.places]  # no copy
+            rows = [slices[place] for _, place, _ in arriving.fed]  # no copy
             gram = self._gram(bucket, rows)
         else:
-            rows = [torch.empty_like(slices[0], dtype=torch.float32) for _ in self.window.present]
+            rows = list(slices.new_empty((len(self.window.present), slices.shape[1]), dtype=torch.float32).unbind())
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), slices, arriving)
         self._held.append(_Held(bucket, rows, gram))
         if sum(self.plan.buckets[each.bucket].numel for each in self._held) >= TOGETHER:
@@ -439,11 +438,11 @@ class BucketMOO:
         self, bucket: int, rows: list[Tensor], fresh: list[bool], slices: Tensor, arriving: _Arriving
     ) -> Tensor:
         """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
-        segments, pieces = self._segments[bucket], slices.unbind()
+        segments = self._segments[bucket]
         return ops.accumulate_gram(
             rows,
-            [pieces[place] for place in arriving.places],
-            arriving.rows,
+            slices,
+            arriving.targets,
             arriving.scales,
             fresh,
             segments.spans,

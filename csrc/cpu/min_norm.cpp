@@ -2,12 +2,11 @@
 #include "min_norm.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "../common/min_norm.h"
 
 namespace {
-
-constexpr int kMaxRows = 64;
 
 struct Alone {
   static constexpr int kSize = 1;
@@ -24,8 +23,9 @@ using Solver = bucketmoo::MinNorm<Alone>;
 
 void bucketmoo_min_norm(const double* gram, const bool* mask, double max_weight, double* weights, bool* finite,
                         int64_t begin, int64_t end, int64_t K, int64_t* steps) {
-  alignas(64) char scratch[Solver::scratch_bytes(kMaxRows)];
-  Solver solver(scratch, static_cast<int>(K));
+  const int rows = static_cast<int>(K);
+  std::vector<double> scratch(Solver::scratch_bytes(rows) / sizeof(double));
+  Solver solver(scratch.data(), rows);
   for (int64_t block = begin; block < end; ++block) {
     solver.solve(gram + block * K * K, mask + block * K, max_weight, finite + block);
     std::copy_n(solver.weights(), K, weights + block * K);

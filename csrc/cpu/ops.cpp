@@ -157,7 +157,7 @@ Tensor gram(std::vector<Tensor> tensors, Tensor spans, Tensor cells, int64_t num
                         [](const Piece&) {});
 }
 
-Tensor accumulate_gram(std::vector<Tensor> tensors, std::vector<Tensor> incoming, std::vector<int64_t> targets,
+Tensor accumulate_gram(std::vector<Tensor> tensors, Tensor incoming, std::vector<int64_t> targets,
                        std::vector<double> scales, std::vector<int64_t> fresh, Tensor spans, Tensor cells,
                        int64_t num_cells, std::string instruction_set) {
   const Kernels& kernels = kernels_for(instruction_set);
@@ -168,14 +168,17 @@ Tensor accumulate_gram(std::vector<Tensor> tensors, std::vector<Tensor> incoming
     float scale;
     bool fresh;
   };
+  const Dtype dtype = dtype_of(incoming);
+  const auto* first = static_cast<const char*>(incoming.const_data_ptr());
+  const int64_t step = incoming.stride(0) * static_cast<int64_t>(incoming.element_size());
   std::vector<Addition> additions;
-  for (size_t i = 0; i < incoming.size(); ++i) {
+  for (size_t i = 0; i < targets.size(); ++i) {
     const int64_t target = targets[i];
-    additions.push_back({tensors[target].mutable_data_ptr<float>(), incoming[i].const_data_ptr(),
+    if (target < 0) continue;
+    additions.push_back({tensors[target].mutable_data_ptr<float>(), first + static_cast<int64_t>(i) * step,
                          static_cast<float>(scales[i]), fresh[target] != 0});
     fresh[target] = 0;  // the next one is added
   }
-  const Dtype dtype = incoming.empty() ? Dtype::float32 : dtype_of(incoming[0]);
   std::vector<Piece> pieces = bucketmoo::cut(segments_of(spans, cells, rows.elements), true);
   return gram_of_pieces(kernels, tensors[0], rows, std::move(pieces), num_cells, [&](const Piece& piece) {
     for (const Addition& each : additions)
@@ -225,7 +228,7 @@ STABLE_TORCH_LIBRARY(bucketmoo_ds_cpu, library) {
   library.def("instruction_sets() -> str");
   library.def("gram(Tensor[] rows, Tensor spans, Tensor cells, int num_cells, str instruction_set) -> Tensor");
   library.def(
-      "accumulate_gram(Tensor(a!)[] rows, Tensor[] incoming, int[] targets, float[] scales, int[] fresh, "
+      "accumulate_gram(Tensor(a!)[] rows, Tensor incoming, int[] targets, float[] scales, int[] fresh, "
       "Tensor spans, Tensor cells, int num_cells, str instruction_set) -> Tensor");
   library.def("min_norm(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
   library.def(

@@ -81,18 +81,20 @@ Tensor gram(std::vector<Tensor> tensors, Tensor table, Tensor first, int64_t ins
 }
 
 Tensor accumulate_gram(
-    std::vector<Tensor> tensors, std::vector<Tensor> gradients, std::vector<int64_t> offsets,
+    std::vector<Tensor> tensors, Tensor gradients, std::vector<int64_t> places, std::vector<int64_t> offsets,
     std::vector<double> scales, std::vector<int64_t> fresh, Tensor table, Tensor first, int64_t inside, bool last) {
   const OnDevice device(tensors[0]);
   const Rows rows = rows_of(tensors);
   const Tiles tiles = tiles_of(table, first, inside);
   STD_TORCH_CHECK(
-      gradients.size() <= bucketmoo::kMaxIncoming && scales.size() == gradients.size() &&
+      places.size() <= bucketmoo::kMaxIncoming && scales.size() == places.size() &&
           offsets.size() == tensors.size() + 1,
       "bucketmoo_ds CUDA backend: accumulate_gram takes at most 64 gradients a launch, sorted by row");
   Incoming incoming{};
-  if (!gradients.empty()) incoming.dtype = dtype_of(gradients[0]);
-  std::ranges::transform(gradients, incoming.data, [](const Tensor& tensor) { return tensor.const_data_ptr(); });
+  incoming.dtype = dtype_of(gradients);
+  const auto* begin = static_cast<const char*>(gradients.const_data_ptr());
+  const int64_t step = gradients.stride(0) * static_cast<int64_t>(gradients.element_size());
+  std::ranges::transform(places, incoming.data, [&](int64_t place) { return begin + place * step; });
   std::ranges::transform(scales, incoming.scale, [](double scale) { return static_cast<float>(scale); });
   std::ranges::transform(offsets, incoming.first, [](int64_t offset) { return static_cast<int32_t>(offset); });
   for (const int64_t row : fresh) incoming.fresh |= uint64_t{1} << row;
@@ -169,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> resolve(
 STABLE_TORCH_LIBRARY(bucketmoo_ds_cuda, library) {
   library.def("gram(Tensor[] rows, Tensor tiles, Tensor first, int inside) -> Tensor");
   library.def(
-      "accumulate_gram(Tensor(a!)[] rows, Tensor[] gradients, int[] offsets, float[] scales, int[] fresh, "
+      "accumulate_gram(Tensor(a!)[] rows, Tensor gradients, int[] places, int[] offsets, float[] scales, int[] fresh, "
       "Tensor tiles, Tensor first, int inside, bool last) -> Tensor");
   library.def("min_norm(Tensor gram, Tensor mask, float max_weight) -> (Tensor, Tensor)");
   library.def(

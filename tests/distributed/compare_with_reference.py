@@ -407,7 +407,8 @@ def gradients(engine: Any) -> dict[str, Tensor]:
         groups = range(len(optimizer.bit16_groups))
         if optimizer.cpu_offload:
             return whole(optimizer, [optimizer.single_partition_of_fp32_groups[group].grad for group in groups])
-        return whole(optimizer, [optimizer.averaged_gradients[group].flat_partition for group in groups])
+        pieces = [optimizer.averaged_gradients[group] for group in groups]
+        return whole(optimizer, [torch.cat([piece.flatten() for piece in group]) for group in pieces])
     if hasattr(optimizer, "sub_group_to_group_id"):
         return chunks(optimizer, optimizer.get_local_fp32_grad_for_param)
     trained = {plain_name(name): param for name, param in engine.module.named_parameters() if param.requires_grad}
@@ -437,8 +438,10 @@ def whole(optimizer: Any, partitions: list[Tensor]) -> dict[str, Tensor]:
         parts = [torch.empty_like(mine) for _ in range(worker.WORLD_SIZE)]
         dist.all_gather(parts, mine)
         flat = torch.cat(parts).double()
-        for param, offset in zip(params, optimizer.round_robin_bit16_offsets[group], strict=True):
-            found[plain_name(optimizer.param_names[param])] = flat[offset : offset + param.numel()]
+        end = 0
+        for param in params:  # without parameter_alignment nothing lies between two of them
+            begin, end = end, end + param.numel()
+            found[plain_name(optimizer.param_names[param])] = flat[begin:end]
     return found
 
 

@@ -15,15 +15,13 @@ from typing import Any
 import pytest
 import torch
 from distributed.tolerances import ROUNDING
-from draw import SEED, Case, Key, one_world_size, pairwise, parametrized
+from draw import SEED, Case, Key, few, one_world_size, pairwise, parametrized
 from outcomes import Outcomes
 from torch.distributed.fsdp import _common_utils
 
 from bucketmoo_ds import aggregate
 
 WORLD_SIZES = (1, 2, 3, 4)
-# Values of a run's own arrays, which have fewer than those of the nightly list.
-FEWER: Case = {"world_size": (1, 2, 3), "micro_steps": (1, 2, random.Random(SEED).choice((3, 4)))}
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD")
 # Plain FSDP2 of torch 2.11 finds no gradients in a dataclass: backward fails.
 DATACLASSES = hasattr(_common_utils, "collect_grad_tensors")
@@ -55,6 +53,13 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "frozen": (False, True),
     "tied": (False, True),
     "adapters": (0, 2),  # that nothing uses
+}
+# Values of a run's own arrays, which have fewer than those of the nightly list.
+FEWER: Case = {
+    "world_size": (1, 2, 3),
+    "micro_steps": (1, 2, *few((3, 4), 1, "micro_steps")),
+    "aggregator": few(COMMON["aggregator"], 3, "aggregator"),
+    "granularity": few(COMMON["granularity"], 3, "granularity"),
 }
 FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ddp": COMMON

@@ -243,9 +243,10 @@ def test_the_whole_model_is_saved(settings: dict, whole: Path) -> None:
 
 
 def test_bad_settings_are_told_in_one_line(settings: dict, tmp_path: Path) -> None:
-    """Here what the ranks find, of which the first one tells."""
+    """Here what a rank finds."""
     path = tmp_path / "bad.json"
-    path.write_text(json.dumps(settings | {"output": str(tmp_path / "out"), "data": {"path": "/nowhere"}}))
+    bad = {"output": str(tmp_path / "out"), "data": {"path": "/nowhere"}, "processes": 1}
+    path.write_text(json.dumps(settings | bad))
     done = bucketmoo("train", path)
     assert done.returncode == 2
     assert "/nowhere" in done.stderr

@@ -100,18 +100,15 @@ def test_accumulate_gram(
     rows, spans, cells = _shard(generator, count, torch.float32, alike=True)
     amount = 70 if gradients == "many" else count
     targets = torch.randint(1, count, (amount,), generator=generator).tolist()  # row 0 gets none
-    targets[0] = count - 1
+    targets[0], targets[1] = count - 1, -1
     fresh = [row == count - 1 for row in range(count)]
     rows[-1].fill_(float("nan"))
     scales = torch.rand(amount, generator=generator).tolist()
-    incoming = [torch.randn(len(rows[0]), generator=generator).to(dtype) for _ in range(amount)]
-    on_device, on_device_incoming = _on_device(rows), [gradient.cuda() for gradient in incoming]
-    ops.accumulate_gram(
-        rows, [gradient.clone() for gradient in incoming], targets, scales, fresh, spans, cells, NUM_CELLS,
-        backend="reference",
-    )  # fmt: skip
+    incoming = torch.randn(amount, len(rows[0]), generator=generator).to(dtype)
+    on_device = _on_device(rows)
+    ops.accumulate_gram(rows, incoming, targets, scales, fresh, spans, cells, NUM_CELLS, backend="reference")
     found = ops.accumulate_gram(
-        on_device, on_device_incoming, targets, scales, fresh, spans, cells, NUM_CELLS, backend=backend
+        on_device, incoming.cuda(), targets, scales, fresh, spans, cells, NUM_CELLS, backend=backend
     )
     for row, wanted in zip(on_device, rows, strict=True):
         # To the bit but for float64 gradients, which the fast backends round to float32 first: 2^-24 each.

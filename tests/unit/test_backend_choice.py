@@ -104,7 +104,7 @@ def test_every_op_honours_its_argument() -> None:
     weights, mask, out = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool), torch.empty(2)
     calls = {
         "gram": (ROWS, SPANS, CELLS, 1),
-        "accumulate_gram": (ROWS, ROWS, [0], [1.0], [False], SPANS, CELLS, 1),
+        "accumulate_gram": (ROWS, torch.stack(ROWS), [0], [1.0], [False], SPANS, CELLS, 1),
         "combine": (ROWS, weights, SPANS, CELLS, out),
         "resolve": (ROWS, mask, SPANS, CELLS, out),
     }

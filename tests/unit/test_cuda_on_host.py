@@ -117,7 +117,7 @@ def test_accumulate_gram(
     expected = [row.clone() for row in rows]
     rows[1].fill_(float("nan"))
     reference.accumulate_gram(
-        expected, [gradient.clone() for gradient in incoming], given, scales, [row in fresh for row in range(count)],
+        expected, torch.stack(incoming), given, scales, [row in fresh for row in range(count)],
         spans, blocks, 4,
     )  # fmt: skip
     kernels.device(shared=64 << 10)

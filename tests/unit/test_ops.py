@@ -376,10 +376,10 @@ def test_opcheck(backend: str, generator: torch.Generator, op: str, dtype: torch
     rows = random_rows(generator, 3, 50, torch.float32 if op == "accumulate_gram" else dtype)
     segment = torch.tensor([[0, 20], [22, 28]]), torch.tensor([0, 1])
     weights, mask = torch.rand(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
-    incoming = random_rows(generator, 2, 50, dtype)
+    incoming = torch.randn(3, 50, generator=generator).to(dtype)
     arguments = {
         "gram": (rows, *segment, 2),
-        "accumulate_gram": (rows, incoming, [2, 0], [0.5, 2.0], [False, False, True], *segment, 2),
+        "accumulate_gram": (rows, incoming, [2, -1, 0], [0.5, 1.0, 2.0], [False, False, True], *segment, 2),
         "min_norm": (ops.gram(rows, *segment, 2), mask),
         "combine": (rows, weights, *segment, torch.empty_like(rows[0])),
         "resolve": (rows, mask, *segment, torch.empty_like(rows[0])),

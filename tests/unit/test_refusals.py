@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -18,8 +20,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from bucketmoo_ds.adapters.deepspeed import read_section
 from bucketmoo_ds.adapters.deepspeed.attach import STAGES
-from bucketmoo_ds.adapters.deepspeed.checks import REFUSALS, SEAMS, check_seams, refuse_engine, refuse_settings
+from bucketmoo_ds.adapters.deepspeed.checks import (
+    REFUSALS,
+    refuse_engine,
+    refuse_gathers,
+    refuse_loss_scale,
+    refuse_settings,
+)
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
+from bucketmoo_ds.adapters.deepspeed.seams import BEYOND, OLDEST, SEAMS, check_seams, expected
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine
 from bucketmoo_ds.adapters.deepspeed.zero3 import BucketMOOZero3Optimizer
 from bucketmoo_ds.adapters.deepspeed.zero12 import BucketMOOZeroOptimizer
@@ -103,14 +112,23 @@ TRIGGERS: dict[str, list[tuple[dict[str, Any], str]]] = {
 }
 
 
+# Settings that older versions of DeepSpeed lack, and their names in its parsed configuration.
+LATER = {
+    "managed_gradient_accumulation = false": "managed_gradient_accumulation",
+    "gradient_allreduce_op = sum": "gradient_allreduce_op",
+}
+
+
 @pytest.mark.parametrize("setting", [entry[0] for entry in REFUSALS])
 def test_every_refused_setting(setting: str) -> None:
     assert setting in TRIGGERS, f"REFUSALS has a new entry, {setting}: give it a JSON that triggers it"
-    for changes, expected in TRIGGERS[setting]:
+    if setting in LATER and not hasattr(parsed({}), LATER[setting]):
+        pytest.skip("this DeepSpeed has no such setting")
+    for changes, part in TRIGGERS[setting]:
         with pytest.raises(ConfigError) as caught:
             refuse_settings(parsed(changes), "bucket_moo")
         assert str(caught.value).startswith(f"{setting} cannot be combined with bucket_moo: ")
-        assert expected in str(caught.value)
+        assert part in str(caught.value)
 
 
 def test_no_trigger_is_left_over() -> None:
@@ -185,6 +203,12 @@ def muon() -> torch.nn.Module:
     return module
 
 
+def one_bit() -> torch.optim.Optimizer:
+    """As DeepSpeed's OnebitAdam, which later versions have no more."""
+    kind = type("OnebitAdam", (torch.optim.SGD,), {"__module__": "deepspeed.runtime.fp16.onebit.adam"})
+    return kind([torch.nn.Parameter(torch.randn(2))], lr=0.1)
+
+
 def sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.randn(2))], lr=0.1)
 
@@ -201,6 +225,7 @@ def test_what_the_adapter_knows_is_taken() -> None:
         ({"sequence_parallel_size": 2}, "sequence parallelism"),
         ({"mpu": SimpleNamespace()}, "tensor or pipeline parallelism (mpu)"),
         ({"module": torch.nn.Sequential(torch.nn.Embedding(3, 2, sparse=True))}, "embeddings with sparse=True"),
+        ({"optimizer": one_bit()}, "1-bit optimizers"),
         ({"module": muon()}, "the Muon optimizer"),
     ],
 )
@@ -208,6 +233,36 @@ def test_every_refused_engine(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_engine(FakeEngine(**changes), FakeEngine, KNOWN)
     assert str(caught.value) == f"bucket_moo cannot be combined with {what}: gradients are then reduced another way"
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 65536.0])
+def test_a_loss_scale_that_nothing_multiplies_by_is_refused(scale: float | None) -> None:
+    refused = pytest.raises(ConfigError, match=r"SimpleNamespace of DeepSpeed before 0[.]18[.]6 divides gradients")
+    with refused if scale == 65536.0 else contextlib.nullcontext():
+        refuse_loss_scale(SimpleNamespace(loss_scale=scale))
+
+
+def waits_for_the_last(launch_handles: list[Any]) -> None:
+    launch_handles[-1].wait()
+
+
+def waits_for_all(launch_handles: list[Any]) -> None:
+    for handle in launch_handles:
+        handle.wait()
+
+
+@pytest.mark.parametrize("gathers", [waits_for_the_last, waits_for_all])
+@pytest.mark.parametrize(
+    ("stage", "backend", "ranks"), [(3, "gloo", 2), (3, "nccl", 2), (3, "gloo", 1), (2, "gloo", 2)]
+)
+def test_gathers_that_nothing_waits_for_are_refused(
+    stage: int, backend: str, ranks: int, gathers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deepspeed.zero.Init, "_allgather_params_coalesced", gathers)
+    late = gathers is waits_for_the_last and (stage, backend, ranks) == (3, "gloo", 2)
+    refused = pytest.raises(ConfigError, match=r"^zero_optimization.stage = 3 over gloo .*; install 0[.]19[.]8 or")
+    with refused if late else contextlib.nullcontext():
+        refuse_gathers(stage, backend, ranks)
 
 
 def test_another_engine_is_refused() -> None:
@@ -243,7 +298,7 @@ OWNERS: dict[str, type] = {
 
 def test_seams_of_the_installed_deepspeed() -> None:
     assert list(OWNERS) == list(SEAMS)
-    check_seams(*OWNERS.values())
+    check_seams(deepspeed.__version__, *OWNERS.values())
 
 
 @pytest.mark.parametrize(("which", "name"), [(which, name) for which, methods in SEAMS.items() for name in methods])
@@ -251,14 +306,33 @@ def test_seams_of_the_installed_deepspeed() -> None:
 def test_every_seam_is_checked(which: str, name: str, gone: bool) -> None:
     def other(self: object, something: object, new: object) -> None: ...
 
+    wanted = expected(SEAMS[which][name], deepspeed.__version__)
+    if gone and wanted is None:
+        pytest.skip(f"DeepSpeed {deepspeed.__version__} has no {name}")
     stand_in = type(OWNERS[which].__name__, (OWNERS[which],), {name: None if gone else other})
     with pytest.raises(ConfigError) as caught:
-        check_seams(*(OWNERS | {which: stand_in}).values())
+        check_seams(deepspeed.__version__, *(OWNERS | {which: stand_in}).values())
     message = str(caught.value)
     found = "None" if gone else repr(("self", "something", "new"))
-    assert f"this DeepSpeed's {stand_in.__name__}.{name} has parameters {found}" in message
-    assert f"expected {SEAMS[which][name]}" in message
-    assert "install a version that bucketmoo_ds supports (0.19.8 is tested)" in message
+    assert f"{stand_in.__name__}.{name} of DeepSpeed {deepspeed.__version__} has parameters {found}" in message
+    assert f"expected {wanted}" in message
+    assert f'install "deepspeed>={OLDEST},<{BEYOND}"' in message
+
+
+@pytest.mark.parametrize("version", ["0.16.9", "0.17.6", "0.18.3", "0.20.0", "1.0"])
+def test_versions_beyond_the_table_are_refused(version: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_seams(version, *OWNERS.values())
+    expected_start = f"bucket_moo works with DeepSpeed {OLDEST} and later, before {BEYOND}; {version} is installed"
+    assert str(caught.value).startswith(expected_start)
+
+
+def test_forms_are_found_by_version() -> None:
+    forms = {"0.18.4": None, "0.18.10": ("self",), "0.19.8": ("self", "new")}
+    versions = ("0.18.4", "0.18.9+abc", "0.18.10", "0.19.7", "0.19.8.dev1", "0.19.12")
+    assert [expected(forms, version) for version in versions] == [
+        *(None, None, ("self",), ("self",), ("self", "new"), ("self", "new"))
+    ]
 
 
 @pytest.mark.parametrize(

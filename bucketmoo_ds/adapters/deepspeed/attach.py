@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import deepspeed
 import hjson
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -22,7 +24,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bucketmoo_ds.adapters.deepspeed import checks, late, mixed
+from bucketmoo_ds.adapters.deepspeed import checks, late, mixed, seams
 from bucketmoo_ds.adapters.deepspeed.engine import BucketMOOEngine
 from bucketmoo_ds.adapters.deepspeed.extension_locks import warn_of_old_locks
 from bucketmoo_ds.adapters.deepspeed.zero0 import ReplicatedEngine, ReplicatedReduction
@@ -88,8 +90,6 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     Raises:
         ConfigError: the section is invalid, or cannot be combined with another setting of the JSON.
     """
-    import deepspeed
-
     return deepspeed.initialize(*args, **kwargs)
 
 
@@ -116,6 +116,8 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     """
     stage = checks.refuse_engine(engine, DeepSpeedEngine, STAGES)
     optimizer = engine.optimizer
+    if stage.optimizer is None:
+        checks.refuse_loss_scale(optimizer)
     engine.__class__ = stage.engine
     engine.moo_config = config
     engine.language_tracker = LanguageTracker(config, engine.module)
@@ -153,6 +155,8 @@ def _parameters(engine: DeepSpeedEngine) -> list[Parameter]:
 def _initialize_engine(wrapped: Any, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     wrapped(*args, **kwargs)
     config = _asked_for(engine)
+    if config is not None:
+        checks.refuse_gathers(engine.zero_optimization_stage(), dist.get_backend(), dist.get_world_size())
     if config is not None and config.mode == "mixed":
         mixed.attach(engine, config)
     elif config is not None and not isinstance(engine, BucketMOOEngine):
@@ -176,7 +180,7 @@ def _asked_for(engine: DeepSpeedEngine) -> BucketMOOConfig | None:
     """
     config = read_section(_json_of(engine))
     if config is not None and config.mode != "mixed":
-        checks.check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        seams.check_seams(deepspeed.__version__, DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
         checks.refuse_settings(engine._config, SECTION)
     return config
 

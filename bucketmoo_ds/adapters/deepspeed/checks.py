@@ -1,7 +1,7 @@
 """What cannot be combined with bucket_moo under DeepSpeed: refused at start-up, with the reason and the way out.
 
-Each entry reads DeepSpeed's own parsed configuration (0.19.8); some of these paths replace the reduction, so that
-the run would silently train by averaging.
+Each entry reads DeepSpeed's own parsed configuration, in which older versions lack some settings; some of these paths
+replace the reduction, so that the run would silently train by averaging.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import Init
 
 from bucketmoo_ds.errors import ConfigError, one_of
 
@@ -28,7 +29,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         "managed_gradient_accumulation = false",
-        lambda c: not c.managed_gradient_accumulation,
+        lambda c: not getattr(c, "managed_gradient_accumulation", True),
         "the boundary of a window is then unknown during backward",
         "set gradient_accumulation_steps",
     ),
@@ -80,7 +81,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     (
         "gradient_allreduce_op = sum",
-        lambda c: c.gradient_allreduce_op == "sum",
+        lambda c: getattr(c, "gradient_allreduce_op", "mean") == "sum",
         "scaling of gradients is part of their per-language mean",
         "remove it (the default is mean)",
     ),
@@ -143,6 +144,7 @@ def refuse_engine(engine: Any, engine_class: type, known: Mapping[type, T]) -> T
         ("sequence parallelism", engine.sequence_parallel_size > 1),
         ("tensor or pipeline parallelism (mpu)", engine.mpu is not None),
         ("embeddings with sparse=True", any(getattr(m, "sparse", False) for m in engine.module.modules())),
+        ("1-bit optimizers", ".onebit." in built.__module__),
         ("the Muon optimizer", any(getattr(param, "use_muon", False) for param in engine.module.parameters())),
     ):
         if is_on:
@@ -150,43 +152,29 @@ def refuse_engine(engine: Any, engine_class: type, known: Mapping[type, T]) -> T
     return found
 
 
-# The methods that the adapter overrides or calls, with the parameters that 0.19.8 gives them.
-SEAMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "engine": {
-        "_backward_prologue": ("self",),
-        "_backward_epilogue": ("self",),
-        "is_gradient_accumulation_boundary": ("self",),
-        "buffered_allreduce_fallback": ("self", "grads", "elements_per_buffer"),
-        "_take_model_step": ("self", "lr_kwargs"),
-    },
-    "ZeRO-1/2": {
-        "process_gradients": ("self", "param", "i"),
-        "independent_gradient_partition_epilogue": ("self",),
-        "check_overflow": ("self", "partition_gradients"),
-        "step": ("self", "closure"),
-        "_build_compact_grad_partition_buffer": ("self", "group_idx"),
-    },
-    # A profiler's decorator hides the parameters of some.
-    "ZeRO-3": {
-        "reduce_independent_p_g_buckets_and_remove_grads": ("self", "param"),
-        "independent_gradient_partition_epilogue": ("args", "kwargs"),
-        "_overflow_check_and_loss_scale_update": ("args", "kwargs"),
-        "_loss_scale_update_and_overflow_cleanup": ("self",),
-        "partition_grads": ("args", "kwargs"),
-        "step": ("args", "kwargs"),
-    },
-}
+def refuse_loss_scale(optimizer: Any) -> None:
+    """Raises `ConfigError` where an optimizer of ZeRO-0 divides gradients by a loss scale: nothing multiplies by it."""
+    if (getattr(optimizer, "loss_scale", None) or 1.0) != 1.0:
+        raise ConfigError(
+            "bf16.enabled with zero_optimization.stage = 0 cannot be combined with bucket_moo: "
+            f"{type(optimizer).__name__} of DeepSpeed before 0.18.6 divides gradients by a loss scale that nothing has "
+            "multiplied the loss by; install a later one, or use stage 1, 2 or 3"
+        )
 
 
-def check_seams(engine_class: type, zero12_class: type, zero3_class: type) -> None:
-    """Raises `ConfigError` where this DeepSpeed lacks a method that the adapter builds on, or has changed its
-    parameters."""
-    for owner, methods in zip((engine_class, zero12_class, zero3_class), SEAMS.values(), strict=True):
-        for name, expected in methods.items():
-            method = getattr(owner, name, None)
-            found = tuple(inspect.signature(method).parameters) if method is not None else None
-            if found != expected:
-                raise ConfigError(
-                    f"this DeepSpeed's {owner.__name__}.{name} has parameters {found}, expected {expected}: install "
-                    "a version that bucketmoo_ds supports (0.19.8 is tested)"
-                )
+def refuse_gathers(stage: int, backend: str, world_size: int) -> None:
+    """Raises `ConfigError` where ZeRO-3 computes with parameters of which some may not have arrived: DeepSpeed before
+    0.19.8 waits for the last of several gathers. NCCL ends them in their order, gloo does not.
+
+    Args:
+        backend: of torch.distributed.
+    """
+    if stage != 3 or backend != "gloo" or world_size == 1:
+        return
+    gathers = getattr(Init, "_allgather_params_coalesced", None)
+    if gathers is not None and "launch_handles[-1].wait()" in inspect.getsource(gathers):
+        raise ConfigError(
+            "zero_optimization.stage = 3 over gloo (on CPUs) cannot be combined with bucket_moo: DeepSpeed before "
+            "0.19.8, with or without bucket_moo, then computes with parameters that have not all arrived; install "
+            "0.19.8 or later, or use stage 0, 1 or 2"
+        )

@@ -1,6 +1,6 @@
 """DeepSpeed's engine with a language for every micro-batch, and our state in its checkpoints.
 
-Read in DeepSpeed 0.19.8, `runtime/engine.py`.
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/engine.py`.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class BucketMOOEngine(DeepSpeedEngine):
         self.zero_grad()
         self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
         if isinstance(self.optimizer, ZeROOptimizer):  # the interrupted backward has not left it
-            self.optimizer.clear_backward_seen_flag()
+            if hasattr(self.optimizer, "clear_backward_seen_flag"):
+                self.optimizer.clear_backward_seen_flag()
             self.optimizer._backward_active_depth = 0
 
     @contextlib.contextmanager

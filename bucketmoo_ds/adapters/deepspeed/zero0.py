@@ -1,9 +1,9 @@
 """ZeRO-0: DeepSpeed's plain data parallelism, every rank with the whole model.
 
-Read in DeepSpeed 0.19.8, `runtime/engine.py`. Stock all-reduces `.grad` once, at the boundary, where the languages of a
-rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there and adds it up,
-each language apart, and at the boundary `.grad` becomes the combined gradient, which clipping and the optimizer
-(DeepSpeed's for bf16, or the user's own) find where they look for it. Stock's all-reduce is left out.
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/engine.py`. Stock all-reduces `.grad` once, at the boundary, where the
+languages of a rank's micro-steps are mixed. Here a hook on every parameter takes its gradient as soon as it is there
+and adds it up, each language apart, and at the boundary `.grad` becomes the combined gradient, which clipping and the
+optimizer (DeepSpeed's for bf16, or the user's own) find where they look for it. Stock's all-reduce is left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReplicatedEngine(BucketMOOEngine):
     def buffered_allreduce_fallback(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
         """Stock's all-reduce: gradients are combined by now."""
 
-    def _take_model_step(self, lr_kwargs: dict[str, Any] | None) -> None:
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the optimizer step, or skips it on all ranks where a row was not finite."""
         self.reduction.check_step()
         if self.reduction.micro.skipped and not hasattr(self.optimizer, "overflow"):
@@ -43,7 +43,7 @@ class ReplicatedEngine(BucketMOOEngine):
             self.global_steps += 1
             self.global_samples += self.train_batch_size()
         else:  # DeepSpeed's own optimizers find gradients that are no numbers, and skip
-            super()._take_model_step(lr_kwargs)
+            super()._take_model_step(*args, **kwargs)
         self.reduction.micro.use()
 
 

@@ -1,11 +1,11 @@
 """ZeRO-1 and ZeRO-2: DeepSpeed's optimizer with its bucketing and reduction replaced by the engine's.
 
-Read in DeepSpeed 0.19.8, `runtime/zero/stage_1_and_2.py`. What is overridden:
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/zero/stage_1_and_2.py`. What is overridden:
 
 * `process_gradients`, called by a hook on every parameter when its gradient is ready;
 * `independent_gradient_partition_epilogue`, called at the end of backward (ZeRO-2: of every micro-step) and by
   `reduce_gradients` at the boundary (ZeRO-1);
-* `step` and `check_overflow`, so that a window which is not finite is skipped as an fp16 overflow is.
+* `step` and `_update_scale`, so that a window which is not finite is skipped as an fp16 overflow is.
 
 DeepSpeed's own buckets stay empty. Its optimizer, clipping and loss scaling find the combined gradient in
 `averaged_gradients`, in the flat form that it uses itself for float32 accumulation, or, with offload, in host memory.
@@ -13,9 +13,11 @@ DeepSpeed's own buckets stay empty. Its optimizer, clipping and loss scaling fin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -34,7 +36,6 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
 
     reduction: PartitionReduction
     overflow: bool
-    check_grad_overflow: bool
 
     def process_gradients(self, param: Tensor, i: int) -> None:
         """Takes a gradient that is ready."""
@@ -53,10 +54,9 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
             if self.cpu_offload:
                 self._write_to_host()
             else:
-                groups = range(len(self.bit16_groups))
-                partitions = [self._build_compact_grad_partition_buffer(group) for group in groups]
-                self.reduction.write([partition.flat_partition for partition in partitions])
-                self.averaged_gradients.update(enumerate(partitions))
+                partitions = [self._partition(group) for group in range(len(self.bit16_groups))]
+                self.reduction.write([flat for flat, _ in partitions])
+                self.averaged_gradients.update(enumerate(pieces for _, pieces in partitions))
         self._epilogue_ran_this_backward = True
 
     def _write_to_host(self) -> None:
@@ -69,10 +69,30 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
                 part = gradient.narrow(0, start, numel)
                 self.norm_for_param_grads[self.get_param_id(param)] = part.norm(2, dtype=torch.float64)
 
-    def check_overflow(self, partition_gradients: bool = True) -> None:
-        """Reports an overflow on all ranks where a row of the window was not finite."""
-        super().check_overflow(partition_gradients)
-        self.overflow = self.overflow or self.reduction.micro.skipped
+    def _partition(self, group: int) -> tuple[Tensor, list[Tensor]]:
+        """Returns room for this rank's gradient of a group, flat, and in the pieces in which DeepSpeed reads it: one
+        for each parameter, of its shape where it is all here, and what lies between and behind them."""
+        if hasattr(self, "_build_compact_grad_partition_buffer"):
+            compact = self._build_compact_grad_partition_buffer(group)
+            return compact.flat_partition, compact
+        size, rank = int(self.partition_size[group]), dist.get_rank(self.real_dp_process_group[group])
+        starts, places = self.grad_start_offset[group][rank], self.grad_partition_insertion_offset[group][rank]
+        flat = torch.zeros(size, dtype=self.gradient_accumulation_dtype, device=self.bit16_groups[group][0].device)
+        pieces: list[Tensor] = []
+        end = 0
+        for param in self.params_in_partition[group]:
+            number = self.get_param_id(param)
+            begin = int(places[number])
+            pieces += _padding(flat, end, begin)
+            end = begin + min(param.numel() - int(starts[number]), size - begin)
+            piece = flat[begin:end]
+            pieces.append(piece.view(param.shape) if piece.numel() == param.numel() else piece)
+        return flat, pieces + _padding(flat, end, size)
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Makes it an overflow, on all ranks, where a row of the window was not finite."""
+        self.overflow = has_overflow or self.reduction.micro.skipped
+        super()._update_scale(self.overflow)
 
     def step(self, closure: None = None) -> None:
         """Takes the optimizer step, or skips it on all ranks where a row was not finite.
@@ -81,13 +101,17 @@ class BucketMOOZeroOptimizer(DeepSpeedZeroOptimizer):
             BucketMOOError: this window's gradients did not pass through the engine.
         """
         self.reduction.check_step()
-        skipped = self.reduction.micro.skipped
-        checks, self.check_grad_overflow = self.check_grad_overflow, self.check_grad_overflow or skipped
-        try:
-            super().step(closure)
-        finally:
-            self.check_grad_overflow = checks
+        self.overflow = False  # older versions keep the last step's where they do not look for one
+        super().step(closure)
         self.reduction.micro.use()
+
+
+def _padding(flat: Tensor, begin: int, end: int) -> list[Tensor]:
+    if begin == end:
+        return []
+    padding: Any = flat[begin:end]
+    padding._zero_padding = True  # so that DeepSpeed's norm leaves it out
+    return [padding]
 
 
 class PartitionReduction(ZeroReduction):
@@ -139,7 +163,11 @@ def partition_pieces(
     owned: dict[int, list[tuple[int, int, int, int, int]]] = {}
     for group, params in enumerate(optimizer.round_robin_bit16_groups):
         size = int(optimizer.partition_size[group])
-        for param, first in zip(params, optimizer.round_robin_bit16_offsets[group], strict=True):
+        if hasattr(optimizer, "round_robin_bit16_offsets"):
+            offsets = optimizer.round_robin_bit16_offsets[group]
+        else:  # nothing lies between two parameters
+            offsets = itertools.accumulate((param.numel() for param in params[:-1]), initial=0)
+        for param, first in zip(params, offsets, strict=True):
             begin = int(first)
             while begin < first + param.numel():
                 owner = begin // size

@@ -1,11 +1,11 @@
 """ZeRO-3: DeepSpeed's optimizer with its bucketing and reduction replaced by the engine's.
 
-Read in DeepSpeed 0.19.8, `runtime/zero/stage3.py`. Every parameter is cut into W chunks, one a rank, so a combined
-shard is made of chunks that are this rank's own: nothing is sent on. What is overridden:
+Read in DeepSpeed 0.18.4 to 0.19.8, `runtime/zero/stage3.py`. Every parameter is cut into W chunks, one a rank, so a
+combined shard is made of chunks that are this rank's own: nothing is sent on. What is overridden:
 
 * `reduce_independent_p_g_buckets_and_remove_grads`, called by a hook on every parameter when its gradient is ready;
 * `independent_gradient_partition_epilogue`, called at the end of every backward;
-* `step` and the overflow check, so that a window which is not finite is skipped as an fp16 overflow is.
+* `step` and `_update_scale`, so that a window which is not finite is skipped as an fp16 overflow is.
 
 DeepSpeed's own buckets stay empty. Its `partition_grads` takes the combined chunks, once a window, to wherever it keeps
 gradients: on the device, in host memory, or on a disk.
@@ -55,11 +55,10 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
                 self.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
         super().independent_gradient_partition_epilogue()
 
-    def _overflow_check_and_loss_scale_update(self, update_scale: bool = True) -> bool:
-        """Reports an overflow on all ranks where a row of the window was not finite."""
-        super()._overflow_check_and_loss_scale_update(update_scale=False)
-        self.overflow = self.overflow or self.reduction.micro.skipped
-        return self._loss_scale_update_and_overflow_cleanup() if update_scale else self.overflow
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        """Makes it an overflow, on all ranks, where a row of the window was not finite."""
+        self.overflow = has_overflow or self.reduction.micro.skipped
+        super()._update_scale(self.overflow)
 
     def step(self, closure: None = None) -> None:
         """Takes the optimizer step, or skips it on all ranks where a row was not finite.
@@ -68,6 +67,7 @@ class BucketMOOZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
             BucketMOOError: this window's gradients did not pass through the engine.
         """
         self.reduction.check_step()
+        self.overflow = False  # older versions keep the last step's where they do not look for one
         super().step(closure)
         self.reduction.micro.use()
 

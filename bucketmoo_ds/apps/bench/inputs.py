@@ -22,7 +22,7 @@ class Inputs:
     Attributes:
         case: what is measured.
         rows: K tensors `[S]`; float32 where gradients are accumulated; none for min_norm.
-        incoming: K gradients `[S]` of the case's dtype, one for each row, where they are accumulated.
+        incoming: gradients `[K, S]` of the case's dtype, one for each row, where they are accumulated; else `[0]`.
         spans, cells: the segments, as in `bucketmoo_ds.ops.gram`, on the CPU.
         weights: `[B, K]` float64.
         mask: `[B, K]` bool, all true.
@@ -32,7 +32,7 @@ class Inputs:
 
     case: Case
     rows: list[Tensor]
-    incoming: list[Tensor]
+    incoming: Tensor
     spans: Tensor
     cells: Tensor
     weights: Tensor
@@ -75,23 +75,24 @@ class Store:
         self._device = device
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._pattern = torch.randn(PATTERN, device=device, generator=self._generator)
-        self._held: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+        self._held: dict[torch.dtype, list[Tensor]] = {}
 
     def inputs(self, case: Case) -> Inputs:
         """Returns the inputs of a case, valid until those of the next one are made."""
         shape, wide = (case.num_blocks, case.languages), {"device": self._device, "dtype": torch.float64}
         dtype = DTYPES[case.dtype]
-        incoming: list[Tensor] = []
         rows: list[Tensor] = []
+        incoming = torch.empty(0, device=self._device)
         gram = torch.empty(0, **wide)  # type: ignore[call-overload]
         if case.op == "min_norm":
             gram = self._grams(*shape)
         elif case.op == "accumulate_gram":
-            rows = self._rows("rows", torch.float32, case)
-            # Gradients that are narrower than the rows may lie where the rows of other cases do.
-            incoming = self._rows("rows" if dtype != torch.float32 else "incoming", dtype, case)
+            rows = self._rows(torch.float32, case)
+            incoming = torch.empty(case.languages, case.elements, dtype=dtype, device=self._device)
+            for number, gradient in enumerate(incoming):
+                gradient.copy_(self._row(case.elements, dtype, 7919 * number + 1))
         else:
-            rows = self._rows("rows", dtype, case)
+            rows = self._rows(dtype, case)
         starts = torch.arange(case.segments) * case.segment
         lengths = torch.full_like(starts, case.segment or case.elements)
         weights = torch.rand(shape, generator=self._generator, **wide)  # type: ignore[call-overload]
@@ -113,8 +114,8 @@ class Store:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _rows(self, use: str, dtype: torch.dtype, case: Case) -> list[Tensor]:
-        held = self._held.setdefault((use, dtype), [])
+    def _rows(self, dtype: torch.dtype, case: Case) -> list[Tensor]:
+        held = self._held.setdefault(dtype, [])
         # A shard that is cut into whole segments is a little shorter; rows of a much longer one would waste memory.
         if held and not case.elements <= held[0].numel() <= 2 * case.elements:
             held.clear()

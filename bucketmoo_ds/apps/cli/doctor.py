@@ -105,14 +105,15 @@ def _backends() -> list[Finding]:
 
 
 def _seams() -> Finding:
+    import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    from bucketmoo_ds.adapters.deepspeed.checks import check_seams
+    from bucketmoo_ds.adapters.deepspeed.seams import check_seams
 
     try:
-        check_seams(DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        check_seams(deepspeed.__version__, DeepSpeedEngine, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
     except ConfigError as error:
         return Finding("deepspeed's seams for ZeRO", "changed", False, str(error))
     return Finding("deepspeed's seams for ZeRO", "as expected", True)

@@ -44,22 +44,26 @@ def _check_segments(spans: Tensor, cells: Tensor, num_cells: int, elements: int)
 
 def check_incoming(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
 ) -> None:
     """Raises a ValueError unless the gradients fit the rows (see `bucketmoo_ds.ops.accumulate_gram`)."""
     _check(rows[0].dtype == torch.float32, f"rows of {rows[0].dtype}: expected torch.float32 to accumulate into")
+    fits = incoming.dim() == 2 and incoming.shape[1] == rows[0].numel() and incoming.device == rows[0].device
+    _check(
+        fits and incoming.dtype in DTYPES and (incoming.shape[1] < 2 or incoming.stride(1) == 1),
+        f"incoming gradients: {incoming.dtype} {list(incoming.shape)} on {incoming.device}: expected [P, "
+        f"{rows[0].numel()}] on {rows[0].device}, of {', '.join(map(str, DTYPES))}, each contiguous",
+    )
     _check(
         len(incoming) == len(targets) == len(scales),
         f"{len(incoming)} incoming gradients, {len(targets)} targets, {len(scales)} scales: expected as many",
     )
     _check(len(fresh) == len(rows), f"fresh: {len(fresh)} values: expected one for each of the {len(rows)} rows")
-    if incoming:
-        _check_like("incoming gradient", incoming, rows[0], incoming[0].dtype)
     given = set(targets)
-    _check(given <= set(range(len(rows))), f"targets: expected 0 to {len(rows) - 1}")
+    _check(given <= set(range(-1, len(rows))), f"targets: expected -1 to {len(rows) - 1}")
     void = [row for row in range(len(rows)) if fresh[row] and row not in given]
     _check(not void, f"fresh: row {void[0] if void else ''} is void and has no incoming gradient")
 

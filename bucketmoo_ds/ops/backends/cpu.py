@@ -52,7 +52,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -
 
 def accumulate_gram(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
@@ -61,7 +61,7 @@ def accumulate_gram(
     num_cells: int,
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`. Gradients in float64 are rounded to float32 first."""
-    gradients = [each.float() if each.dtype is torch.float64 else each for each in incoming]
+    gradients = incoming.float() if incoming.dtype is torch.float64 else incoming
     void = [int(is_void) for is_void in fresh]
     result: Tensor = _ops().accumulate_gram(
         list(rows), gradients, list(targets), list(scales), void, spans, cells, num_cells, _instruction_set.get()

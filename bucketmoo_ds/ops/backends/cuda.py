@@ -8,6 +8,7 @@ length.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 
@@ -52,7 +53,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -
 
 def accumulate_gram(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
@@ -62,19 +63,20 @@ def accumulate_gram(
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`."""
     tiles = _tiles(rows, spans, cells, num_cells)
-    order = sorted(range(len(incoming)), key=lambda index: targets[index])
+    order = sorted((place for place, target in enumerate(targets) if target >= 0), key=targets.__getitem__)
     void = [row for row, is_void in enumerate(fresh) if is_void]
     starts = range(0, max(len(order), 1), _GRADIENTS_A_LAUNCH)
     launches = [order[start : start + _GRADIENTS_A_LAUNCH] for start in starts]
     for number, launch in enumerate(launches, start=1):
-        given = [targets[index] for index in launch]
+        given = [targets[place] for place in launch]
         last = number == len(launches)
         # A row that is still void in the last launch is one whose gradients come in it.
         result: Tensor = _ops().accumulate_gram(
             list(rows),
-            [incoming[index] for index in launch],
-            [sum(target < row for target in given) for row in range(len(rows) + 1)],
-            [scales[index] for index in launch],
+            incoming,
+            launch,
+            [bisect.bisect_left(given, row) for row in range(len(rows) + 1)],
+            [scales[place] for place in launch],
             [row for row in void if row in given],
             *tiles,
             last,

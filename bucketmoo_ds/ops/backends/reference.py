@@ -37,7 +37,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -
 
 def accumulate_gram(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
@@ -48,6 +48,8 @@ def accumulate_gram(
     """See `bucketmoo_ds.ops.accumulate_gram`."""
     void = {row for row, is_void in enumerate(fresh) if is_void}
     for arrived, target, scale in zip(incoming, targets, scales, strict=True):
+        if target < 0:
+            continue
         row, gradient = rows[target], arrived.float()
         if target in void:
             void.remove(target)

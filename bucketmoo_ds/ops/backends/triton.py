@@ -8,6 +8,7 @@ the ends of segments, and rows that do not lie alike, take a second one, which l
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib
 import importlib.util
@@ -76,7 +77,7 @@ def gram(rows: Sequence[Tensor], spans: Tensor, cells: Tensor, num_cells: int) -
 
 def accumulate_gram(
     rows: Sequence[Tensor],
-    incoming: Sequence[Tensor],
+    incoming: Tensor,
     targets: Sequence[int],
     scales: Sequence[float],
     fresh: Sequence[bool],
@@ -86,27 +87,30 @@ def accumulate_gram(
 ) -> Tensor:
     """See `bucketmoo_ds.ops.accumulate_gram`."""
     launch = _launches()
-    if not incoming:
+    order = sorted((place for place, target in enumerate(targets) if target >= 0), key=targets.__getitem__)
+    if not order:
         return gram(rows, spans, cells, num_cells)
-    if incoming[0].dtype not in launch.INCOMING:
-        incoming = [gradient.float() for gradient in incoming]
+    if incoming.dtype not in launch.INCOMING:
+        incoming = incoming.float()
     plan = _plan(rows, rows, spans, cells, num_cells)
     partials = _partials(rows, plan)
     device = rows[0].device
-    order = sorted(range(len(incoming)), key=lambda index: targets[index])
-    first = [sum(target < row for target in targets) for row in range(len(rows) + 1)]
+    given = [targets[place] for place in order]
+    first = [bisect.bisect_left(given, row) for row in range(len(rows) + 1)]
     owners = [(first[row], first[row + 1], int(fresh[row])) for row in range(len(rows))]
     scale_bits = torch.tensor(scales, dtype=torch.float32).view(torch.int32).tolist()
-    updates = [(incoming[index].data_ptr(), scale_bits[index]) for index in order]
+    start, step = incoming.data_ptr(), incoming.stride(0) * incoming.element_size()
+    updates = [(start + place * step, scale_bits[place]) for place in order]
     tables = (
         _table(_addresses(rows), device),
         _table(tuple(number for owner in owners for number in owner), device),
         _table(tuple(number for update in updates for number in update), device),
     )
-    alike = _shift(rows) is not None and _shift([*rows, *incoming]) == _shift(rows)
+    some = [incoming[0], incoming[min(1, len(incoming) - 1)]]  # all are as far apart as the first two
+    alike = _shift(rows) is not None and _shift([*rows, *some]) == _shift(rows)
     with _on(device):
         for work in plan.works:
-            launch.accumulate(incoming[0].dtype, len(rows), work.aligned, alike)(
+            launch.accumulate(incoming.dtype, len(rows), work.aligned, alike)(
                 (len(work.runs),), *tables, work.tiles, work.runs, partials[work.slot :], len(rows)
             )
         return _add_partials(partials, plan, num_cells)

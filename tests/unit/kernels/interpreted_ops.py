@@ -104,16 +104,18 @@ def test_accumulate_gram(
     generator: torch.Generator, count: int, dtype: torch.dtype, alike: bool, incoming_alike: bool
 ) -> None:
     rows, spans, cells = _shard(generator, count, torch.float32, alike)
-    given = [*range(3, count), 1, 0, 1]  # row 1 gets two, row 2 none
+    given = [*range(3, count), 1, 0, -1, 1]  # row 1 gets two, row 2 none
     shift = (rows[0].data_ptr() // 4) % 4
-    incoming = [_row(generator, len(rows[0]), dtype, shift if incoming_alike else index % 3)
-                for index in range(len(given))]  # fmt: skip
+    # As far apart as a multiple of 16 bytes, or not.
+    apart = -len(rows[0]) % 16 + (0 if incoming_alike else 3)
+    memory = _row(generator, len(given) * (len(rows[0]) + apart), dtype, shift)
+    incoming = memory.view(len(given), -1)[:, : len(rows[0])]
     scales = torch.rand(len(given), generator=generator).add(0.1).tolist()
     fresh = [row == 1 for row in range(count)]
     expected = [row.clone() for row in rows]
     rows[1].fill_(float("nan"))
     reference.accumulate_gram(
-        expected, [gradient.clone() for gradient in incoming], given, scales, fresh, spans, cells, CELLS
+        expected, incoming, given, scales, fresh, spans, cells, CELLS
     )
     gram = backend.accumulate_gram(rows, incoming, given, scales, fresh, spans, cells, CELLS)
     for row, wanted in zip(rows, expected, strict=True):

@@ -82,7 +82,7 @@ def test_what_runs_is_what_was_compiled_ahead_of_time(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # what another clone has compiled names its files
     rows = [torch.randn(1000) for _ in range(16)]
     spans, cells = torch.tensor([[0, 1000]]), torch.tensor([0])
-    backend.accumulate_gram(rows, rows[:1], [0], [1.0], [False] * 16, spans, cells, 1)
+    backend.accumulate_gram(rows, rows[0].clone().unsqueeze(0), [0], [1.0], [False] * 16, spans, cells, 1)
     backend.gram([row.bfloat16() for row in rows[:1]], spans, cells, 1)
     backend.min_norm(torch.ones(1, 16, 16, dtype=torch.float64), torch.ones(1, 16, dtype=torch.bool), 0.5)
     backend.combine(rows, torch.ones(1, 16, dtype=torch.float64), spans, cells, rows[0])
