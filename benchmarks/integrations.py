@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "integrations.json"
 PACKAGES = ("axolotl", "llamafactory", "ms_swift", "torch", "transformers", "accelerate", "trl", "peft", "deepspeed")
 LANGUAGES = ("de", "fr")
-SECTION = {"languages": list(LANGUAGES), "aggregator": "cagrad"}
+SECTION = {"languages": list(LANGUAGES), "aggregator": "cagrad", "backend": "reference"}  # nothing is compiled
 STEPS = 6
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -47,6 +47,15 @@ ON_CPU = """from axolotl.integrations.base import BasePlugin
 class OnCPU(BasePlugin):
     def load_datasets(self, cfg, preprocess=False):
         cfg.device_map = None
+"""
+
+# DeepSpeed would compile an op for CPUs first, which takes minutes.
+NOT_COMPILED = """import runpy
+
+import deepspeed
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+runpy.run_module("bucketmoo_ds.integrations.llamafactory", run_name="__main__")
 """
 
 
@@ -122,6 +131,7 @@ def make(folder: Path) -> None:
     config = LlamaConfig(vocab_size=len(names), max_position_embeddings=512, **shape, **ids)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "on_cpu.py").write_text(ON_CPU, encoding="utf-8")
+    (folder / "not_compiled.py").write_text(NOT_COMPILED, encoding="utf-8")
     rows = []
     for language in LANGUAGES:
         draw = random.Random(language)
@@ -233,7 +243,7 @@ def llamafactory(folder: Path) -> dict[str, Case]:
     return {
         "language of a data set, DDP": (command, settings),
         "language of a row, LoRA, packing, ZeRO-2": (
-            command,
+            [*command[:3], "not_compiled.py", "settings.yaml"],
             settings
             | {"dataset": "all", "finetuning_type": "lora", "packing": True, "deepspeed": f"{folder}/zero2.json"},
         ),
@@ -271,6 +281,7 @@ def swift(folder: Path) -> dict[str, Case]:
         "save_steps": str(STEPS),
         "report_to": "none",
         "use_cpu": "true",
+        "ddp_backend": "gloo",
         "strict": "true",
         "use_hf": "true",
     }

@@ -35,8 +35,9 @@ install_axolotl() {
 install_llamafactory() {
     environment llamafactory transformers==5.6.0 accelerate==1.11.0 datasets==4.0.0 trl==0.24.0 peft==0.18.1 \
         "torchdata>=0.10,<=0.11" "tyro<0.9" einops fastapi fire omegaconf modelscope sse-starlette uvicorn hf-transfer \
-        matplotlib pandas protobuf scipy sentencepiece tiktoken deepspeed==0.19.8 \
+        matplotlib pandas protobuf scipy sentencepiece tiktoken \
         -- llamafactory==0.9.5
+    "$folder/llamafactory/bin/python" -m pip install --quiet --no-build-isolation deepspeed==0.18.4
     # It imports torchaudio, whose builds load CUDA's libraries, and calls it for sound alone.
     touch "$("$folder/llamafactory/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchaudio.py"
 }
