@@ -66,16 +66,17 @@ def main() -> None:
     parser.add_argument("case", nargs="*", help="of those of the tool; all of them by default")
     options = parser.parse_args()
     head = describe(PACKAGES)
-    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    cases = known.get(options.tool, {}).get("cases", {}) if options.case else {}
+    found = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder)
         for case, (command, settings) in TOOLS[options.tool](folder).items():
             if case in options.case or not options.case:
-                cases[case] = outcome(command, settings, folder)
-                print(options.tool, case, json.dumps(cases[case]), flush=True)
-    known[options.tool] = head | {"cases": cases}
+                found[case] = outcome(command, settings, folder)
+                print(options.tool, case, json.dumps(found[case]), flush=True)
+    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    earlier = known.get(options.tool, {}).get("cases", {}) if options.case else {}
+    known[options.tool] = head | {"cases": earlier | found}
     RESULT.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
