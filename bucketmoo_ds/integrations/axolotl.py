@@ -69,16 +69,17 @@ class Trainer(LanguageTrainerMixin, AxolotlTrainer):
     @contextlib.contextmanager
     def _moo_collating(self, dataset: Any) -> Iterator[None]:
         """Loaders of evaluation have a collator of their own here."""
-        own = self.eval_data_collator
+        trainer: Any = self
+        own = trainer.eval_data_collator
         with super()._moo_collating(dataset):
-            self.eval_data_collator = LanguageCollator(own, self._moo_column, dataset)
+            trainer.eval_data_collator = LanguageCollator(own, self._moo_column, dataset)
             try:
                 yield
             finally:
-                self.eval_data_collator = own
+                trainer.eval_data_collator = own
 
 
-class BucketMOOPlugin(BasePlugin):  # type: ignore[misc]
+class BucketMOOPlugin(BasePlugin):
     """Reads the section, and keeps the language of every row through axolotl's preparation of data."""
 
     def register(self, cfg: Any) -> None:

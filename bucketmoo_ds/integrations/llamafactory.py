@@ -82,9 +82,9 @@ def _refuse(arguments: dict[str, Any], settings: ToolSettings) -> None:
 def _training(settings: ToolSettings, stage: str, tell: Callable[[Any], None]) -> Iterator[None]:
     """Trainers that are made inside the `with` block are ours."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
-    behind = getattr(workflow, _STAGES[stage])
+    behind: Any = getattr(workflow, _STAGES[stage])
 
-    class Trainer(LanguageTrainerMixin, behind):  # type: ignore[misc]
+    class Trainer(LanguageTrainerMixin, behind):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **settings.trainer_arguments, **kwargs)
             tell(self)
