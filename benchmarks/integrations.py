@@ -314,7 +314,7 @@ def render(result: dict[str, Any]) -> str:
         "| --- |" + " --- |" * 7,
     ]
     errors: list[str] = []
-    for tool, found in result.items():
+    for tool, found in sorted(result.items()):
         for case, ended in found["cases"].items():
             if ended["outcome"] == "stopped":
                 errors.append(ended["error"])
@@ -328,7 +328,7 @@ def render(result: dict[str, Any]) -> str:
                 f"| {tool} | {case} | trains | {ended['windows']} | {' | '.join(losses)} | {weights} | {held_out} |"
             )
     lines += ["", *(f"{number}. `{text}`" for number, text in enumerate(errors, start=1)), ""]
-    return "\n".join([*lines, *(f"* {tool}: {headline(found)}" for tool, found in result.items())])
+    return "\n".join([*lines, *(f"* {tool}: {headline(found)}" for tool, found in sorted(result.items()))])
 
 
 if __name__ == "__main__":
