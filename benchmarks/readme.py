@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import integrations
+import launchers
 import mixed_study_table
 import mixed_table
 import overlap_table
@@ -160,6 +161,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         for package in versions.FILES
     },
     "integrations": ("docs/tools.md", "integrations.json", integrations.render),
+    "launchers": ("docs/launchers.md", "launchers.json", launchers.render),
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -28,6 +29,7 @@ from bucketmoo_ds.integrations.fused_head import unfuse
 from bucketmoo_ds.integrations.language_batches import packed_apart, packed_together, placed_loader
 from bucketmoo_ds.integrations.language_column import NONE, LanguageCollator, LanguageColumn
 from bucketmoo_ds.integrations.language_losses import LanguageLog, TokenLosses
+from bucketmoo_ds.integrations.termination import TerminationRequest, unsaved
 from bucketmoo_ds.pipeline import checkpoint
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class LanguageTrainerMixin(_Behind):
         if self._moo_mode == "mixed":
             unfuse(trainer.model)
         self._moo_log = LanguageLog(self._moo_config.languages, trainer.args.device)
+        self._moo_saves_at_the_end = _taken_over(trainer)
         trainer.add_callback(_callback(self))
 
     @property
@@ -169,7 +172,9 @@ class LanguageTrainerMixin(_Behind):
         self._moo_resumes = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if self._moo_mode == "placed" and isinstance(trainer.model_wrapped, DistributedDataParallel):
             trainer.model_wrapped = trainer.model  # an earlier run's, which keeps its communication hook
-        with self._moo_section():
+        self._moo_saved: int | None = None  # the step of the latest checkpoint
+        self._moo_ending = False
+        with TerminationRequest(self._moo_saves_at_the_end) as self._moo_termination, self._moo_section():
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -232,6 +237,10 @@ class LanguageTrainerMixin(_Behind):
         self._moo_verified = False
         self._moo_log.clear()
         self._moo_pending = {}
+        if self._moo_resumes is not None:
+            self._moo_saved = trainer.state.global_step
+        if trainer.is_world_process_zero():
+            self._moo_termination.say_what_is_lost(lambda: unsaved(trainer.state.global_step, self._moo_saved))
 
     def _moo_close(self) -> None:
         """The run is over, or begins anew. What it has decided can still be asked for."""
@@ -295,6 +304,23 @@ class LanguageTrainerMixin(_Behind):
         if self._moo_resolved > self._moo_windows:
             self._moo_windows = self._moo_resolved
             self._moo_log.add_window(self.moo.last)
+
+    def _moo_end_if_asked(self, control: Any) -> None:
+        """The optimizer has stepped: if any rank has got a SIGTERM by now, all save this step, and end."""
+        trainer: Any = self
+        if not self._moo_saves_at_the_end or control.should_training_stop:  # which has ended on all of them
+            return
+        asked = torch.tensor(float(self._moo_termination.asked), device=trainer.args.device)
+        if trainer.accelerator.reduce(asked, "sum").item() > 0:
+            self._moo_ending = True
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be seconds left
+
+    def _moo_has_saved(self) -> None:
+        trainer: Any = self
+        self._moo_saved = trainer.state.global_step
+        if self._moo_ending and trainer.is_world_process_zero():
+            self._moo_termination.tell_saved(self._moo_saved, "resume_from_checkpoint=True")
 
     def _moo_tell(self, should_log: bool) -> None:
         """Trainer is about to log, on all ranks, or not."""
@@ -433,9 +459,12 @@ def _callback(trainer: Any) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             trainer._moo_stepped()
+            trainer._moo_end_if_asked(control)
             trainer._moo_tell(control.should_log)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if trainer._moo_ending:  # the epoch has not ended
+                control.should_save = control.should_evaluate = False
             trainer._moo_tell(control.should_log)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -445,5 +474,19 @@ def _callback(trainer: Any) -> Any:
                 pipeline = getattr(session, "moo", session)
                 states = {"moo": session.state_dict()}
                 checkpoint.save(folder, trainer._moo_config, pipeline.plan, states, pipeline.exchange)
+            trainer._moo_has_saved()
 
     return Languages()
+
+
+def _taken_over(trainer: Any) -> bool:
+    """Returns whether the arguments ask for a checkpoint at SIGTERM, which is ours to write then: Trainer's callback
+    (`trainer_jit_checkpoint.py`, 5.23) may save between a window and its optimizer step, calls no `on_save`, and each
+    rank saves when its own signal has come, whatever the others do."""
+    if not getattr(trainer.args, "enable_jit_checkpoint", False):
+        return False
+    from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+    theirs = trainer.pop_callback(JITCheckpointCallback)
+    theirs.on_train_end(trainer.args, trainer.state, trainer.control)  # which gives the signal back
+    return True

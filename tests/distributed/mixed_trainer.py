@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from typing import Any
 
@@ -13,7 +14,7 @@ import worker
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from setup_engine import LANGUAGES, settings
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import bucketmoo_ds
 
@@ -24,6 +25,18 @@ LONGER = 7  # into the second epoch
 
 class Languages(bucketmoo_ds.LanguageTrainerMixin, Trainer):
     """What a user writes."""
+
+
+class Ended(TrainerCallback):
+    """Sends SIGTERM to one rank, at an event of a window."""
+
+    def __init__(self, rank: int, window: int, event: str) -> None:
+        self.when = window if rank == torch.distributed.get_rank() else None
+        setattr(self, event, self.tell)
+
+    def tell(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.when:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -48,10 +61,17 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run(
-    *, stage: int | None, moo: dict[str, Any] | None, seed: int, mode: str = "mixed", resumed: bool = False
+    *,
+    stage: int | None,
+    moo: dict[str, Any] | None,
+    seed: int,
+    mode: str = "mixed",
+    resumed: bool = False,
+    ended: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the parameters after `WINDOWS` windows under DDP, or a stage of ZeRO, and what was logged; resumed, after
-    `LONGER`, and those of another model that went on from the checkpoint before the last window."""
+    `LONGER`, and those of another model that went on from the checkpoint before the last window; ended, of a third one
+    that went on from the checkpoint that `Ended` made the second write."""
     place = [tempfile.mkdtemp()]
     torch.distributed.broadcast_object_list(place)
     saves = {"save_strategy": "steps", "save_steps": LONGER - 1, "max_steps": LONGER} if resumed else {}
@@ -62,6 +82,16 @@ def run(
         again = trainer_of(stage, moo, seed, mode, place[0], seed + 1, max_steps=LONGER)
         again.train(resume_from_checkpoint=f"{place[0]}/checkpoint-{LONGER - 1}")
         found |= {"again": described(again), "epoch": trainer.state.epoch}
+    if ended is not None:
+        trainer = trainer_of(stage, moo, seed, mode, place[0], seed, max_steps=WINDOWS, enable_jit_checkpoint=True)
+        trainer.add_callback(Ended(**ended))
+        trainer.train()
+        found |= {"step": trainer.state.global_step, "listens": signal.getsignal(signal.SIGTERM) != signal.SIG_DFL}
+        torch.distributed.barrier()
+        found["saved"] = os.listdir(place[0])
+        again = trainer_of(stage, moo, seed, mode, place[0], seed + 1)
+        again.train(resume_from_checkpoint=True)
+        found["again"] = described(again)
     torch.distributed.barrier()
     shutil.rmtree(place[0], ignore_errors=True)
     return found

@@ -3,12 +3,13 @@ two lines."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import launch
 import pytest
 import torch
-from distributed.of_transformers import counted_otherwise_by_4
+from distributed.of_transformers import counted_otherwise_by_4, saves_no_last_by_4
 from draw import SEED
 
 LANGUAGES = ("de", "fr", "pl")
@@ -24,6 +25,13 @@ CASES: dict[tuple[int | None, str], dict[str, Any]] = {
     **{(stage, "placed"): {"stage": stage, "moo": RULES["upgrad"], "mode": "placed"} for stage in TYPES},
     **{(stage, "resumed"): {"stage": stage, "moo": PCGRAD, "mode": "placed", "resumed": True} for stage in (None, 2)},
 }
+# SIGTERM to one rank: within a window, between it and its step, or before it.
+_DRAW = random.Random(f"{SEED}/SIGTERM")
+EVENT = _DRAW.choice(["on_substep_end", "on_pre_optimizer_step", "on_step_begin"])
+ENDED = {"rank": _DRAW.randrange(2), "window": _DRAW.randrange(2), "event": EVENT}
+if not saves_no_last_by_4.args[0]:
+    MODE = _DRAW.choice(["placed", "mixed"])
+    CASES |= {(stage, "ended"): {"stage": stage, "moo": PCGRAD, "mode": MODE, "ended": ENDED} for stage in (None, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -71,4 +79,17 @@ def test_a_run_resumed_in_its_second_epoch_is_the_same_run(outcomes: dict[Any, A
         assert found["epoch"] > 1
         assert found["again"]["windows"] == found["windows"] == 7
         assert torch.equal(found["again"]["parameters"], found["parameters"])
+        assert torch.equal(found["again"]["weights"], found["weights"])
+
+
+@saves_no_last_by_4
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_run_ended_by_sigterm_is_the_same_run(outcomes: dict[Any, Any], stage: int | None) -> None:
+    """The window goes to its end, on both ranks, its step is saved, and the run that goes on reaches the same bits."""
+    for found in outcomes[stage, "ended"]:
+        assert found["step"] == ENDED["window"] + 1, ENDED
+        assert found["saved"] == [f"checkpoint-{found['step']}"]
+        assert not found["listens"]
+        assert found["again"]["windows"] == found["windows"] == 3
+        assert torch.equal(found["again"]["parameters"], found["parameters"]), ENDED
         assert torch.equal(found["again"]["weights"], found["weights"])

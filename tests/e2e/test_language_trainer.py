@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 import bucketmoo_ds as bm
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
+from bucketmoo_ds.integrations import termination
 from bucketmoo_ds.integrations.language_column import LanguageCollator, LanguageColumn
 
 LANGUAGES = ["de", "fr", "en"]
@@ -149,6 +152,21 @@ def test_a_run_resumed_in_its_second_epoch_is_the_same_run(tmp_path: Path, mode:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert_same(resumed, whole)
     assert resumed.moo.last.window == whole.moo.last.window == 11
+
+
+def test_sigterm_without_a_checkpoint_says_what_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    said: list[str] = []
+    monkeypatch.setattr(termination, "_end", said.append)  # which ends the process
+    trainer = trainer_of(tmp_path, moo=config(), save_strategy="steps", save_steps=2)
+    trainer.add_callback(Ended())
+    trainer.train()
+    assert set(said) == {"1 finished steps are lost: the latest is of step 2"}
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_trains_twice(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.integrations.termination import TERMINATED_STATUS
 
 SETTINGS_STATUS = 2
 INTERRUPTED_STATUS = 130
-TERMINATED_STATUS = 143
 
 # A rank whose neighbour has died waits this long, in seconds, for the launcher to end it: so the launcher names the
 # rank that failed first, and not one that lost its connection to it.

@@ -16,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bucketmoo_ds.apps.training.environment import PARENT, SETTINGS_STATUS, TERMINATED_STATUS
+from bucketmoo_ds.apps.training.environment import PARENT, SETTINGS_STATUS
 from bucketmoo_ds.errors import BucketMOOError, MissingPackageError
+from bucketmoo_ds.integrations.termination import TERMINATED_STATUS
 
 
 class RunFailedError(RuntimeError):

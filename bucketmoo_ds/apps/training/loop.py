@@ -30,12 +30,13 @@ from bucketmoo_ds.apps.corpus.packing import IGNORED_LABEL, pad
 from bucketmoo_ds.apps.monitor.statistics import conflict_statistics
 from bucketmoo_ds.apps.monitor.writer import JsonLinesWriter
 from bucketmoo_ds.apps.training.batches import Batches
+from bucketmoo_ds.apps.training.environment import TerminatedError
 from bucketmoo_ds.apps.training.progress import Progress
 from bucketmoo_ds.apps.training.settings import TrainingSettings
-from bucketmoo_ds.apps.training.termination import TerminationRequest
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.integrations.termination import TerminationRequest, unsaved
 from bucketmoo_ds.pipeline import checkpoint
 
 PROGRESS_FILE = "training.json"
@@ -86,7 +87,8 @@ def train(
             loop.load()
         writer = loop.open_metrics() if loop.rank == 0 else None
         progress = stack.enter_context(Progress(title, settings.steps, start=loop.step, shown=loop.rank == 0))
-        termination.say_what_is_lost(loop.unsaved)
+        if loop.rank == 0:
+            termination.say_what_is_lost(lambda: unsaved(loop.step, loop.saved_step))
         while loop.step < settings.steps:
             began = time.perf_counter()
             record, terminate = loop.window(lambda: termination.asked)
@@ -106,7 +108,9 @@ def train(
                     writer.flush()
                 loop.save()
             if terminate:
-                termination.leave(loop.step)
+                if loop.rank == 0:
+                    termination.tell_saved(loop.step, "--resume")
+                raise TerminatedError
     if writer is not None:
         writer.write({"event": "end", "step": loop.step, "seconds": seconds, "counters": loop.counters()})
         writer.close()
@@ -233,13 +237,6 @@ class _Loop:
             checkpoint.write_atomically(folder / tag / PROGRESS_FILE, json.dumps(content))
         self.engine.save_checkpoint(str(folder), tag)
         self.saved_step = self.step
-
-    def unsaved(self) -> str:
-        """Says what is lost if the run ends now."""
-        if self.saved_step == self.step:
-            return f"the latest checkpoint is of step {self.step}: no finished step is lost"
-        since = "no checkpoint was saved" if self.saved_step is None else f"the latest is of step {self.saved_step}"
-        return f"{self.step - (self.saved_step or 0)} finished steps are lost: {since}"
 
     def load(self) -> None:
         """Goes on from the latest checkpoint.
