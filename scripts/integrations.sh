@@ -44,9 +44,9 @@ install_llamafactory() {
 
 install_swift() {
     environment swift transformers==5.19.0 accelerate==1.15.0 datasets==4.8.4 trl==0.29.1 peft==0.20.0 \
-        modelscope==1.40.2 addict attrdict dacite einops json-repair pandas pillow safetensors scipy sentencepiece simplejson sortedcontainers tiktoken \
-        zstandard binpacking tensorboard matplotlib rouge nltk importlib-metadata openai fastapi uvicorn \
-        aiohttp charset-normalizer oss2 transformers-stream-generator cpm-kernels \
+        modelscope==1.40.2 addict attrdict dacite einops json-repair pandas pillow safetensors scipy sentencepiece \
+        simplejson sortedcontainers tiktoken zstandard binpacking tensorboard matplotlib rouge nltk importlib-metadata \
+        openai fastapi uvicorn aiohttp charset-normalizer oss2 transformers-stream-generator cpm-kernels \
         -- ms-swift==4.6.0
 }
 

@@ -62,6 +62,7 @@ def prepared_apart(
 
     Raises:
         ConfigError: neither says a row's language.
+        LanguageError: what is said is none of the languages.
     """
     from datasets import concatenate_datasets
 
