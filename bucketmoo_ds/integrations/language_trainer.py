@@ -138,7 +138,8 @@ class LanguageTrainerMixin(_Behind):
         collator = trainer.data_collator
         dispatched = trainer.accelerator.dispatch_batches
         dispatched = isinstance(dataset, IterableDataset) if dispatched is None else dispatched  # as Accelerate does
-        trainer.data_collator = LanguageCollator(collator, self._moo_column, self._moo_table(dataset), as_tensors=dispatched)
+        table_of_rows = self._moo_table(dataset)
+        trainer.data_collator = LanguageCollator(collator, self._moo_column, table_of_rows, as_tensors=dispatched)
         try:
             yield
         finally:
