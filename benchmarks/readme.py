@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import integrations
 import launchers
 import mixed_study_table
 import mixed_table
@@ -181,6 +182,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         f"{package}-versions": ("docs/compatibility.md", f"{package}-versions.json", versions.render)
         for package in versions.FILES
     },
+    "integrations": ("docs/tools.md", "integrations.json", integrations.render),
     "launchers": ("docs/launchers.md", "launchers.json", launchers.render),
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),

@@ -12,6 +12,7 @@ from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.integrations.language_column import LanguageColumn
+from bucketmoo_ds.integrations.tool_settings import prepared_apart
 from bucketmoo_ds.plan.choices import ranks_per_node
 
 _OF_TOKENS = "bucketmoo_languages"  # while a row is packed
@@ -36,7 +37,7 @@ def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn,
     sampler = LanguageBatchSampler(
         dataset,
         config,
-        sample_languages=column.of_rows(dataset),
+        sample_languages=column.of_rows(trainer._moo_table(dataset)),
         micro_batch_size=trainer._train_batch_size,
         micro_steps=args.gradient_accumulation_steps,
         world_size=args.world_size,
@@ -66,15 +67,7 @@ def _affinity(trainer: Any, config: BucketMOOConfig) -> str:
 
 def packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:
     """Packs the rows of each language by themselves."""
-    from datasets import concatenate_datasets
-
-    of_rows, parts = column.of_rows(dataset), []
-    for language in range(len(column)):
-        numbers = (of_rows == language).nonzero()[0]
-        if len(numbers):
-            part = _prepared(prepare, dataset.select(numbers), args, rest)
-            parts.append(part.add_column(column.name, [language] * len(part)))
-    return concatenate_datasets(parts)
+    return prepared_apart(dataset, column, lambda part: _prepared(prepare, part, args, rest))
 
 
 def packed_together(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:

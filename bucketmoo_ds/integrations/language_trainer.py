@@ -85,7 +85,7 @@ class LanguageTrainerMixin(_Behind):
             return
         trainer: Any = self
         if trainer.train_dataset is not None:
-            self._moo_column.check(trainer.train_dataset)
+            self._moo_column.check(self._moo_table(trainer.train_dataset))
         if self._moo_mode == "mixed":
             unfuse(trainer.model)
         self._moo_log = LanguageLog(self._moo_config.languages, trainer.args.device)
@@ -127,6 +127,10 @@ class LanguageTrainerMixin(_Behind):
         with self._moo_collating(test_dataset):
             return super().get_test_dataloader(test_dataset)
 
+    def _moo_table(self, rows: Any) -> Any:
+        """The rows as data whose columns can be read."""
+        return rows
+
     @contextlib.contextmanager
     def _moo_collating(self, dataset: Any) -> Iterator[None]:
         """Loaders that are made inside the `with` block keep the languages of this data set's rows."""
@@ -134,7 +138,8 @@ class LanguageTrainerMixin(_Behind):
         collator = trainer.data_collator
         dispatched = trainer.accelerator.dispatch_batches
         dispatched = isinstance(dataset, IterableDataset) if dispatched is None else dispatched  # as Accelerate does
-        trainer.data_collator = LanguageCollator(collator, self._moo_column, dataset, as_tensors=dispatched)
+        table_of_rows = self._moo_table(dataset)
+        trainer.data_collator = LanguageCollator(collator, self._moo_column, table_of_rows, as_tensors=dispatched)
         try:
             yield
         finally:
@@ -448,7 +453,8 @@ def _refuse_own_loader(cls: type, mode: str) -> None:
     """Raises `ConfigError` where the class behind makes its training loader itself, which nobody would call."""
     classes = cls.__mro__[cls.__mro__.index(LanguageTrainerMixin) + 1 :]
     owner = next((each for each in classes if "get_train_dataloader" in vars(each)), None)
-    if mode == "placed" and owner is not None and owner.__module__.partition(".")[0] not in ("transformers", "trl"):
+    known = ("transformers", "trl", "swift")
+    if mode == "placed" and owner is not None and owner.__module__.partition(".")[0] not in known:
         raise ConfigError(
             f"{owner.__name__}.get_train_dataloader: LanguageTrainerMixin draws micro-batches of one language itself, "
             'and would not call it; leave it out, or take mode="mixed"'
