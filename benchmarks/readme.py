@@ -80,7 +80,7 @@ def same_weights(result: dict[str, Any]) -> str:
 
 
 def compatibility(result: dict[str, Any]) -> str:
-    """Returns a row for every feature, a column for every stage, and below them what refusals say."""
+    """Returns a row for every feature, a column for every stage or wrapper, and below them what refusals say."""
     messages: list[str] = []
 
     def cell(said: str | None) -> str:
@@ -94,11 +94,17 @@ def compatibility(result: dict[str, Any]) -> str:
         return f"refused ({messages.index(message) + 1})"
 
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [f"{versions}, 2 ranks over gloo.", "", "| | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 |", "| --- |" + " --- |" * 4]
+    columns = result["columns"]
+    lines = [
+        f"{versions}, 2 ranks over gloo.",
+        "",
+        f"| | {' | '.join(columns.values())} |",
+        "| --- |" + " --- |" * len(columns),
+    ]
     for group, rows in result["table"].items():
-        lines.append(f"| **{group}** | | | | |")
+        lines.append(f"| **{group}** |" + " |" * len(columns))
         for row in rows:
-            cells = (cell(row["stages"].get(str(stage))) for stage in range(4))
+            cells = (cell(row["stages"].get(stage)) for stage in columns)
             lines.append(f"| {row['feature']} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"{number}. {text}" for number, text in enumerate(messages, start=1))])
 
@@ -138,6 +144,21 @@ def faults(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rules(result: dict[str, Any]) -> str:
+    """Returns a row for every rule, a column for every property, and what was measured where it does not hold."""
+    properties = list(next(iter(result["rules"].values())))
+    lines = [
+        f"{headline(result['made_by'])}; seed {result['seed']}. A number is what was missed.",
+        "",
+        f"| rule | {' | '.join(properties)} |",
+        "| --- |" + " --- |" * len(properties),
+    ]
+    for name, found in result["rules"].items():
+        cells = ("yes" if each["holds"] else f"no ({each['measured']:.2g})" for each in found.values())
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # What stands under a name: the page, the file of the result, and how it is rendered.
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
@@ -155,6 +176,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "same-weights": ("docs/wrappers.md", "same-weights-cpu.json", same_weights),
     "overlap": ("docs/wrappers.md", "overlap-cpu.json", overlap_table.render),
     "compatibility": ("docs/compatibility.md", "compatibility.json", compatibility),
+    "fine-tuning": ("docs/compatibility.md", "fine-tuning.json", compatibility),
     **{
         f"{package}-versions": ("docs/compatibility.md", f"{package}-versions.json", versions.render)
         for package in versions.FILES
@@ -162,6 +184,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "launchers": ("docs/launchers.md", "launchers.json", launchers.render),
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
+    "rules": ("docs/theory.md", "rules.json", rules),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 

@@ -57,7 +57,7 @@ class BucketMOOConfig:
         languages: the K languages, at most 512, in the order of their indices 0..K-1. Every micro-batch is of one of
             them.
         enabled: `False` leaves the framework exactly as it is.
-        aggregator: the rule from a Gram to weights: `mean`, `mgda`, `pcgrad`, `cagrad`, `upgrad`, or a registered one.
+        aggregator: the rule from a Gram to weights, one that `bucketmoo_ds.aggregate.names()` lists, or `torchjd:NAME`.
         aggregator_options: options of that rule, such as `{"c": 0.4}` for `cagrad`.
         granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer`, `model`, or a
             registered one.

@@ -180,6 +180,12 @@ class DDPAdapter(Registered, Sharded):
                 "DDP's join(): a rank without data would take no part in resolving; give all ranks equally many "
                 "micro-batches (LanguageBatchSampler does) and leave join() out"
             )
+        frozen = [each.name for each, own in zip(self._sizes, self.parameters, strict=True) if not own.requires_grad]
+        if frozen and not (self._ddp.find_unused_parameters and not self._ddp.static_graph):
+            return LanguageError(
+                f'parameter "{frozen[0]}" ({len(frozen)} in all) was frozen after ddp.register, and DDP waits for its '
+                "gradient: wrap the model with find_unused_parameters=True, or freeze before wrapping"
+            )
         if not self._reduces and (boundary or not self.moo.window.once_a_window):
             return LanguageError(
                 "the forward pass ran under no_sync(), which would mix the languages of a rank's micro-steps: leave it "

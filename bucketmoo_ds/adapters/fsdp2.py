@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -119,9 +119,14 @@ class _Group:
         return sum(self.padded)
 
     @property
+    def trained(self) -> list[bool]:
+        """Of its members, which are not frozen now: FSDP2 reduces these."""
+        return [each.sharded_param.requires_grad for each in self.members]
+
+    @property
     def is_watched(self) -> bool:
-        """Whether all its unsharded parameters are hooked."""
-        return len(self.watched) == len(self.members)
+        """Whether all unsharded parameters that it trains are hooked."""
+        return all(id(each) in self.watched for each in self.members if each.sharded_param.requires_grad)
 
     @property
     def unused(self) -> bool:
@@ -133,7 +138,7 @@ class _Group:
         one dtype when it reduces them with those that were."""
         for each in self.members:
             added_up = each.reduce_dtype
-            if added_up is None or not hasattr(each, "_unsharded_param"):
+            if added_up is None or not hasattr(each, "_unsharded_param") or not each.sharded_param.requires_grad:
                 continue
             if each._unsharded_param.dtype != added_up and each.unsharded_accumulated_grad is None:
                 shape, device = each._unsharded_param.shape, each._unsharded_param.device
@@ -166,6 +171,8 @@ def _groups(model: Any) -> list[_Group]:
         if trained:
             padded = [each.padded_sharded_param_size.numel() for each in trained]
             groups.append(_Group(module, own, trained, padded))
+    if problem := _hooked(model.named_parameters()):
+        raise ConfigError(f"fsdp2.register: {problem}")
     if not groups:
         raise ConfigError("fsdp2.register: the model has no trainable parameter that fully_shard has taken")
     taken = {id(parameter) for group in groups for parameter in group.parameters}
@@ -205,7 +212,9 @@ def _own_groups(model: nn.Module) -> list[tuple[str, FSDPModule, Any]]:
 
 def _refuse(name: str, group: Any) -> None:
     if isinstance(group._reduce_scatter_comm, _Communication):
-        raise ConfigError("fsdp2.register: the model is registered already; register it once")
+        if group._reduce_scatter_comm.is_open:
+            raise ConfigError("fsdp2.register: the model is registered already; register it once, or close the session")
+        return
     communication = type(group._reduce_scatter_comm).__name__
     if communication != "DefaultReduceScatter":
         raise ConfigError(
@@ -217,12 +226,22 @@ def _refuse(name: str, group: Any) -> None:
             f'fsdp2.register: module "{name}" has an all-reduce hook, which would add up combined gradients; leave '
             "out set_all_reduce_hook and shard on a 2-D mesh instead"
         )
-    for each in group.fsdp_params:
-        if getattr(each.sharded_param, "_post_accumulate_grad_hooks", None):
-            raise ConfigError(
-                f'fsdp2.register: a parameter of module "{name}" has a post-accumulate-grad hook (an optimizer in '
-                "backward), which would run before the gradients are combined; step after backward"
+
+
+def _hooked(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Which hook of a sharded parameter is in the way, and why; empty for none."""
+    for name, parameter in named:
+        if parameter._post_accumulate_grad_hooks:
+            return (
+                f'parameter "{name}" has a post-accumulate-grad hook (an optimizer in backward), which would run '
+                "before the gradients are combined; step after backward"
             )
+        if parameter._backward_hooks:
+            return (
+                f'parameter "{name}" has a gradient hook (register_hook), which FSDP2 never calls, for it computes '
+                "with other tensors: freeze what the hook masks, or take DDP or DeepSpeed, which call it"
+            )
+    return ""
 
 
 def _common_mesh(groups: Sequence[_Group]) -> DeviceMesh:
@@ -301,9 +320,12 @@ class FSDP2Adapter(Sharded):
         self._groups = groups
         self._replica_group = replicas
         self._replicas = dist.get_world_size(replicas) if replicas is not None else 1
-        self._everything = [each for _, _, own in _own_groups(model) for each in own.fsdp_params]
-        self._trained = [each.sharded_param.requires_grad for each in self._everything]
+        members = {id(each) for group in groups for each in group.members}
+        everything = (each for _, _, own in _own_groups(model) for each in own.fsdp_params)
+        self._others = [each for each in everything if id(each) not in members]
+        self._trained: list[list[bool]] = []  # by group, in this window
         self._early: dict[int, Tensor] = {}
+        self.is_open = True
 
     def install(self) -> None:
         """Replaces FSDP2's reduction."""
@@ -324,6 +346,7 @@ class FSDP2Adapter(Sharded):
     def close(self) -> None:
         """See `Adapter`."""
         super().close()
+        self.is_open = False
         for group in self._groups:
             group.watched.clear()
 
@@ -347,12 +370,6 @@ class FSDP2Adapter(Sharded):
                 "fsdp2.register got a module inside of the model that was called, whose other parameters would be "
                 "averaged; register the module to which fully_shard was applied last"
             )
-        before = zip(self._everything, self._trained, strict=True)
-        changed = [each._param_fqn for each, trained in before if each.sharded_param.requires_grad != trained]
-        added = sum(parameter.requires_grad for parameter in self._model.parameters()) - len(self._plan.parameters)
-        if changed or added:
-            what = f'parameter "{changed[0]}" was frozen or unfrozen' if changed else f"{added} parameters were added"
-            return LanguageError(f"{what} after fsdp2.register, which fixed the blocks; do it before")
         for group in self._groups:
             if group.own._reduce_scatter_comm is not group.communication:
                 return LanguageError(
@@ -360,12 +377,27 @@ class FSDP2Adapter(Sharded):
                     "set_symm_mem_for_comm, set_allocate_memory_from_process_group_for_comm and "
                     "set_custom_reduce_scatter"
                 )
-            if any(each.sharded_param._post_accumulate_grad_hooks for each in group.members):
-                return LanguageError(
-                    "a parameter has a post-accumulate-grad hook (an optimizer in backward), which would run before "
-                    "the gradients are combined; step after backward"
-                )
-        return None
+        problem = self._changed_parameters()
+        return LanguageError(problem) if problem else None
+
+    def _changed_parameters(self) -> str:
+        """What has become of the parameters since register that this window cannot take; empty for nothing. Those of
+        the plan may be frozen and unfrozen between windows: FSDP2 leaves them out of its buckets then."""
+        unfrozen = [each._param_fqn for each in self._others if each.sharded_param.requires_grad]
+        trained = [group.trained for group in self._groups]
+        added = sum(parameter.requires_grad for parameter in self._model.parameters()) - sum(map(sum, trained))
+        if unfrozen or added:
+            what = f'parameter "{unfrozen[0]}" was unfrozen' if unfrozen else f"{added} parameters were added"
+            return (
+                f"{what} after fsdp2.register, which fixed the blocks; do it before (what is trainable then may be "
+                "frozen and unfrozen later)"
+            )
+        if self.moo.in_window and trained != self._trained:
+            return (
+                "parameters were frozen or unfrozen between two micro-steps of a window; do it after optimizer.step()"
+            )
+        self._trained = trained
+        return _hooked((each._param_fqn, each.sharded_param) for group in self._groups for each in group.members)
 
     def begin(self) -> None:
         """See `Adapter`."""
@@ -388,7 +420,8 @@ class FSDP2Adapter(Sharded):
         else of a gradient that it does not reduce, and nothing else can scale one before it is added up."""
         for group in self._groups:
             for each in group.members:
-                if id(each) not in group.watched and hasattr(each, "_unsharded_param"):
+                there = hasattr(each, "_unsharded_param") and each._unsharded_param.requires_grad
+                if there and id(each) not in group.watched:
                     group.watched.add(id(each))
                     self._handles.append(each._unsharded_param.register_hook(self.scaled))
 
@@ -402,14 +435,26 @@ class FSDP2Adapter(Sharded):
             self._early[bucket] = flat
             return
         self.arrive()
-        expected = self._shards * self._groups[bucket].shard_numel
+        group = self._groups[bucket]
+        expected = self._shards * group.shard_numel
+        if not all(group.trained):
+            flat = self._with_frozen(group, flat)
         if flat.numel() != expected:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: FSDP2 reduces {flat.numel()} elements, {expected} were there at "
-                "register; leave out set_reduce_scatter_unused_params, and freeze parameters before fsdp2.register"
+                "register; leave out set_reduce_scatter_unused_params, and freeze parameters between two windows"
             )
         twice = "a module that is called twice does that); apply fully_shard to a module that contains all its calls"
         self.put(bucket, flat, twice)
+
+    def _with_frozen(self, group: _Group, flat: Tensor) -> Tensor:
+        """Returns a bucket that FSDP2 has filled without frozen parameters, with zeros in their places."""
+        sizes = [padded if trained else 0 for padded, trained in zip(group.padded, group.trained, strict=True)]
+        if flat.numel() != self._shards * sum(sizes):
+            return flat
+        parts = flat.view(self._shards, -1).split(sizes, dim=1)
+        places = zip(parts, group.padded, strict=True)
+        return torch.cat([nn.functional.pad(part, (0, padded - part.size(1))) for part, padded in places], 1).view(-1)
 
     def _take_all(self, bucket: int, gradient: Tensor) -> None:
         """One rank alone: the gradient will be `.grad`, to which the combined one must not be added."""
@@ -417,9 +462,9 @@ class FSDP2Adapter(Sharded):
         gradient.zero_()
 
     def absent(self, bucket: int) -> Tensor:
-        """See `Sharded`. No forward pass has ever come there."""
+        """See `Sharded`. No forward pass has ever come there, or all its parameters are frozen."""
         group = self._groups[bucket]
-        if not group.unused:
+        if any(group.trained) and not group.unused:
             raise BucketMOOError(
                 f"{self._plan.buckets[bucket].name}: FSDP2 did not reduce it in this backward; leave out "
                 "set_requires_gradient_sync and set_reduce_scatter_unused_params after fsdp2.register"
@@ -441,13 +486,17 @@ class FSDP2Adapter(Sharded):
         return pieces.view(-1)
 
     def end(self) -> list[bool]:
-        """See `Adapter`. A parameter without a gradient counts as a gradient of zeros."""
+        """See `Adapter`. A parameter without a gradient counts as a gradient of zeros; ranks must freeze the same."""
         if self.micro.exchanges:
             self._release.finish()
         else:
             for group in self._groups:
                 group.fill_accumulated()
-        return [True] * len(self._plan.parameters)
+        trained = [False] * len(self._plan.parameters)
+        for group in self._groups:
+            for index, now in zip(group.indices, group.trained, strict=True):
+                trained[index] = now
+        return trained
 
     def gather(self, bucket: int, shard: Tensor) -> Received | None:
         """See `Sharded`."""
@@ -468,6 +517,10 @@ class FSDP2Adapter(Sharded):
             stream_of(shard).wait_event(group.own._post_reduce_event)
         start = 0
         for parameter, padded in zip(group.parameters, group.padded, strict=True):
+            if not parameter.requires_grad:  # frozen: the optimizer is to leave it alone
+                parameter.grad = None
+                start += padded
+                continue
             if parameter.grad is None:  # FSDP2 makes none of what no forward pass has come to, and with replicas
                 parameter.grad = torch.empty_like(parameter)
             local = parameter.grad.to_local()
@@ -515,6 +568,11 @@ class _Communication(ReduceScatter):
         self._bucket = bucket
         self._empty_output = empty_output
         self._is_output = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its session is not closed."""
+        return self._adapter.is_open
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Called for the input, then for the output; with replicas FSDP2 only keeps the latter."""

@@ -11,9 +11,9 @@ import importlib
 import pkgutil
 
 from bucketmoo_ds.aggregate.apply import solve, weights
-from bucketmoo_ds.aggregate.base import Aggregator, create, names, register
+from bucketmoo_ds.aggregate.base import Aggregator, create, find, names, register
 
-__all__ = ["Aggregator", "create", "names", "register", "solve", "weights"]
+__all__ = ["Aggregator", "create", "find", "names", "register", "solve", "weights"]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)  # each registers its aggregator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -25,6 +25,19 @@ class Aggregator(ABC):
     """
 
     cheap: ClassVar[bool] = False
+
+    def at(self, languages: Sequence[str], present: Sequence[int], blocks: Sequence[int]) -> Aggregator:
+        """Returns the rule for one call of `weights`; most rules are the same wherever they are used.
+
+        Args:
+            languages: the names of all languages.
+            present: the indices, into `languages`, of the K rows.
+            blocks: the numbers of the B blocks.
+
+        Raises:
+            ConfigError: options that do not go with these languages.
+        """
+        return self
 
     @abstractmethod
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -50,6 +63,8 @@ class Aggregator(ABC):
 AggregatorClass = TypeVar("AggregatorClass", bound=type[Aggregator])
 
 _REGISTRY: dict[str, type[Aggregator]] = {}
+# What stands before the colon of a name, and what makes a class of the part behind it.
+_FAMILIES: dict[str, Callable[[str], type[Aggregator]]] = {}
 
 
 def register(name: str) -> Callable[[AggregatorClass], AggregatorClass]:
@@ -71,9 +86,31 @@ def register(name: str) -> Callable[[AggregatorClass], AggregatorClass]:
     return decorate
 
 
+def register_family(prefix: str, find_member: Callable[[str], type[Aggregator]]) -> None:
+    """Makes the aggregators `prefix:NAME` known. `find_member` returns the class of a NAME, or raises ConfigError."""
+    _FAMILIES[prefix] = find_member
+
+
 def names() -> tuple[str, ...]:
     """Returns the names of all registered aggregators, sorted."""
     return tuple(sorted(_REGISTRY))
+
+
+def find(name: str) -> type[Aggregator]:
+    """Returns the class of the aggregator called `name`.
+
+    Raises:
+        ConfigError: (a ValueError) an unknown name.
+    """
+    known = (*names(), *(f"{prefix}:NAME" for prefix in _FAMILIES))
+    if not isinstance(name, str):
+        raise ConfigError(f"aggregator = {name!r}: expected a name, {one_of(known)}")
+    prefix, colon, member = name.partition(":")
+    if colon and prefix in _FAMILIES:
+        return _FAMILIES[prefix](member)
+    if name not in _REGISTRY:
+        raise ConfigError(f'aggregator = "{name}": unknown, expected {one_of(known)}{did_you_mean(name, names())}')
+    return _REGISTRY[name]
 
 
 def create(name: str, **options: Any) -> Aggregator:
@@ -82,17 +119,18 @@ def create(name: str, **options: Any) -> Aggregator:
     Raises:
         ConfigError: (a ValueError) an unknown name, an unknown option, or an option's value of a wrong type or range.
     """
-    if not isinstance(name, str):
-        raise ConfigError(f"aggregator = {name!r}: expected a name, {one_of(names())}")
-    cls = _REGISTRY.get(name)
-    if cls is None:
-        raise ConfigError(f'aggregator = "{name}": unknown, expected {one_of(names())}{did_you_mean(name, names())}')
-    allowed = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    cls = find(name)
+    fields = [field for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    allowed = [field.name for field in fields]
     for option in options:
         if option not in allowed:
             expected = f"expected {one_of(allowed)}" if allowed else "it has no options"
             meant = did_you_mean(option, allowed)
             raise ConfigError(f'aggregator "{name}": unknown option "{option}", {expected}{meant}')
+    for field in fields:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in options:
+            raise ConfigError(f'aggregator "{name}": option "{field.name}" is missing, and has no default')
     return cls(**options)
 
 

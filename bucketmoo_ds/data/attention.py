@@ -38,6 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bucketmoo_ds.data.batch import virtual_tokens
+
 _MASKED_BY_POSITION = ("eager", "sdpa", "flex_attention")
 _OF_A_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "encoder_outputs")
 _LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -59,6 +61,7 @@ class Attention:
         two = (getattr(getattr(each, "config", None), "is_encoder_decoder", None) for each in modules)
         self._has_decoder = next((each for each in two if each is not None), False)  # the outermost that says so
         self._names = next(filter(None, map(_argument_names, modules)), ("input_ids",))
+        self.has_virtual_tokens = bool(virtual_tokens(model))
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the inputs of a forward pass by name. A dictionary as the first argument holds them by name too."""
@@ -71,6 +74,8 @@ class Attention:
 
     def why_not(self, name: str, inputs: Mapping[str, Any], batch: int) -> str:
         """Returns why the model would not keep documents apart by an input that is there; empty where it would."""
+        if self.has_virtual_tokens:
+            return "not kept to beside peft's virtual tokens, which all documents of a sequence attend to"
         if name == "attention_mask":
             return self._why_no_mask(inputs[name])
         mask = inputs.get("attention_mask")

@@ -39,6 +39,8 @@ IGNORED_LABEL = -100
 
 # Losses of transformers whose labels stand where they are predicted, by a model's `loss_type`.
 _LOSSES_IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
+# Of peft's prompt learning, what leaves the sequences as long as they are.
+_CACHED = ("PREFIX_TUNING", "CARTRIDGE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,9 +386,24 @@ def _number(name: str, value: Any) -> float:
         raise LanguageError(f"{name} = {value!r}: expected a number") from None
 
 
+def virtual_tokens(model: nn.Module | None) -> str:
+    """Returns how a model that peft wraps gets trained virtual tokens, which each of its sequences attends to: `read`
+    in front of the sequence (prompt tuning, p-tuning), or `cached` as keys and values (prefix tuning); else nothing."""
+    for module in model.modules() if model is not None else ():
+        active: Any = getattr(module, "active_peft_config", None)
+        if getattr(active, "is_prompt_learning", False):
+            return "cached" if str(getattr(active.peft_type, "value", active.peft_type)) in _CACHED else "read"
+    return ""
+
+
 def shifts_labels(model: nn.Module | None) -> bool:
-    """Whether a model predicts `labels[..., 1:]`. Causal models do; those with a decoder of their own, and those that
-    label the tokens they read, take labels as they stand."""
+    """Whether a model predicts `labels[..., 1:]`: whether it is causal, and no virtual token predicts the first."""
+    return is_causal(model) and virtual_tokens(model) != "read"
+
+
+def is_causal(model: nn.Module | None) -> bool:
+    """Whether a position of a model predicts the next label. Those with a decoder of their own, and those that label
+    the tokens they read, take labels as they stand."""
     for module in model.modules() if model is not None else ():
         encoder_decoder = getattr(getattr(module, "config", None), "is_encoder_decoder", None)
         if encoder_decoder is not None:  # the outermost that says so: wrappers have no such config, parts come later

@@ -197,10 +197,11 @@ def _plain(value: Any) -> Any:
 
 
 def _check_by_token(told: Tensor, shape: tuple[int, int], inputs: Mapping[str, Any], attention: Attention) -> None:
-    if attention.has_decoder(inputs):
+    longer = "an encoder and a decoder, whose sequences differ" if attention.has_decoder(inputs) else ""
+    longer = "virtual tokens (peft), which have no place in it" if attention.has_virtual_tokens else longer
+    if longer:
         raise LanguageError(
-            f"language: given by token, {list(told.shape)}, to a model of an encoder and a decoder, whose sequences "
-            "differ; give one for each sequence, [batch]"
+            f"language: given by token, {list(told.shape)}, to a model of {longer}; give one for each sequence, [batch]"
         )
     if told.shape != shape:
         raise LanguageError(f"language: {list(told.shape)} for a batch of {list(shape)} tokens, [batch, sequence]")

@@ -7,10 +7,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bucketmoo_ds.adapters import table
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.integrations.language_column import LanguageColumn
+from bucketmoo_ds.plan.choices import ranks_per_node
 
 _OF_TOKENS = "bucketmoo_languages"  # while a row is packed
 
@@ -39,7 +41,7 @@ def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn,
         micro_steps=args.gradient_accumulation_steps,
         world_size=args.world_size,
         seed=args.data_seed if args.data_seed is not None else args.seed,
-        **options,
+        **{"affinity": _affinity(trainer, config), **options},
     )
     if hasattr(dataset, "remove_columns"):
         dataset = trainer._remove_unused_columns(dataset, description="training")
@@ -50,6 +52,16 @@ def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn,
     init = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator, worker_init_fn=init, **told)
     return trainer.accelerator.prepare(loader)
+
+
+def _affinity(trainer: Any, config: BucketMOOConfig) -> str:
+    """The sampler's: what is exchanged once a window is exchanged in one piece where each rank keeps a language for the
+    window; unless the window would then hold fewer languages than it can."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    once = plugin is not None and table.find("deepspeed", plugin.zero_stage).exchanged == table.ONCE_A_WINDOW
+    ranks = trainer.args.world_size
+    places = ranks // ranks_per_node(config, ranks) if config.exchange == "two_stage" else ranks
+    return "window" if once and places >= len(config.languages) else "micro_step"
 
 
 def packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:

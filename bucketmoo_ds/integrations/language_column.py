@@ -119,16 +119,20 @@ class LanguageCollator:
         collator: the other; it does not see the column.
         column: the column of the rows.
         dataset: what they come from.
+        as_tensors: whether all entries are tensors, which Accelerate needs where the first rank reads for all.
 
     Raises:
         LanguageError: a row is of none of the languages.
     """
 
-    def __init__(self, collator: Callable[..., Any], column: LanguageColumn, dataset: Any) -> None:
+    def __init__(
+        self, collator: Callable[..., Any], column: LanguageColumn, dataset: Any, as_tensors: bool = False
+    ) -> None:
         self._collator = collator
         self._column = column.name
         self._key = column.key
         self._index = column.reader(dataset)
+        self._as_tensors = as_tensors
 
     def __call__(self, features: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """Returns the micro-batch with one more entry: a list of an index for each row, which no device has to be asked
@@ -143,7 +147,7 @@ class LanguageCollator:
         shape: Sequence[int] = batch["input_ids"].shape if "input_ids" in batch else ()
         flattened = len(shape) == 2 and shape[0] == 1 and len(features) > 1
         if not flattened and not any(_is_list(row) for row in told):
-            batch[self._key] = [row[0] for row in by_row]
+            batch[self._key] = torch.tensor(by_row).flatten() if self._as_tensors else [row[0] for row in by_row]
             return batch
         pairs = zip(by_row, lengths, strict=True)
         tokens = [torch.tensor(row * length if len(row) == 1 else row) for row, length in pairs]

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from bucketmoo_ds.adapters.hooks import Hook, Stays
 from bucketmoo_ds.aggregate.conflict import cosines, share_of_conflicts
-from bucketmoo_ds.data.batch import IGNORED_LABEL, shifts_labels
+from bucketmoo_ds.data.batch import IGNORED_LABEL, is_causal, shifts_labels
 from bucketmoo_ds.logs import logger
 from bucketmoo_ds.pipeline.resolution import Resolution
 
@@ -30,6 +30,7 @@ class TokenLosses(Stays):
     def __init__(self, model: nn.Module, count: int, shifted: bool | None) -> None:
         self._count = count
         self._shifted = shifts_labels(model) if shifted is None else shifted
+        self._behind = shifted is None and is_causal(model) and not self._shifted  # a token predicts the first label
         self._expected: tuple[Any, Any, Any] | None = None
         self._found: tuple[Tensor, Tensor] | None = None
         self._silent = False  # it has been said that there are none
@@ -59,7 +60,7 @@ class TokenLosses(Stays):
         if self._expected is None:
             return
         labels, shift_labels, languages = self._expected
-        losses = _losses(outputs, labels, shift_labels, self._shifted)
+        losses = _losses(outputs, labels, shift_labels, self._shifted, self._behind)
         if losses is None:
             return
         told = torch.as_tensor(languages, device=losses.device)
@@ -73,7 +74,7 @@ class TokenLosses(Stays):
         )
 
 
-def _losses(outputs: Any, labels: Any, shift_labels: Any, shifted: bool) -> Tensor | None:
+def _losses(outputs: Any, labels: Any, shift_labels: Any, shifted: bool, behind: bool) -> Tensor | None:
     """Returns the loss of each target token, `[batch, tokens]` float32, NaN where there is none."""
     log_probs, mask = getattr(outputs, "log_probs", None), getattr(outputs, "label_mask", None)
     if isinstance(log_probs, Tensor) and isinstance(mask, Tensor):
@@ -85,7 +86,8 @@ def _losses(outputs: Any, labels: Any, shift_labels: Any, shifted: bool) -> Tens
     if targets.dim() == 1:
         logits, targets = logits.unsqueeze(1), targets.unsqueeze(1)
     elif logits.dim() == 3 and targets.dim() == 2:
-        logits = logits[:, -targets.shape[1] :]  # behind the tokens of a prompt that is learned
+        length = targets.shape[1]
+        logits = logits[:, -length - 1 : -1] if behind else logits[:, -length:]
         if shifted and shift_labels is None:
             logits, targets = logits[:, :-1], targets[:, 1:]
     if logits.shape[:-1] != targets.shape or logits.dim() != 3:

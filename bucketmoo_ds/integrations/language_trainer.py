@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from bucketmoo_ds.adapters import mixed, table
 from bucketmoo_ds.adapters.session import Session, unwrapped
@@ -131,7 +132,9 @@ class LanguageTrainerMixin(_Behind):
         """Loaders that are made inside the `with` block keep the languages of this data set's rows."""
         trainer: Any = self
         collator = trainer.data_collator
-        trainer.data_collator = LanguageCollator(collator, self._moo_column, dataset)
+        dispatched = trainer.accelerator.dispatch_batches
+        dispatched = isinstance(dataset, IterableDataset) if dispatched is None else dispatched  # as Accelerate does
+        trainer.data_collator = LanguageCollator(collator, self._moo_column, dataset, as_tensors=dispatched)
         try:
             yield
         finally:
@@ -166,11 +169,19 @@ class LanguageTrainerMixin(_Behind):
 
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir) or True
         self._moo_resumes = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        if self._moo_mode == "placed" and isinstance(trainer.model_wrapped, DistributedDataParallel):
+        _refuse_again(trainer, self._moo_session)
+        if self._moo_mode == "placed" and isinstance(unwrapped(trainer.model_wrapped), DistributedDataParallel):
             trainer.model_wrapped = trainer.model  # an earlier run's, which keeps its communication hook
+        if trainer.model_wrapped is trainer.model and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+            # An evaluation before has marked the model: Accelerate would not wrap it, and each rank train by itself.
+            trainer.model._is_accelerate_prepared = False
         self._moo_saved: int | None = None  # the step of the latest checkpoint
         self._moo_ending = False
-        with TerminationRequest(self._moo_saves_at_the_end) as self._moo_termination, self._moo_section():
+        with (
+            TerminationRequest(self._moo_saves_at_the_end) as self._moo_termination,
+            self._moo_section(),
+            self._moo_syncing(),
+        ):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -195,6 +206,21 @@ class LanguageTrainerMixin(_Behind):
             if before is not None:
                 settings[SECTION] = before
 
+    @contextlib.contextmanager
+    def _moo_syncing(self) -> Iterator[None]:
+        """Inside the `with` block Trainer exchanges each micro-step: by itself the last of a window alone, with
+        languages added up."""
+        trainer: Any = self
+        told = trainer.accelerator.gradient_state.plugin_kwargs  # of the process
+        before = dict(told)
+        if self._moo_mode == "placed" and not trainer.is_deepspeed_enabled:
+            told["sync_each_batch"] = True
+        try:
+            yield
+        finally:
+            told.clear()
+            told.update(before)
+
     def _wrap_model(self, model: Any, training: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, before it wraps the model: mixed, the model is registered by then."""
         trainer: Any = self
@@ -216,8 +242,6 @@ class LanguageTrainerMixin(_Behind):
         if self._moo_mode == "placed" and not trainer.is_deepspeed_enabled:
             self._moo_close()
             self._moo_session = _register(trainer, self._moo_config)
-            # Trainer would exchange the last micro-step of a window alone, its languages added up.
-            trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
         if self.moo is None:
             raise BucketMOOError(
                 f"Trainer has built {type(trainer.model_wrapped).__name__}, whose gradients nobody resolves: its "
@@ -228,6 +252,7 @@ class LanguageTrainerMixin(_Behind):
             if states is not None:
                 self._moo_session.load_state_dict(states["moo"])
         if self._moo_mode == "mixed":
+            _refuse_apart(trainer)
             self._moo_listen()
         self._moo_windows = self._moo_resolved
         self._moo_verified = False
@@ -300,6 +325,24 @@ class LanguageTrainerMixin(_Behind):
         if self._moo_resolved > self._moo_windows:
             self._moo_windows = self._moo_resolved
             self._moo_log.add_window(self.moo.last)
+
+    def _moo_give_up(self) -> None:
+        """An epoch is over, perhaps within a window that a callback has stopped: it is trained again, and its gradients
+        are no part of the next one's."""
+        owner: Any = self._moo_session or self.model_wrapped
+        if getattr(self.moo, "moo", self.moo).window.micro_steps and hasattr(owner, "abandon"):
+            owner.abandon()
+
+    def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, and the session's state beside it; DeepSpeed's own checkpoints have it."""
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+        trainer: Any = self
+        session: Any = self._moo_session
+        if session is None or self._moo_config is None:
+            return
+        folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+        pipeline = getattr(session, "moo", session)
+        checkpoint.save(folder, self._moo_config, pipeline.plan, {"moo": session.state_dict()}, pipeline.exchange)
 
     def _moo_end_if_asked(self, control: Any) -> None:
         """The optimizer has stepped: if any rank has got a SIGTERM by now, all save this step, and end."""
@@ -412,6 +455,34 @@ def _refuse_own_loader(cls: type, mode: str) -> None:
         )
 
 
+def _refuse_again(trainer: Any, earlier: object) -> None:
+    """Raises `ConfigError` where an earlier `train()` has left what no other can begin with."""
+    model: Any = unwrapped(trainer.model_wrapped)
+    if trainer.model_init is not None:  # which makes another
+        return
+    what = ""
+    if trainer.is_deepspeed_enabled and model is not trainer.model:
+        what = "Trainer destroys the DeepSpeed engine that it has, and makes no other"
+    elif earlier is not None and isinstance(model, FullyShardedDataParallel):
+        what = "FullyShardedDataParallel (fsdp_config version 1) keeps what was registered with it; use version 2"
+    if what:
+        raise ConfigError(
+            f"train() again, or after an evaluation: {what}. Train for more steps at once (max_steps, "
+            "num_train_epochs), or resume from a checkpoint in a new process"
+        )
+
+
+def _refuse_apart(trainer: Any) -> None:
+    """Raises `ConfigError` where nobody reduces the gradients of several ranks."""
+    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    wrapped = trainer.is_deepspeed_enabled or isinstance(unwrapped(trainer.model_wrapped), wrappers)
+    if trainer.args.world_size > 1 and not wrapped:
+        raise ConfigError(
+            f"Trainer has wrapped the model in nothing ({type(unwrapped(trainer.model_wrapped)).__name__}), so that "
+            f"{trainer.args.world_size} ranks would train apart from each other; make a new trainer of the model"
+        )
+
+
 def _register(trainer: Any, config: BucketMOOConfig) -> Session:
     """Registers the model as Trainer has wrapped it, whatever it was asked to wrap it in."""
     model: Any = unwrapped(trainer.model_wrapped)
@@ -447,7 +518,7 @@ def _callback(trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class Languages(TrainerCallback):
-        """Tells the trainer where its run stands, and writes the session's state into each checkpoint."""
+        """Tells the trainer where its run stands."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             trainer._moo_begin()
@@ -458,17 +529,12 @@ def _callback(trainer: Any) -> Any:
             trainer._moo_tell(control.should_log)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer._moo_give_up()
             if trainer._moo_ending:  # the epoch has not ended
                 control.should_save = control.should_evaluate = False
             trainer._moo_tell(control.should_log)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            session = trainer._moo_session
-            if session is not None:  # DeepSpeed's checkpoints have it
-                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                pipeline = getattr(session, "moo", session)
-                states = {"moo": session.state_dict()}
-                checkpoint.save(folder, trainer._moo_config, pipeline.plan, states, pipeline.exchange)
             trainer._moo_has_saved()
 
     return Languages()

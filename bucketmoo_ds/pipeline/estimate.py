@@ -106,10 +106,12 @@ class GramEstimate:
         noisy.copy_(left * noisy + (1.0 - left) * signal)
         growth = self._growth(means[1], usable[1])
         share = 1.0 - self._config.smoothing
+        rests = (noisy == 0).all(1).view(-1, 1, 1)  # a block that is frozen keeps what it has
         for kept, mean, new in zip((self._kept, self._kept_noisy), means, usable, strict=True):
             # The last matrix is the sum of the shares: the first Gram counts in full.
             kept[:-1] *= growth
-            taken = torch.cat([mean, torch.ones_like(mean[:1])])
+            newest = torch.where(rests, kept[:-1] / torch.where(kept[-1] > 0, kept[-1], 1.0), mean)
+            taken = torch.cat([newest, torch.ones_like(mean[:1])])
             kept.copy_(torch.where(new, (1.0 - share) * kept + share * taken, kept))
         self.taken += 1
         self.clear()
@@ -146,7 +148,7 @@ class GramEstimate:
             weights = aggregate.solve(
                 gram,
                 mask,
-                self.aggregator,
+                self.aggregator.at(self._config.languages, range(self._count), range(self._blocks)),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 generator=generator,

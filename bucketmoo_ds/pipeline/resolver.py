@@ -90,8 +90,9 @@ class Resolver:
         Returns:
             `[C, K']` float64: what the stored rows of each cell are multiplied by.
         """
-        gram, weights = self._solve(_summed(self._exchange.all_gather_grams(partial)), generator)
-        self._blocks += [self._plan.cell_block[cell] for cell in cells]
+        blocks = [self._plan.cell_block[cell] for cell in cells]
+        gram, weights = self._solve(_summed(self._exchange.all_gather_grams(partial)), blocks, generator)
+        self._blocks += blocks
         self._decided.append((gram, weights))
         return weights * self.coefficients
 
@@ -106,7 +107,8 @@ class Resolver:
         dealt = by_block.new_zeros(a_rank * world_size, count, count)
         dealt[:blocks] = by_block
         parts = dealt.view(a_rank, world_size, count, count).transpose(0, 1).contiguous()
-        own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), generator)
+        own = range(self._exchange.rank, a_rank * world_size, world_size)
+        own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
         both = torch.cat([own_gram, own_weights.unsqueeze(-1)], dim=-1)
         everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, count, count + 1)[:blocks]
         gram, weights = everyone[..., :-1], everyone[..., -1]
@@ -134,13 +136,13 @@ class Resolver:
         weights[order[:, None], present] = both[..., -1]
         return Decided(gram, weights, tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite()))))
 
-    def _solve(self, summed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _solve(self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         gram = summed * torch.outer(self.coefficients, self.coefficients)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
                 torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device),
-                self.aggregator,
+                self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 generator=generator,

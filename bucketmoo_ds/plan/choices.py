@@ -9,7 +9,7 @@ import torch.distributed as dist
 from bucketmoo_ds import aggregate
 from bucketmoo_ds.comm.exchange import Exchange, control_group
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.plan.blocks import BlockPlan
 
 
@@ -19,12 +19,14 @@ def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
     Raises:
         ConfigError: an unknown name or option, or an option out of range.
     """
-    known = aggregate.names()
-    if config.aggregator not in known:
-        hint = did_you_mean(config.aggregator, known)
-        raise ConfigError(f'{SECTION}.aggregator = "{config.aggregator}": unknown, expected {one_of(known)}{hint}')
     try:
-        return aggregate.create(config.aggregator, **config.aggregator_options)
+        aggregate.find(config.aggregator)
+    except ConfigError as error:
+        raise ConfigError(f"{SECTION}.{error}") from error
+    try:
+        rule = aggregate.create(config.aggregator, **config.aggregator_options)
+        rule.at(config.languages, range(len(config.languages)), ())
+        return rule
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{SECTION}.aggregator_options: {error}") from error
 

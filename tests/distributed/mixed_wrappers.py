@@ -263,9 +263,7 @@ class Run:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.module: nn.Module = Model(case.seed, tied=case.tied, frozen=case.frozen, unused=case.unused).to(
-            DTYPES[case.dtype]
-        )
+        self.module: nn.Module = self.make().to(DTYPES[case.dtype])
         self.twin = copy.deepcopy(self.module).double()
         self.module = toy_models.with_checkpoints(self.module, case.checkpoint)
         self.session: Any = None
@@ -274,11 +272,20 @@ class Run:
             return
         first = case.before or case.wrapper == "fsdp1"
         if first and not case.off:
-            self.session = bucketmoo_ds.mixed.register(self.module, case.config, micro_steps=case.micro_steps)
+            self.session = self.register(self.module)
         self.model = self._wrap()
         if not first and not case.off:
-            self.session = bucketmoo_ds.mixed.register(self.model, case.config, micro_steps=case.micro_steps)
+            self.session = self.register(self.model)
         self.optimizer = self._optimizer(self.model)
+
+    def make(self) -> nn.Module:
+        return Model(self.case.seed, tied=self.case.tied, frozen=self.case.frozen, unused=self.case.unused)
+
+    def layers(self) -> nn.ModuleList:
+        return self.module.layers
+
+    def register(self, model: nn.Module) -> Any:
+        return bucketmoo_ds.mixed.register(model, self.case.config, micro_steps=self.case.micro_steps)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         trained = [each for each in module.parameters() if each.requires_grad]
@@ -300,7 +307,7 @@ class Run:
                 how["mesh"] = two_dimensional(worker.WORLD_SIZE)
             if how.pop("offload", False):
                 how["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-            for layer in module.layers:
+            for layer in self.layers():
                 fully_shard(layer, **how)
             return fully_shard(module, **how)
         return module
@@ -321,7 +328,7 @@ class Run:
             config["zero_optimization"].setdefault("stage3_param_persistence_threshold", 40)
         if case.init:
             with deepspeed.zero.Init(config_dict_or_path=config):
-                self.module = Model(case.seed, tied=case.tied, frozen=case.frozen, unused=case.unused)
+                self.module = self.make()
             with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
                 for own, made in zip(self.twin.parameters(), self.module.parameters(), strict=True):
                     own.data = made.detach().double().clone()

@@ -20,6 +20,7 @@ from setup_engine import LANGUAGES, settings
 from torch.utils.data import DataLoader
 
 import bucketmoo_ds as bm
+from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.plan.choices import create_aggregator
 from bucketmoo_ds.reference import MicroGradient, resolve_window
 
@@ -30,17 +31,14 @@ SAMPLES, BATCH = 48, 2
 class Loop:
     """A prepared run, of a fresh model that is the same on all ranks."""
 
-    def __init__(self, wrapper: str, micro_steps: int, mode: str, seed: int) -> None:
-        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-            os.environ.pop(name, None)
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        torch.manual_seed(seed)
-        self.config = bm.BucketMOOConfig(languages=LANGUAGES, granularity="model", mode=mode)
+    def __init__(
+        self, wrapper: str, micro_steps: int, mode: str, seed: int, *, samples: int = SAMPLES, ragged: bool = True,
+        **moo: Any,
+    ) -> None:  # fmt: skip
+        self._begin(wrapper, micro_steps, seed)
+        self.config = bm.BucketMOOConfig(languages=LANGUAGES, granularity="model", mode=mode, **moo)
         self.micro_steps = micro_steps
-        self.module = toy.ToyLM()
-        self.rows = rows(seed)
-        self.accelerator = accelerator(wrapper, micro_steps)
+        self.rows = rows(seed, samples, ragged)
         optimizer = torch.optim.SGD(self.module.parameters(), lr=LEARNING_RATE)
         self.sampler = bm.LanguageBatchSampler(
             self.rows, self.config, micro_batch_size=BATCH, micro_steps=micro_steps, world_size=worker.WORLD_SIZE
@@ -49,6 +47,26 @@ class Loop:
         self.model, self.optimizer, self.loader, self.session = bm.prepare(
             self.accelerator, self.module, optimizer, DataLoader(self.rows, **how), config=self.config
         )
+
+    def _begin(self, wrapper: str, micro_steps: int, seed: int) -> None:
+        for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+            os.environ.pop(name, None)
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        torch.manual_seed(seed)
+        self.module = toy.ToyLM()
+        self.accelerator = accelerator(wrapper, micro_steps)
+
+    def train_epoch(self) -> int:
+        """Returns how many micro-steps it has."""
+        steps = 0
+        for batch in self.loader:
+            steps += 1
+            with self.accelerator.accumulate(self.model):
+                self.accelerator.backward(self.model(**batch))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return steps
 
     def train(self, windows: int) -> None:
         """Until so many windows are resolved."""
@@ -68,13 +86,25 @@ class Loop:
         return [each.detach().double().clone() for each in whole]
 
 
-def rows(seed: int) -> list[dict[str, Any]]:
-    """Samples of all languages by turns, with different numbers of targets."""
+class PlainLoop(Loop):
+    """The same over mixed batches without us."""
+
+    def __init__(self, wrapper: str, micro_steps: int, seed: int, samples: int) -> None:
+        self._begin(wrapper, micro_steps, seed)
+        data = [{name: each for name, each in row.items() if name != "language"} for row in rows(seed, samples, False)]
+        optimizer = torch.optim.SGD(self.module.parameters(), lr=LEARNING_RATE)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(
+            self.module, optimizer, DataLoader(data, batch_size=BATCH, drop_last=True)
+        )
+
+
+def rows(seed: int, samples: int = SAMPLES, ragged: bool = True) -> list[dict[str, Any]]:
+    """Samples of all languages by turns, with different numbers of targets, or with equal ones."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for index in range(SAMPLES):
+    for index in range(samples):
         language = index % len(LANGUAGES)
-        batch = toy.micro_batch(language, generator, ragged=True)
+        batch = toy.micro_batch(language, generator, ragged=ragged)
         found.append({"language": LANGUAGES[language]} | {name: value[0] for name, value in batch.items()})
     return found
 
@@ -125,9 +155,36 @@ def expected(loop: Loop, mode: str, seed: int) -> list[torch.Tensor]:
     return [each.detach() - LEARNING_RATE * combined[name] for name, each in module.named_parameters()]
 
 
+def short_window(wrapper: str, seed: int) -> dict[str, Any]:
+    """Returns how far an epoch whose last window is one micro-step short is from plain Accelerate's, relative to what
+    both moved; and what comes of a forward pass through the module inside."""
+    samples = 11 * BATCH * worker.WORLD_SIZE  # 5 windows and a half
+    plain = PlainLoop(wrapper, 2, seed, samples)
+    before = plain.parameters()
+    assert plain.train_epoch() == 11
+    wanted = plain.parameters()
+    loop = Loop(wrapper, 2, "mixed", seed, samples=samples, ragged=False, aggregator="mean", weighting="token")
+    assert loop.train_epoch() == 11
+    off = torch.cat([(a - w).flatten() for a, w in zip(loop.parameters(), wanted, strict=True)]).norm()
+    step = torch.cat([(b - w).flatten() for b, w in zip(before, wanted, strict=True)]).norm()
+    found = {"off": float(off / step), "wrapper": type(loop.model).__name__, "windows": loop.session.windows}
+    inner = loop.accelerator.unwrap_model(loop.model)
+    if inner is not loop.model and not hasattr(loop.model, "zero_optimization_stage"):
+        batch = {name: each for name, each in next(iter(loop.loader)).items() if name != "language"}
+        try:
+            loop.accelerator.backward(inner(**batch))
+        except BucketMOOError as error:
+            found["inside"] = str(error)
+        else:
+            found["inside"] = "silent"
+    return found
+
+
 def run(*, wrapper: str, micro_steps: int, mode: str, seed: int) -> dict[str, Any]:
     """Returns how far the first window's step is from the one by hand, relative to the step; and whether a run that was
     saved after two windows and went on ends with the bits of the one that was not interrupted."""
+    if mode == "mixed" and micro_steps > 1:
+        return short_window(wrapper, seed)
     loop = Loop(wrapper, micro_steps, mode, seed)
     wanted = expected(loop, mode, seed)
     loop.sampler.seek(0)

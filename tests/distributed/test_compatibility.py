@@ -218,7 +218,13 @@ def summary(outcomes: Outcomes) -> dict[str, Any]:
         for group, features in FEATURES.items()
     }
     versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
-    return {"what": "tests/distributed/test_compatibility.py", "versions": versions, "table": table}
+    columns = {stage: f"ZeRO-{stage}" for stage in STAGES}
+    return {
+        "what": "tests/distributed/test_compatibility.py",
+        "versions": versions,
+        "columns": columns,
+        "table": table,
+    }
 
 
 @pytest.fixture(scope="module")

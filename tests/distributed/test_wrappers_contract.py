@@ -71,7 +71,7 @@ REFUSED: dict[str, dict[str, list[str]]] = {
         "custom_reduce_scatter": ['module "layers.1" is CustomReduceScatter', "and set_custom_reduce_scatter"],
         "own_memory": ['module "" is ProcessGroupAllocReduceScatter', "leave out set_symm_mem_for_comm"],
         "all_reduce_hook": ['module "layers.0" has an all-reduce hook', "2-D mesh instead"],
-        "post_accumulate": ['module "" has a post-accumulate-grad hook', "step after backward"],
+        "post_accumulate": ['"head.weight" has a post-accumulate-grad hook', "step after backward"],
         "ignored": ['parameter "head.weight" is trained', "(1 in all)", "do not ignore it"],
         "added_later": ['parameter "adapters.0.weight" is trained', "(2 in all)", "adapters before fully_shard"],
         "nothing_to_train": ["no trainable parameter"],
@@ -96,9 +96,9 @@ if torch.version.cuda and not torch.cuda.is_available():  # its own DDP asks the
 
 DIFFERENCES = ("model", "frozen", "wrapping", "languages", "aggregator", "micro_steps", "once_a_window")
 LAYOUTS = {
-    "unfrozen": ['"layers.1.0.weight" was frozen or unfrozen', "do it before"],
-    "frozen": ['"layers.0.0.weight" was frozen or unfrozen', "do it before"],
-    "frozen in part": ['"layers.0.0.bias" was frozen or unfrozen', "do it before"],
+    "unfrozen": ['"layers.1.0.weight" was unfrozen', "do it before"],
+    "frozen": ["between two micro-steps of a window", "do it after optimizer.step()"],
+    "frozen in part": ["between two micro-steps of a window", "do it after optimizer.step()"],
     "added": ["2 parameters were added", "do it before"],
     "hook": ["post-accumulate-grad hook", "step after backward"],
     "reduce-scatter": ["the reduce-scatter was changed", "leave out"],

@@ -169,17 +169,40 @@ def test_sigterm_without_a_checkpoint_says_what_is_lost(tmp_path: Path, monkeypa
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_trains_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["placed", "mixed"])
+def test_trains_twice(tmp_path: Path, mode: str) -> None:
     """The second run is a run of its own, on the weights of the first."""
-    trainer = trainer_of(tmp_path, moo=config())
+    trainer = trainer_of(tmp_path, moo=config(), mode=mode)
     trainer.train()
-    other = trainer_of(tmp_path, moo=config())
+    other = trainer_of(tmp_path, moo=config(), mode=mode)
     other.model.load_state_dict(trainer.model.state_dict())
     trainer.optimizer = None  # Trainer would go on with the one that it has
     trainer.train()
     other.train()
     assert trainer.moo.last.window == 3
     assert_same(trainer, other)
+
+
+@pytest.mark.parametrize("mode", ["placed", "mixed"])
+def test_an_epoch_that_is_stopped_within_a_window(tmp_path: Path, mode: str) -> None:
+    """What came of the window is given up, so that it can be saved, and the next epoch's first one is whole."""
+
+    class Stops(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and trainer.moo.last.window == 1 and not stopped:
+                stopped.append(trainer.current_gradient_accumulation_steps)
+                control.should_epoch_stop = True
+
+    stopped: list[int] = []
+    settings = {"moo": config(), "mode": mode, "max_steps": 9}  # one into the second epoch
+    trainer = trainer_of(tmp_path, save_strategy="epoch", **settings)
+    trainer.add_callback(Stops())
+    trainer.train()
+    assert stopped
+    resumed = trainer_of(tmp_path, number=SEED + 1, ignore_data_skip=True, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.moo.last.window == resumed.moo.last.window == 8
+    assert (tmp_path / "checkpoint-2" / "bucket_moo.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["ints", "classes", "aliases"])

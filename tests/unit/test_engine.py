@@ -240,7 +240,7 @@ def test_equals_the_reference(
             assert torch.equal(mine.gram, first.gram)
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("aggregator", [*AGGREGATORS, "random", "static"])
 @settings(deadline=None, max_examples=examples(5))
 @given(
     slots=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 90)), min_size=1, max_size=4).filter(
@@ -260,7 +260,8 @@ def test_streaming_equals_deferred_to_the_bit(
     backend = "auto" if dtype == torch.float32 else "reference"
     results = []
     for mode in ("streaming", "deferred"):
-        settings = config(aggregator=aggregator, mode=mode, backend=backend)
+        shares = {"shares": {"l0": 1.0, "l1": 2.0, "l2": 4.0, "l3": 8.0}} if aggregator == "static" else {}
+        settings = config(aggregator=aggregator, aggregator_options=shares, mode=mode, backend=backend)
         outcomes = simulate(windows, settings, plan(granularity), overlap=overlap)
         assert outcomes[0].moo.streaming == (mode == "streaming")
         results.append(outcomes)
@@ -271,6 +272,9 @@ def test_streaming_equals_deferred_to_the_bit(
         streamed, deferred = (outcomes[0].resolutions[window] for outcomes in results)
         assert torch.equal(streamed.weights, deferred.weights)
         assert torch.equal(streamed.gram, deferred.gram)
+        if aggregator == "static":
+            expected = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64) * (streamed.weights[0] > 0)
+            torch.testing.assert_close(streamed.weights[0], expected / expected.sum(), rtol=1e-14, atol=0)
 
 
 def test_streaming_and_deferred_agree_on_16_bit_rows() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from unit.fake_device import DEVICE, Event, FakeDevice, OnDevice, install
 
 from bucketmoo_ds import transfer
+from bucketmoo_ds.aggregate import names
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Entries, LanguageTracker, Slot
@@ -29,7 +30,7 @@ from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 install()
 
 NUMEL, LANGUAGES = 96, 4
-AGGREGATORS = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
+AGGREGATORS = tuple(name for name in names() if name != "static")
 
 
 class Echo(Exchange):

@@ -146,6 +146,7 @@ class ZeroReduction(StageReduction):
         added_up = optimizer.gradient_accumulation_dtype if once_a_window else wire
         self._gathering = Gathering(self.micro, layout, added_up, wire, device)
         self._index = index
+        self._frozen = [(name, each) for name, each in engine.module.named_parameters() if not each.requires_grad]
         self._engine = engine
         self._optimizer = optimizer
 
@@ -154,7 +155,17 @@ class ZeroReduction(StageReduction):
         raise NotImplementedError
 
     def begin(self) -> None:
-        """See `StageReduction`."""
+        """See `StageReduction`.
+
+        Raises:
+            BucketMOOError: a parameter is trained that DeepSpeed has not taken.
+        """
+        unfrozen = [name for name, each in self._frozen if each.requires_grad] if self.micro.first else []
+        if unfrozen:
+            raise BucketMOOError(
+                f'parameter "{unfrozen[0]}" ({len(unfrozen)} in all) was unfrozen after the engine was made, which '
+                "trains what was trainable then: make it with all of them trainable, and freeze and unfreeze later"
+            )
         self._gathering.begin()
 
     def add(self, param: Tensor, gradient: Tensor) -> None:

@@ -82,5 +82,6 @@ class ReplicatedReduction(Whole, StageReduction):
         super().abandon()
 
     def assign(self, index: int, combined: Tensor) -> None:
-        """See `Whole`."""
-        self.parameters[index].grad = combined.to(self.parameters[index].dtype)
+        """See `Whole`. A parameter that is frozen by now has no gradient, so that the optimizer leaves it alone."""
+        parameter = self.parameters[index]
+        parameter.grad = combined.to(parameter.dtype) if parameter.requires_grad else None

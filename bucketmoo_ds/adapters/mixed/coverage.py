@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 _declared: set[type] = set()
 ROW_WISE = frozenset(
     {
+        "peft.tuners.ia3.layer.Linear",
         "peft.tuners.lora.dora.DoraLinearLayer",
         "peft.tuners.lora.layer.Embedding",
         "DeepseekV2Experts",
@@ -51,6 +53,16 @@ ROW_WISE = frozenset(
         "Qwen3MoeTopKRouter",
         "Qwen3NextExperts",
         "Qwen3NextTopKRouter",
+    }
+)
+
+# Modules of peft that make the virtual tokens of one sequence, which all sequences then get a copy of.
+SHARED = frozenset(
+    {
+        "peft.tuners.cpt.model.CPTEmbedding",
+        "peft.tuners.multitask_prompt_tuning.model.MultitaskPromptEmbedding",
+        "peft.tuners.p_tuning.model.PromptEncoder",
+        "peft.tuners.prompt_tuning.model.PromptEmbedding",
     }
 )
 
@@ -90,14 +102,20 @@ class Coverage:
     parameters: list[Parameter]
     found: list[Found]
 
-    def check(self) -> None:
-        """Stops where the model trains what it did not when it was registered.
+    def frozen(self) -> list[str]:
+        """Returns the parameters that have been frozen since the model was registered: they get no gradient, and their
+        blocks wait for them.
 
         Raises:
-            BucketMOOError: a parameter is trained that was not, or a module has been replaced.
+            BucketMOOError: a parameter is trained that was not, or has a gradient hook; or a module has been replaced.
         """
         known = {each.name for each in self.parameters}
+        trained = set()
         for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                trained.add(plain_name(name))
+                if problem := _hooked(name, parameter):
+                    raise BucketMOOError(problem)
             # FSDP1 may hide parameters in one, whose modules are still the model's.
             if parameter.requires_grad and plain_name(name) not in known and not name.endswith("_flat_param"):
                 raise BucketMOOError(
@@ -111,6 +129,7 @@ class Coverage:
                     f'module "{each.name}" has been replaced since the model was registered, and the gradient of the '
                     "new one would be an average of all languages: replace modules first, and register then"
                 )
+        return sorted(known - trained)
 
     def describe(self) -> str:
         """Returns how many parameters each kind of module has: each parameter is counted once."""
@@ -128,16 +147,19 @@ def of_model(model: nn.Module) -> Coverage:
     """Finds the modules of a model.
 
     Raises:
-        ConfigError: there is no trained parameter, or a module whose rows might not be independent has some; the
-            message names all such modules.
+        ConfigError: there is no trained parameter, one has a gradient hook, or a module whose rows might not be
+            independent has some; the message names the modules.
     """
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     if not trained:
         raise ConfigError("mixed.register: the model has no trainable parameter")
+    for problem in filter(None, itertools.starmap(_hooked, trained.items())):
+        raise ConfigError(problem)
     number = {each: index for index, each in enumerate(trained.values())}
     found, refused, unknown = [], [], []
     holders = (nn.ParameterDict, nn.ParameterList)
     taken: set[nn.Module] = set()
+    shared = [name for name, module in model.named_modules() if _path_of(type(module)) in SHARED]
     for name, module in model.named_modules():
         parts = [("", module)]
         if _is_row_wise(type(module)):  # its forward is what uses them
@@ -151,7 +173,7 @@ def of_model(model: nn.Module) -> Coverage:
         }
         if not own or module in taken:
             continue
-        kind = _kind(module, own) if "relative" not in name.rpartition(".")[2] else ", whose rows are pairs of tokens"
+        kind = _rows_of_others(name, shared) or _kind(module, own)
         if isinstance(kind, str):
             unknown.append((module, own, f'"{name}" ({type(module).__name__}{kind})'))
         else:
@@ -179,11 +201,36 @@ def of_model(model: nn.Module) -> Coverage:
 
 
 def _is_row_wise(cls: type) -> bool:
+    return any(base in _declared for base in cls.__mro__) or cls.__name__ in ROW_WISE or _path_of(cls) in ROW_WISE
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def _hooked(name: str, parameter: Tensor) -> str:
+    """Why a gradient hook of a parameter keeps mixed languages from being resolved; empty where it has none."""
+    if not parameter._backward_hooks:
+        return ""
     return (
-        any(base in _declared for base in cls.__mro__)
-        or cls.__name__ in ROW_WISE
-        or f"{cls.__module__}.{cls.__name__}" in ROW_WISE
+        f'parameter "{name}" has a gradient hook (register_hook), which sees the combined gradient and not the '
+        "languages' own, nor do their Grams see it: freeze what it masks; where it only watches, take "
+        "register_post_accumulate_grad_hook; or feed one language in a micro-batch to the adapter of the wrapper "
+        '(single, ddp, or DeepSpeed with mode "auto")'
     )
+
+
+def _rows_of_others(name: str, shared: list[str]) -> str:
+    """Why the rows of a module are not those of the micro-batch, whatever they look like; empty where they may be.
+
+    Args:
+        shared: the names of modules that make virtual tokens.
+    """
+    if "relative" in name.rpartition(".")[2]:
+        return ", whose rows are pairs of tokens"
+    if any(name.startswith(f"{each}.") for each in shared):
+        return ", in a prompt that all sequences share; of peft's prompts, prefix tuning works"
+    return ""
 
 
 def _kind(module: nn.Module, own: dict[str, int]) -> modules.Kind | str:
@@ -209,6 +256,7 @@ def _through_base(cls: type) -> bool:
     """Whether a class's forward is that of `modules.base_of`, or calls it and uses parameters nowhere else."""
     above = cls.__mro__[: cls.__mro__.index(modules.base_of(cls))]
     forwards = [vars(each)["forward"] for each in above if "forward" in vars(each)]
+    forwards = [each for each in forwards if each.__module__ != modules.__name__]  # an earlier session's
     try:
         texts = [inspect.getsource(each) for each in forwards]
     except (OSError, TypeError):

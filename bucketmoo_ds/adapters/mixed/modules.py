@@ -61,6 +61,9 @@ class Covered(Stays):
         numbers: of its own trainable parameters, by their names in it, the numbers in the plan.
         blocks: by the same names, the blocks.
         forward: of its kind.
+
+    Attributes:
+        trained: of the numbers, those of the parameters that are not frozen now.
     """
 
     driver: Driver
@@ -68,6 +71,7 @@ class Covered(Stays):
     numbers: Mapping[str, int]
     blocks: Mapping[str, int]
     forward: Kind
+    trained: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @torch.compiler.disable  # a graph would keep the languages and groups of the batch that it was traced with
     def __call__(self, module: nn.Module, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -81,8 +85,12 @@ class Covered(Stays):
                 batch.uses[number] = batch.uses.get(number, 0) + 1
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
+        there = held(module, self.numbers)
+        self.trained = {name: self.numbers[name] for name, each in there.items() if each.requires_grad}
+        if not self.trained:
+            return plain(*args, **kwargs)
         if batch is not None:
-            for name, each in held(module, self.numbers).items():
+            for name, each in there.items():
                 if isinstance(each, DTensor):
                     raise ConfigError(_SPLIT.format(self.name, name))
             output = self.forward(self, batch, module, plain, args, kwargs)
@@ -92,13 +100,13 @@ class Covered(Stays):
 
     def use(self, name: str, batch: Pass, placed: Placed) -> uses.Use | None:
         """Returns the use of a parameter; `None` where it is not trained."""
-        if name not in self.numbers:
+        if name not in self.trained:
             return None
-        return uses.Use(self.driver.table, self.blocks[name], self.numbers[name], batch, placed)
+        return uses.Use(self.driver.table, self.blocks[name], self.trained[name], batch, placed)
 
     def tap(self, name: str, batch: Pass) -> Tensor | None:
         """Returns the tap of a parameter, where Grams are taken."""
-        return self.driver.taps[self.blocks[name]] if batch.takes_grams and name in self.numbers else None
+        return self.driver.taps[self.blocks[name]] if batch.takes_grams and name in self.trained else None
 
     def _why(self, batch: Pass | None, args: Sequence[Any]) -> str:
         if batch is None:
@@ -126,7 +134,8 @@ def cover(module: nn.Module, covered: Covered) -> None:
     """Gives a module the forward of its kind."""
     vars(module)[OWN] = covered
     cls: Any = type(module)
-    module.__class__ = _subclass(cls, base_of(cls))
+    if not any("covers" in vars(each) for each in cls.__mro__):  # a wrapper may have made its own of ours
+        module.__class__ = _subclass(cls, base_of(cls))
 
 
 def uncover(module: nn.Module) -> None:
@@ -192,7 +201,7 @@ def norm(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], 
     placed = batch.placed(x.shape[:-1])
     if placed is None:
         return NotImplemented
-    live = held(module, covered.numbers)
+    live = held(module, covered.trained)
     with parameters_as(module, {name: each.detach() for name, each in live.items()}):
         output = plain(*args, **kwargs)
     like = next(iter(live.values())).detach()
@@ -221,9 +230,10 @@ def unit_of(module: Any, plain: Callable[..., Any], names: set[str], like: Tenso
 def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Any module whose output rows each depend on their input row alone. Backward makes the outputs once more, for the
     parameters' sake."""
-    live = list(held(module, covered.numbers).values())
+    trained = covered.trained
+    live = list(held(module, trained).values())
     random = _random_of(live[0].device)
-    with parameters_as(module, dict(zip(covered.numbers, (each.detach() for each in live), strict=True))):
+    with parameters_as(module, dict(zip(trained, (each.detach() for each in live), strict=True))):
         output = plain(*args, **kwargs)
     leaves, form = pytree.tree_flatten(output)
     wanted = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -236,14 +246,14 @@ def row_wise(covered: Covered, batch: Pass, module: Any, plain: Callable[..., An
     autocast = _autocast_of(leaves[wanted[0]].device.type)
 
     def again() -> tuple[list[Tensor], list[Tensor]]:
-        own = [each.detach().requires_grad_() for each in held(module, covered.numbers).values()]
+        own = [each.detach().requires_grad_() for each in held(module, trained).values()]
         positional, named = pytree.tree_unflatten(kept, inputs_form)
-        with parameters_as(module, dict(zip(covered.numbers, own, strict=True))), autocast(), random(), _silence():
+        with parameters_as(module, dict(zip(trained, own, strict=True))), autocast(), random(), _silence():
             made = pytree.tree_flatten(plain(*positional, **named))[0]
         return [made[place] for place in wanted], own
 
-    uses_of = [covered.use(name, batch, found[0]) for name in covered.numbers]
-    taps = [tap for name in covered.numbers if (tap := covered.tap(name, batch)) is not None]
+    uses_of = [covered.use(name, batch, found[0]) for name in trained]
+    taps = [tap for name in trained if (tap := covered.tap(name, batch)) is not None]
     outputs = [leaves[place] for place in wanted]
     made = uses.RowWise.apply(again, uses_of, found, len(live), *live, *taps, *outputs)
     for place, each in zip(wanted, made, strict=True):
@@ -276,6 +286,9 @@ def parameters_as(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[N
         hidden = {name: vars(owner).pop(name) for name in own if name in vars(owner)}
         restored.append((owner, owner._parameters, hidden))
         before = {name: owner._parameters[name] for name in owner._parameters}
+        for name, value in own.items():  # ZeRO-3 reads its marks when it looks ahead from a module inside
+            marks = getattr(before.get(name), "__dict__", {})
+            vars(value).update({mark: each for mark, each in marks.items() if mark.startswith("ds_")})
         vars(owner)["_parameters"] = {**before, **own}
     try:
         yield

@@ -98,6 +98,8 @@ class MixedSession(Stays):
         self._unexpected: LanguageError | None = None  # of a window that was to be told
         self._decided: tuple[ToHost, ToHost] | None = None
         self._solved_for: tuple[Any, ...] = ()
+        self._frozen: list[str] = []  # since register
+        self._renews = False  # whether this window takes Grams because other parameters are frozen than before
         self._unaccounted = True
         for found in covered.found:
             of = {name: self.plan.block_of[number] for name, number in found.numbers.items()}
@@ -191,7 +193,7 @@ class MixedSession(Stays):
         if self.window.micro_steps:
             raise BucketMOOError("state_dict in the middle of a window: save after optimizer.step()")
         own = {**self.record.state_dict(), **self.estimate.state_dict(), **self.window.state_dict()}
-        return {"languages": list(self.config.languages), **own}
+        return {"languages": list(self.config.languages), "frozen": self._frozen, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
@@ -209,12 +211,14 @@ class MixedSession(Stays):
         self.record.load_state_dict(state)
         self.estimate.load_state_dict(state)
         self.window.load_state_dict(state)
+        self._frozen = list(state["frozen"])
 
     def close(self) -> None:
         """Takes the hooks off again, and gives the modules their own forward."""
-        for handle in self._handles:
+        handles, self._handles = self._handles, []
+        for handle in handles:
             handle.remove()
-        for found in self._covered.found:
+        for found in self._covered.found if handles else ():  # closed before, they may be another session's by now
             modules.uncover(found.module)
 
     def describe(self) -> str:
@@ -263,7 +267,7 @@ class MixedSession(Stays):
         if torch.is_grad_enabled():
             self.check_finished()
             if self.window.micro_steps == 0:
-                self._covered.check()
+                self._note_frozen(self._covered.frozen())
             found = self._tracker.found(entries, args, kwargs)
             if isinstance(found, MixedBatch) and found.rows is not None:
                 self._follow(found.rows.languages.device)
@@ -323,7 +327,13 @@ class MixedSession(Stays):
 
     @property
     def _takes_grams(self) -> bool:
-        return self.record.windows % self.config.gram_every == 0
+        return self._renews or self.record.windows % self.config.gram_every == 0
+
+    def _note_frozen(self, frozen: list[str]) -> None:
+        """A window begins with these parameters frozen. Where that has changed, blocks come back that have an old Gram
+        or none, and parameters to which no forward pass has been followed."""
+        if frozen != self._frozen:
+            self._frozen, self._renews, self._unaccounted = frozen, True, True
 
     def _open_micro_step(self) -> None:
         """Agrees with the other ranks on the languages of the micro-step, and fills the table."""
@@ -335,6 +345,7 @@ class MixedSession(Stays):
             "window": self.record.windows,
             "micro-step": self.window.micro_steps,
             "settings or blocks": self._fingerprint,
+            "frozen parameters": digest(" ".join(self._frozen).encode()),
         }
         error, mine = (str(slot), MixedSlot((0,) * self._count, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
         told = tell_ranks(self.exchange, self.window.to_numbers(mine.target_tokens), error, position)
@@ -403,6 +414,7 @@ class MixedSession(Stays):
         assert self._decided is not None
         if self._takes_grams:
             self.estimate.finish(self.window.target_tokens)
+            self._renews = False
         gram, weights = (each.read() for each in self._decided)
         self.record.add(
             Resolution(

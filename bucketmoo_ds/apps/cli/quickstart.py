@@ -21,7 +21,7 @@ from bucketmoo_ds.apps.monitor.tables import to_rich
 from bucketmoo_ds.apps.quickstart.prepare import prepare
 from bucketmoo_ds.apps.quickstart.settings import BASELINE, QuickstartSettings
 from bucketmoo_ds.apps.training.launch import launch
-from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.plan.blocks import label_of
 
 WORKER = "bucketmoo_ds.apps.quickstart.worker"
@@ -50,9 +50,10 @@ def run(options: argparse.Namespace) -> None:
     """Prepares the data, starts the ranks, and shows the table."""
     began = time.monotonic()
     for name in options.aggregators:
-        if name not in aggregate.names():
-            hint = did_you_mean(name, aggregate.names())
-            raise ConfigError(f'--aggregators: "{name}" is unknown, expected {one_of(aggregate.names())}{hint}')
+        try:
+            aggregate.create(name)
+        except ConfigError as error:
+            raise ConfigError(f"--aggregators: {error}") from error
     # What is reduced in one go is the framework's business in mode mixed.
     granularity = options.granularity or ("layer" if options.mode == "mixed" else QuickstartSettings.granularity)
     label_of(granularity)

@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchjd.aggregation import CAGradWeighting, PCGradWeighting, UPGradWeighting
+from torchjd.aggregation import (
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    ConFIG,
+    DualProjWeighting,
+    FairGradWeighting,
+    IMTLGWeighting,
+    PCGradWeighting,
+    UPGradWeighting,
+)
 from torchjd.linalg import DualConeProjector, PSDMatrix
 from unit.aggregate.grams import combined_error, gram_of, rows, times
 
@@ -41,13 +50,82 @@ def test_upgrad_equals_torchjd(rows: Tensor) -> None:
     assert combined_error(rows, weights(gram, "upgrad"), expected) <= 1e-7
 
 
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=EASY))
+def test_dualproj_equals_torchjd(rows: Tensor) -> None:
+    gram = gram_of(rows)
+    oracle = DualProjWeighting(projector=_UnregularisedProjector())
+    expected = torch.stack([oracle(block) for block in gram])
+    # As upgrad's; the mean row may be a tenth of its parts, which takes a digit.
+    assert combined_error(rows, weights(gram, "dualproj"), expected) <= 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=EASY))
+def test_imtl_g_equals_torchjd_where_that_goes_downhill(rows: Tensor) -> None:
+    gram = gram_of(rows)
+    oracle = IMTLGWeighting()
+    expected = torch.stack([oracle(block) for block in gram])
+    ours = weights(gram, "imtl_g")
+    still = (ours == 0.0).all(-1, keepdim=True)
+    # The square of our ridge over the least eigenvalue of the cosines, which is about 2e-3 in the worst of 1000 blocks.
+    assert combined_error(rows, torch.where(still, expected, ours), expected) <= 1e-6
+    uphill, enormous = (times(gram, expected) < 0.0).all(-1), expected.abs().sum(-1) > 900.0
+    assert bool((uphill | enormous | ~still.squeeze(-1)).all())
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=EASY))
+def test_config_equals_torchjd(rows: Tensor) -> None:
+    oracle = ConFIG()
+    # The paper and TorchJD sum the projections, ours averages them.
+    expected = torch.stack([oracle(block) for block in rows]) / rows.shape[1]
+    ours = (weights(gram_of(rows), "config").unsqueeze(-1) * rows).sum(-2)
+    error = (ours - expected).norm(dim=-1) / rows.norm(dim=-1).mean(-1)
+    # As IMTL-G's, relative to the parts of d; relative to d's scale that of the smallest hull counts once more.
+    assert float(error.max()) <= 1e-5
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(kinds=(*EASY, "rank deficient", "duplicate rows")))
+def test_aligned_mtl_equals_torchjd(rows: Tensor) -> None:
+    gram = gram_of(rows)
+    oracle = AlignedMTLWeighting()
+    # Both are exact up to rounding times the condition of the Gram.
+    assert combined_error(rows, weights(gram, "aligned_mtl"), torch.stack([oracle(block) for block in gram])) <= 1e-9
+
+
+@settings(deadline=None, max_examples=10)
+@given(rows(kinds=EASY), st.sampled_from((1.0, 2.0)))
+def test_fairgrad_equals_torchjd_up_to_its_length(rows: Tensor, alpha: float) -> None:
+    gram, norms = gram_of(rows), rows.norm(dim=-1)
+    oracle = FairGradWeighting(alpha)
+    expected = torch.stack([oracle(block) for block in gram])
+    expected *= norms.mean(-1, keepdim=True) / (expected * norms).sum(-1, keepdim=True)
+    # SciPy stops where a step changes the residual by 1e-8 of it.
+    assert combined_error(rows, weights(gram, "fairgrad", alpha=alpha), expected) <= 1e-6
+
+
+@settings(deadline=None, max_examples=10)
+@given(rows(kinds=EASY, blocks=1))
+def test_nash_mtl_s_direction_has_the_largest_product_of_gains(rows: Tensor) -> None:
+    matrix = rows[0].numpy() / np.linalg.norm(rows[0].numpy(), axis=1, keepdims=True)
+    direction = cvxpy.Variable(matrix.shape[1])
+    gains = cvxpy.sum(cvxpy.log(matrix @ direction))
+    cvxpy.Problem(cvxpy.Maximize(gains), [cvxpy.norm(direction, 2) <= 1]).solve(cvxpy.CLARABEL)
+    ours = (weights(gram_of(rows), "nash_mtl").unsqueeze(-1) * rows).sum(-2)[0].numpy()
+    # Clarabel's own tolerance is 1e-8, and the objective is flat there: what it maximises is compared.
+    assert float(np.log(matrix @ ours / np.linalg.norm(ours)).sum()) >= float(gains.value) - 1e-6
+
+
 class _UnregularisedProjector(DualConeProjector):
     """TorchJD's projection without what it adds to the diagonal (its own needs qpsolvers, a wrapper of quadprog)."""
 
     def __call__(self, U: Tensor, G: PSDMatrix) -> Tensor:
-        """Returns `argmin {v @ G @ v : v >= u}` for every row u of U."""
+        """Returns `argmin {v @ G @ v : v >= u}` for every row u of U, or for U."""
         scaled, linear, identity = (G / G.trace()).numpy(), np.zeros(len(G)), np.eye(len(G))
-        return torch.tensor(np.stack([quadprog.solve_qp(scaled, linear, identity, u.numpy())[0] for u in U]))
+        rows = U.reshape(-1, len(G)).numpy()
+        return torch.tensor(np.stack([quadprog.solve_qp(scaled, linear, identity, u)[0] for u in rows])).view_as(U)
 
 
 @settings(deadline=None, max_examples=15)
@@ -124,11 +202,3 @@ def test_orthogonal_rows_get_weights_like_one_over_their_squares() -> None:
     expected = (1.0 / squares) / (1.0 / squares).sum(-1, keepdim=True)
     # A gap of 1e-14 relative to the optimum bounds the relative error of a weight that is not small by its root.
     torch.testing.assert_close(weights(torch.diag_embed(squares), "mgda"), expected, rtol=1e-6, atol=1e-9)
-
-
-def test_equal_rows_share_their_weight_equally() -> None:
-    row = torch.randn(1, 1, 5, dtype=torch.float64)
-    for rule in ("mgda", "upgrad", "cagrad", "pcgrad"):
-        w = weights(gram_of(row.expand(1, 4, 5)), rule)
-        # The middle of all solutions, found to about the root of the gap.
-        torch.testing.assert_close(w, w.mean(-1, keepdim=True).expand(1, 4), rtol=1e-6, atol=0)

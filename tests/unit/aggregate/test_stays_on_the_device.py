@@ -1,4 +1,4 @@
-"""Solving asks the device nothing: no read, no boolean index and no copy but the one of PCGrad's orders.
+"""Solving asks the device nothing: no read, no boolean index and no copy but of what is drawn.
 
 The Grams are meta tensors: a device of their own, whose tensors have no values, so that whatever reads one fails. A
 dispatch mode names the op.
@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bucketmoo_ds.aggregate import Aggregator, create, solve
+from bucketmoo_ds.aggregate import Aggregator, create, names, solve
 from bucketmoo_ds.aggregate.apply import NORMALIZE, RESCALE
 
 READS = (
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "nonzero_static", "unique",
 )  # fmt: skip
-RULES = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
+RULES = tuple(name for name in names() if name != "static")
 
 
 class Watch(TorchDispatchMode):
@@ -62,8 +62,8 @@ def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str) -> Non
         )
     assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 4), torch.float64)
     assert watch.waits == []
-    # The orders are drawn on the host, so that all ranks draw alike; without_a_wait.py sees that nobody waits for them.
-    assert len(watch.copies) == (rule == "pcgrad")
+    # What is drawn is drawn on the host, so that all ranks draw alike; without_a_wait.py sees that nobody waits for it.
+    assert len(watch.copies) == (rule in ("pcgrad", "random"))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -241,7 +241,10 @@ def test_an_error_that_is_caught() -> None:
     def fail(gradient: Tensor) -> None:
         raise RuntimeError("out of memory")
 
-    handle = model.layers[0].linear.weight.register_hook(fail)
+    def fail_in_backward(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(fail)
+
+    handle = model.layers[0].linear.register_forward_hook(fail_in_backward)
     with pytest.raises(RuntimeError, match="out of memory"):
         backward(model, batch)
     handle.remove()
