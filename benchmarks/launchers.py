@@ -156,7 +156,7 @@ class Run:
 
     def last_step(self) -> int:
         """Returns the last step that the script has named, or 0."""
-        found = re.findall(r"^(?:latest checkpoint: )?step ?(\d+)", self.said(), re.MULTILINE)
+        found = re.findall(r"^(?:step|training) (\d+)", self.said(), re.MULTILINE)
         return int(found[-1]) if found else 0
 
     def weights(self) -> str:
