@@ -292,8 +292,8 @@ def render(result: dict[str, Any]) -> str:
     """Returns a row for every trainer and wrapper, a column for every launcher and number of nodes."""
     columns = [_column(launcher, nodes) for launcher in LAUNCHERS for nodes in NODES]
     lines = [
-        f"{headline(result)}. Two processes over gloo; two nodes are two launchers on loopback. `works`: windows were "
-        "resolved, and the weights are to the bit those of the row's other runs. `step N`: ended by SIGTERM to the "
+        f"{headline(result)}. Two processes over gloo; two nodes are two launchers on loopback. `works`: it ended "
+        "well, and the weights are to the bit those of the row's other runs. `step N`: ended by SIGTERM to the "
         "last node, and saved at that step; started again, it has ended with the bits of a run that nothing ended. "
         "Empty: not run.",
         "",
