@@ -7,6 +7,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bucketmoo_ds.adapters import table
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
@@ -18,8 +21,15 @@ from bucketmoo_ds.plan.choices import ranks_per_node
 _OF_TOKENS = "bucketmoo_languages"  # while a row is packed
 
 
-def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn, options: Mapping[str, Any]) -> Any:
+def placed_loader(
+    trainer: Any, config: BucketMOOConfig, languages: NDArray[np.integer], options: Mapping[str, Any]
+) -> Any:
     """Returns Trainer's loader, with all its arguments, over micro-batches of one language.
+
+    Args:
+        trainer, config: whose.
+        languages: the index of each row's language.
+        options: of the `LanguageBatchSampler`.
 
     Raises:
         ConfigError: the arguments ask for another order of the rows, or see `LanguageBatchSampler`.
@@ -37,7 +47,7 @@ def placed_loader(trainer: Any, config: BucketMOOConfig, column: LanguageColumn,
     sampler = LanguageBatchSampler(
         dataset,
         config,
-        sample_languages=column.of_rows(trainer._moo_table(dataset)),
+        sample_languages=languages,
         micro_batch_size=trainer._train_batch_size,
         micro_steps=args.gradient_accumulation_steps,
         world_size=args.world_size,

@@ -109,7 +109,8 @@ class LanguageTrainerMixin(_Behind):
         with self._moo_collating(trainer.train_dataset):
             if self._moo_mode == "mixed":
                 return super().get_train_dataloader()
-            return placed_loader(trainer, self._moo_config, self._moo_column, self._moo_sampler)
+            languages = self._moo_column.of_rows(self._moo_table(trainer.train_dataset))
+            return placed_loader(trainer, self._moo_config, languages, self._moo_sampler)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Trainer's; batches keep their languages."""

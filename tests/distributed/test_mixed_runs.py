@@ -73,8 +73,8 @@ def test_bytes_are_plains_and_a_gram_now_and_then(name: str, outcomes: Outcomes)
             # Of every block, and of what was counted, the estimate's two matrices; 1 other rank.
             grams = 2 * (result["blocks"] + 1) * K * K * 8 if part == "with" else 0
             assert mixed.get("grams", 0) == grams
-            # A micro-step: 5 numbers of 64 bits, and twice a number for each language.
-            own = windows * micro_steps * (5 + 2 * K) * 8
+            # A micro-step: 6 numbers of 64 bits, and twice a number for each language.
+            own = windows * micro_steps * (6 + 2 * K) * 8
             assert mixed["control"] - plain.get("control", 0) == own
             assert set(mixed) <= {"gradients", "parameters", "grams", "control"}
         carried: dict[str, int] = {}

@@ -395,7 +395,7 @@ def test_dpo_trainer_averages_pairs(tmp_path: Path) -> None:
 
     class Plain(trl.DPOTrainer):
         def get_train_dataloader(self) -> Any:
-            return placed_loader(self, config(), LanguageColumn(config(), "language"), {})
+            return placed_loader(self, config(), LanguageColumn(config(), "language").of_rows(rows), {})
 
     draw = random.Random(SEED)
     pair = [" ".join(str(draw.randrange(40)) for _ in range(4)) for _ in range(3 * 48)]
