@@ -249,8 +249,9 @@ def started(launcher: str, nodes: int, node: int, port: int, hosts: Path, module
 
 
 def error_of(said: str) -> str:
-    """Returns the last line that names an error."""
-    lines = [line for line in said.splitlines() if re.search(r"(Error|Exception)\b.*: ", line)]
+    """Returns the last line that names an error, and not that of the launcher."""
+    named = (line for line in said.splitlines() if re.search(r"(Error|Exception)\b.*: ", line))
+    lines = [line for line in named if "ChildFailedError" not in line]
     return lines[-1].strip()[:300] if lines else said.strip()[-300:]
 
 
