@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import launch
@@ -44,6 +47,13 @@ class Outcomes(dict[Key, Results]):
         found = launch.run(self.script, key[0], [self.cases[each] for each in keys], self.timeout)
         self.update(zip(keys, found, strict=True))
         return self[key]
+
+    def write(self, variable: str, summary: Callable[[Any], Any]) -> None:
+        """Writes the summary of all cases to the file that a variable of the environment names, if it does and all have
+        run."""
+        target = os.environ.get(variable)
+        if target and len(self) == len(self.cases):
+            Path(target).write_text(json.dumps(summary(self), indent=1) + "\n", encoding="utf-8")
 
     def explain(self, key: Key) -> str:
         return f"BUCKETMOO_TEST_SEED={SEED}, {key[0]} ranks, {self.cases[key]}"

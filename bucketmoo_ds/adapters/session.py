@@ -150,6 +150,11 @@ class Session(Stays):
         return self.moo.windows
 
     @property
+    def in_window(self) -> bool:
+        """Whether micro-steps have been taken that no optimizer step has used yet."""
+        return self.moo.in_window
+
+    @property
     def counters(self) -> Mapping[str, int]:
         """What has been counted since the run began."""
         return self.moo.counters

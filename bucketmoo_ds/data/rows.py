@@ -19,7 +19,7 @@ from bucketmoo_ds.data.attention import Attention
 from bucketmoo_ds.data.batch import TOKENS_KEY
 from bucketmoo_ds.data.documents import Documents, documents_of, onto
 from bucketmoo_ds.data.faults import Check, Faults
-from bucketmoo_ds.data.languages import LanguageTable
+from bucketmoo_ds.data.languages import LanguageTable, plain
 from bucketmoo_ds.data.targets import by_language, labelled, stated
 from bucketmoo_ds.errors import LanguageError
 
@@ -177,23 +177,19 @@ def _indices(value: object, table: LanguageTable, faults: Faults) -> Tensor:
             "padding",
         )
         return torch.where(wrong, -1, value)  # an index beyond a table's end would stop the device
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, (list, tuple)):
         return torch.tensor(table.index(value))
-    rows = [_plain(each) for each in value]
+    rows: list[Any] = [plain(each) for each in value]
     lengths = {len(row) if isinstance(row, (list, tuple)) else None for row in rows}
     if len(lengths) > 1:
         raise LanguageError(_RAGGED)
     by_token = lengths not in (set(), {None})
-    items = [_plain(item) for row in rows for item in row] if by_token else rows
+    items = [plain(item) for row in rows for item in row] if by_token else rows
     different = {repr(item): item for item in items}  # 1 and True are equal
     known = {key: -1 if key == "-1" else table.index(item) for key, item in different.items()}
     indices = torch.tensor([known[repr(item)] for item in items], dtype=torch.int64)
     return indices.view(len(rows), -1) if by_token else indices
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _check_by_token(told: Tensor, shape: tuple[int, int], inputs: Mapping[str, Any], attention: Attention) -> None:

@@ -32,9 +32,10 @@ from pydantic import BaseModel
 
 from bucketmoo_ds.config import SECTION
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.integrations.language_batches import prepared_apart
 from bucketmoo_ds.integrations.language_column import LanguageCollator
 from bucketmoo_ds.integrations.language_trainer import LanguageTrainerMixin
-from bucketmoo_ds.integrations.tool_settings import ToolSettings, prepared_apart
+from bucketmoo_ds.integrations.tool_settings import ToolSettings
 
 TRAINER = "bucketmoo_ds.integrations.axolotl.Trainer"
 

@@ -1,4 +1,5 @@
-"""The batches of `LanguageTrainerMixin`: micro-batches of one language, and rows packed by TRL with their languages."""
+"""The batches of `LanguageTrainerMixin`: micro-batches of one language, and rows that keep theirs while they are
+prepared and packed."""
 
 from __future__ import annotations
 
@@ -11,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bucketmoo_ds.adapters import table
-from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.integrations.language_column import LanguageColumn
-from bucketmoo_ds.integrations.tool_settings import prepared_apart
 from bucketmoo_ds.plan.choices import ranks_per_node
 
 _OF_TOKENS = "bucketmoo_languages"  # while a row is packed
@@ -73,6 +73,45 @@ def _affinity(trainer: Any, config: BucketMOOConfig) -> str:
     ranks = trainer.args.world_size
     places = ranks // ranks_per_node(config, ranks) if config.exchange == "two_stage" else ranks
     return "window" if once and places >= len(config.languages) else "micro_step"
+
+
+def prepared_apart(
+    rows: Any, column: LanguageColumn, prepare: Callable[[Any], Any], *, language: str | None = None, name: str = ""
+) -> Any:
+    """Prepares (tokenizes, splits, packs) the rows of each language by themselves, and gives what comes of them the
+    column: whatever a tool drops, or makes of a row, the language is known.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        column: says the language of a row.
+        prepare: the tool's; from rows to rows.
+        language: that of all rows; left out, their column says it.
+        name: of the data, for errors.
+
+    Raises:
+        ConfigError: neither says a row's language.
+        LanguageError: what is said is none of the languages.
+    """
+    from datasets import concatenate_datasets
+
+    if language is not None:
+        parts = [(column.index(language), rows)]
+    elif column.name in rows.column_names:
+        of_rows = column.of_rows(rows)
+        parts = [(each, rows.select((of_rows == each).nonzero()[0])) for each in sorted(set(of_rows.tolist()))]
+    else:
+        raise ConfigError(
+            f'the data set {name} has no column "{column.name}" (it has {", ".join(rows.column_names)}), and its entry '
+            f"does not say `language:`: say the language of all its rows there, or of each in a column, "
+            f"{SECTION}.language_column"
+        )
+    told = []
+    for index, part in parts:
+        prepared = prepare(part)
+        if column.name in prepared.column_names:
+            prepared = prepared.remove_columns(column.name)
+        told.append(prepared.add_column(column.name, [column.names[index]] * len(prepared)))
+    return concatenate_datasets(told)
 
 
 def packed_apart(dataset: Any, column: LanguageColumn, prepare: Callable[..., Any], args: Any, rest: Any) -> Any:

@@ -18,27 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from bucketmoo_ds.adapters import mixed, table
-from bucketmoo_ds.adapters.session import Session, unwrapped
+from bucketmoo_ds.adapters import mixed
+from bucketmoo_ds.adapters.session import Session
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.errors import BucketMOOError
+from bucketmoo_ds.integrations import trainer_refusals as refusals
 from bucketmoo_ds.integrations.fused_head import unfuse
 from bucketmoo_ds.integrations.language_batches import packed_apart, packed_together, placed_loader
 from bucketmoo_ds.integrations.language_column import NONE, LanguageCollator, LanguageColumn
 from bucketmoo_ds.integrations.language_losses import LanguageLog, TokenLosses
 from bucketmoo_ds.integrations.termination import TerminationRequest, unsaved
+from bucketmoo_ds.integrations.wrapped import register, wrapper_of
 from bucketmoo_ds.pipeline import checkpoint
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Behind  # or what is derived from it
 else:
     _Behind = object
-
-_OF_TRL = {"SFTTrainer": ("placed", "mixed"), "DPOTrainer": ("placed",)}  # the modes that are right there
 
 
 class LanguageTrainerMixin(_Behind):
@@ -75,11 +73,11 @@ class LanguageTrainerMixin(_Behind):
         self._moo_evaluated: LanguageLog | None = None
         self._moo_pending: dict[str, float] = {}  # of the log that comes
         if self._moo_config is not None:
-            self._moo_mode = _mode(self._moo_config, mode)
+            self._moo_mode = refusals.mode_of(self._moo_config, mode)
             self._moo_column = LanguageColumn(self._moo_config, language_column, aliases)
             self._moo_sampler = dict(sampler or {})
-            _refuse(type(self), self._moo_mode)
-            _refuse_own_loader(type(self), self._moo_mode)
+            behind = type(self).__mro__[type(self).__mro__.index(LanguageTrainerMixin) + 1 :]
+            refusals.refuse_trainer(behind, self._moo_mode)
         super().__init__(*args, **kwargs)
         if self._moo_config is None:
             return
@@ -175,8 +173,8 @@ class LanguageTrainerMixin(_Behind):
 
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir) or True
         self._moo_resumes = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        _refuse_again(trainer, self._moo_session)
-        if self._moo_mode == "placed" and isinstance(unwrapped(trainer.model_wrapped), DistributedDataParallel):
+        refusals.refuse_again(trainer, self._moo_session)
+        if self._moo_mode == "placed" and wrapper_of(trainer.model_wrapped) == "ddp":
             trainer.model_wrapped = trainer.model  # an earlier run's, which keeps its communication hook
         if trainer.model_wrapped is trainer.model and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
             # An evaluation before has marked the model: Accelerate would not wrap it, and each rank train by itself.
@@ -247,7 +245,9 @@ class LanguageTrainerMixin(_Behind):
         assert self._moo_config is not None
         if self._moo_mode == "placed" and not trainer.is_deepspeed_enabled:
             self._moo_close()
-            self._moo_session = _register(trainer, self._moo_config)
+            refusals.refuse_data_parallel(trainer)
+            micro_steps, scaler = trainer.args.gradient_accumulation_steps, getattr(trainer.accelerator, "scaler", None)
+            self._moo_session = register(trainer.model_wrapped, self._moo_config, micro_steps, scaler)
         if self.moo is None:
             raise BucketMOOError(
                 f"Trainer has built {type(trainer.model_wrapped).__name__}, whose gradients nobody resolves: its "
@@ -258,7 +258,7 @@ class LanguageTrainerMixin(_Behind):
             if states is not None:
                 self._moo_session.load_state_dict(states["moo"])
         if self._moo_mode == "mixed":
-            _refuse_apart(trainer)
+            refusals.refuse_apart(trainer)
             self._moo_listen()
         self._moo_windows = self._moo_resolved
         self._moo_verified = False
@@ -336,7 +336,7 @@ class LanguageTrainerMixin(_Behind):
         """An epoch is over, perhaps within a window that a callback has stopped: it is trained again, and its gradients
         are no part of the next one's."""
         owner: Any = self._moo_session or self.model_wrapped
-        if getattr(self.moo, "moo", self.moo).window.micro_steps and hasattr(owner, "abandon"):
+        if self.moo.in_window and hasattr(owner, "abandon"):
             owner.abandon()
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -425,88 +425,6 @@ class LanguageTrainerMixin(_Behind):
         if found is not None:  # without the rows that fill up the last batch of some rank
             self._moo_evaluated.add_losses(*trainer.accelerator.gather_for_metrics(found))
         return result
-
-
-def _mode(config: BucketMOOConfig, mode: str | None) -> str:
-    if mode not in (None, "placed", "mixed"):
-        raise ConfigError(f'mode = "{mode}": expected "placed" or "mixed"')
-    if mode == "placed" and config.mode == "mixed":
-        raise ConfigError('mode = "placed", but bucket_moo.mode = "mixed": leave one of them out')
-    return mode or ("mixed" if config.mode == "mixed" else "placed")
-
-
-def _refuse(cls: type, mode: str) -> None:
-    """Raises `ConfigError` for a trainer of TRL's whose losses are not known to be right, by name."""
-    found = next((each for each in cls.__mro__ if each.__module__.startswith("trl.")), None)
-    if found is None or found.__name__.startswith("_"):
-        return
-    modes = _OF_TRL.get(found.__name__, ())
-    if mode in modes:
-        return
-    reason = f'use mode="{modes[0]}"' if modes else f"it is for {', '.join(['Trainer, Seq2SeqTrainer', *_OF_TRL])}"
-    raise ConfigError(
-        f'LanguageTrainerMixin, mode "{mode}": how {found.__name__} makes its loss of the rows of a batch is not known '
-        f"to be right for a language; {reason}"
-    )
-
-
-def _refuse_own_loader(cls: type, mode: str) -> None:
-    """Raises `ConfigError` where the class behind makes its training loader itself, which nobody would call."""
-    classes = cls.__mro__[cls.__mro__.index(LanguageTrainerMixin) + 1 :]
-    owner = next((each for each in classes if "get_train_dataloader" in vars(each)), None)
-    known = ("transformers", "trl", "swift")
-    if mode == "placed" and owner is not None and owner.__module__.partition(".")[0] not in known:
-        raise ConfigError(
-            f"{owner.__name__}.get_train_dataloader: LanguageTrainerMixin draws micro-batches of one language itself, "
-            'and would not call it; leave it out, or take mode="mixed"'
-        )
-
-
-def _refuse_again(trainer: Any, earlier: object) -> None:
-    """Raises `ConfigError` where an earlier `train()` has left what no other can begin with."""
-    model: Any = unwrapped(trainer.model_wrapped)
-    if trainer.model_init is not None:  # which makes another
-        return
-    what = ""
-    if trainer.is_deepspeed_enabled and model is not trainer.model:
-        what = "Trainer destroys the DeepSpeed engine that it has, and makes no other"
-    elif earlier is not None and isinstance(model, FullyShardedDataParallel):
-        what = "FullyShardedDataParallel (fsdp_config version 1) keeps what was registered with it; use version 2"
-    if what:
-        raise ConfigError(
-            f"train() again, or after an evaluation: {what}. Train for more steps at once (max_steps, "
-            "num_train_epochs), or resume from a checkpoint in a new process"
-        )
-
-
-def _refuse_apart(trainer: Any) -> None:
-    """Raises `ConfigError` where nobody reduces the gradients of several ranks."""
-    wrappers = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
-    wrapped = trainer.is_deepspeed_enabled or isinstance(unwrapped(trainer.model_wrapped), wrappers)
-    if trainer.args.world_size > 1 and not wrapped:
-        raise ConfigError(
-            f"Trainer has wrapped the model in nothing ({type(unwrapped(trainer.model_wrapped)).__name__}), so that "
-            f"{trainer.args.world_size} ranks would train apart from each other; make a new trainer of the model"
-        )
-
-
-def _register(trainer: Any, config: BucketMOOConfig) -> Session:
-    """Registers the model as Trainer has wrapped it, whatever it was asked to wrap it in."""
-    model: Any = unwrapped(trainer.model_wrapped)
-    if isinstance(model, DataParallel):
-        raise ConfigError(
-            "Trainer has wrapped the model in DataParallel, as one process sees several GPUs: start one process for "
-            "each, torchrun --nproc_per_node, or let it see one, CUDA_VISIBLE_DEVICES=0"
-        )
-    wrappers = {"fsdp2": FSDPModule, "fsdp1": FullyShardedDataParallel, "ddp": DistributedDataParallel}
-    name = next((name for name, wrapper in wrappers.items() if isinstance(model, wrapper)), "single")
-    session: Session = table.find(name).load().register(
-        trainer.model_wrapped,
-        config,
-        micro_steps=trainer.args.gradient_accumulation_steps,
-        on_nonfinite="keep" if getattr(trainer.accelerator, "scaler", None) is not None else "drop",
-    )
-    return session
 
 
 def _taken_off(inputs: Any, key: str) -> tuple[Any, Any]:

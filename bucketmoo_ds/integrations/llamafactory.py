@@ -22,8 +22,9 @@ from typing import Any
 
 from bucketmoo_ds.config import SECTION
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
+from bucketmoo_ds.integrations.language_batches import prepared_apart
 from bucketmoo_ds.integrations.language_trainer import LanguageTrainerMixin
-from bucketmoo_ds.integrations.tool_settings import ToolSettings, prepared_apart
+from bucketmoo_ds.integrations.tool_settings import ToolSettings
 
 _STAGES = {"pt": "CustomTrainer", "sft": "CustomSeq2SeqTrainer"}  # and the trainer that each builds
 _REFUSED = {

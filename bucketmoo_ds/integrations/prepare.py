@@ -14,17 +14,14 @@ import os
 from typing import Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from bucketmoo_ds.adapters import mixed
 from bucketmoo_ds.adapters.session import unwrapped
-from bucketmoo_ds.adapters.table import find
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import ConfigError
-from bucketmoo_ds.pipeline.checkpoint import Stateful
+from bucketmoo_ds.integrations.wrapped import register, wrapper_of
 
 
 def prepare(accelerator: Any, *objects: Any, config: BucketMOOConfig) -> tuple[Any, ...]:
@@ -76,7 +73,7 @@ class _Position:
     """
 
     def __init__(self, session: Any, sampler: LanguageBatchSampler | None, saves_session: bool) -> None:
-        self._session: Stateful = session
+        self._session = session
         self._sampler = sampler
         self._saves_session = saves_session
 
@@ -84,8 +81,7 @@ class _Position:
         """See `Stateful`."""
         state = {"session": self._session.state_dict()} if self._saves_session else {}
         if self._sampler is not None:
-            windows: int = getattr(self._session, "windows")  # noqa: B009 (not of `Stateful`)
-            epoch, window = divmod(windows, self._sampler.windows_per_epoch)
+            epoch, window = divmod(self._session.windows, self._sampler.windows_per_epoch)
             state["sampler"] = self._sampler.state_dict(epoch=epoch, window=window)
         return state
 
@@ -150,27 +146,15 @@ def _write_json(raw: dict[str, Any], loader: DataLoader[Any], config: BucketMOOC
 
 
 def _register(accelerator: Any, model: nn.Module, config: BucketMOOConfig) -> Any:
-    inner = unwrapped(model)
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and not isinstance(inner, (FSDPModule, FullyShardedDataParallel)):
+    if asked and wrapper_of(model) not in ("fsdp1", "fsdp2"):
         raise ConfigError(
-            f"bm.prepare: FSDP was asked for, and Accelerate has built {type(inner).__name__}, as it does on a CPU "
-            "with cpu=True, and in one process; leave FSDP out, or see that it is used"
+            f"bm.prepare: FSDP was asked for, and Accelerate has built {type(unwrapped(model)).__name__}, as it does "
+            "on a CPU with cpu=True, and in one process; leave FSDP out, or see that it is used"
         )
     scaler = accelerator.scaler
     if config.mode == "mixed":
         scale = {} if scaler is None else {"loss_scale": scaler.get_scale}
         return mixed.register(model, config, micro_steps=lambda: accelerator.gradient_accumulation_steps, **scale)
     accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    return find(_wrapper(inner)).load().register(
-        model,
-        config,
-        micro_steps=accelerator.gradient_accumulation_steps,
-        on_nonfinite="drop" if scaler is None else "keep",
-    )
-
-
-def _wrapper(model: nn.Module) -> str:
-    """The name in `adapters.table` of what Accelerate has wrapped the model in."""
-    kinds = {"fsdp2": FSDPModule, "fsdp1": FullyShardedDataParallel, "ddp": DistributedDataParallel}
-    return next((name for name, kind in kinds.items() if isinstance(model, kind)), "single")
+    return register(model, config, accelerator.gradient_accumulation_steps, scaler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
@@ -45,42 +45,3 @@ class ToolSettings:
     def trainer_arguments(self) -> dict[str, Any]:
         """Those of `LanguageTrainerMixin`."""
         return {"moo": self.config, **self._data}
-
-
-def prepared_apart(
-    rows: Any, column: LanguageColumn, prepare: Callable[[Any], Any], *, language: str | None = None, name: str = ""
-) -> Any:
-    """Prepares (tokenizes, splits, packs) the rows of each language by themselves, and gives what comes of them the
-    column: whatever a tool drops, or makes of a row, the language is known.
-
-    Args:
-        rows: a `datasets.Dataset`.
-        column: says the language of a row.
-        prepare: the tool's; from rows to rows.
-        language: that of all rows; left out, their column says it.
-        name: of the data, for errors.
-
-    Raises:
-        ConfigError: neither says a row's language.
-        LanguageError: what is said is none of the languages.
-    """
-    from datasets import concatenate_datasets
-
-    if language is not None:
-        parts = [(column.index(language), rows)]
-    elif column.name in rows.column_names:
-        of_rows = column.of_rows(rows)
-        parts = [(each, rows.select((of_rows == each).nonzero()[0])) for each in sorted(set(of_rows.tolist()))]
-    else:
-        raise ConfigError(
-            f'the data set {name} has no column "{column.name}" (it has {", ".join(rows.column_names)}), and its entry '
-            f"does not say `language:`: say the language of all its rows there, or of each in a column, "
-            f"{SECTION}.language_column"
-        )
-    told = []
-    for index, part in parts:
-        prepared = prepare(part)
-        if column.name in prepared.column_names:
-            prepared = prepared.remove_columns(column.name)
-        told.append(prepared.add_column(column.name, [column.names[index]] * len(prepared)))
-    return concatenate_datasets(told)

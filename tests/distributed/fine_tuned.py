@@ -86,14 +86,8 @@ class Tuned(Run):
         adapter = getattr(bucketmoo_ds, self.case.wrapper)
         return adapter.register(model, self.case.config, micro_steps=self.case.micro_steps).moo
 
-    def micro_step(self, batch: dict[str, Any], *, last: bool) -> None:
-        loss = self.model(**batch).loss
-        if self.case.wrapper == "zero":
-            self.model.backward(loss)
-            if not last:
-                self.model.step()
-            return
-        (loss / self.case.micro_steps).backward()
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.model(**batch).loss
 
     def languages(self, window: int, step: int) -> list[int]:
         """Of the sequences of this rank's micro-batch."""

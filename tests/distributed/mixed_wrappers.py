@@ -339,11 +339,14 @@ class Run:
         self.model, *_ = bucketmoo_ds.initialize(model=self.module, optimizer=optimizer, config=told)
         self.session = None if case.off else self.model.moo
 
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.model(**batch)
+
     def micro_step(self, batch: dict[str, Any], *, last: bool) -> None:
         if self.case.off:
             batch = {name: value for name, value in batch.items() if name != "language"}
         with torch.autocast("cpu", torch.bfloat16, enabled=self.case.autocast):
-            loss = self.model(**batch)
+            loss = self.loss(batch)
         if self.case.wrapper == "zero":
             self.model.backward(loss)
             if not last:

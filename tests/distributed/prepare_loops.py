@@ -20,6 +20,7 @@ from setup_engine import LANGUAGES, settings
 from torch.utils.data import DataLoader
 
 import bucketmoo_ds as bm
+from bucketmoo_ds import aggregate
 from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.plan.choices import create_aggregator
 from bucketmoo_ds.reference import MicroGradient, resolve_window
@@ -134,7 +135,7 @@ def expected(loop: Loop, mode: str, seed: int) -> list[torch.Tensor]:
     if mode == "mixed":  # a micro-batch of each language's rows, of all ranks: its first window averages
         seen = range(slots * BATCH)
         batches = [[row for row in seen if row % len(LANGUAGES) == k] for k in range(min(len(seen), len(LANGUAGES)))]
-        rule: Any = lambda gram: torch.full((len(gram),), 1 / len(gram), dtype=torch.float64)  # noqa: E731
+        rule = aggregate.create("mean")
     else:
         batches = [batch for batch, _ in zip(loop.sampler, range(slots), strict=False)]
         rule = create_aggregator(loop.config)

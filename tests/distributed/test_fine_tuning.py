@@ -16,7 +16,6 @@ rsLoRA; the median is 4.5e-7): 4e-6, as in unit/mixed/language_models.py.
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from importlib import metadata
@@ -88,9 +87,7 @@ def drawn() -> set[Key]:
 def outcomes(request: pytest.FixtureRequest) -> Iterator[Outcomes]:
     found = Outcomes(request, "fine_tuned.py", CASES, timeout=900)
     yield found
-    target = os.environ.get("BUCKETMOO_FINE_TUNING_JSON")
-    if target and len(found) == len(CASES):
-        Path(target).write_text(json.dumps(summary(found), indent=1) + "\n", encoding="utf-8")
+    found.write("BUCKETMOO_FINE_TUNING_JSON", summary)
 
 
 def said_of(cell: Cell, results: Results) -> str:

@@ -77,7 +77,7 @@ STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "scontrol $*" >> "$LOG"; fi',
     "scancel": 'echo "scancel $*" >> "$LOG"; kill -TERM "$(cat "$LOG.task")"',
     "srun": 'shift; export SLURM_NODEID=1; exec "$@"',
-    "torchrun": 'echo $$ > "$LOG.task"; echo "torchrun $*" >> "$LOG"; trap "echo saved >> $LOG; exit 1" TERM; '
+    "torchrun": 'trap "echo saved >> $LOG; exit 1" TERM; echo $$ > "$LOG.task"; echo "torchrun $*" >> "$LOG"; '
     "for _ in {1..200}; do sleep 0.05; done",
 }
 
@@ -96,7 +96,6 @@ def test_slurm_file_ends_its_tasks_and_comes_back(ends: str, tmp_path: Path) -> 
     while not log.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.1)  # until the trap is set
     if ends == "time limit":
         process.send_signal(signal.SIGUSR1)
     else:

@@ -15,7 +15,8 @@ from datasets import Dataset, concatenate_datasets
 from draw import SEED
 
 from bucketmoo_ds.errors import ConfigError, LanguageError
-from bucketmoo_ds.integrations.tool_settings import ToolSettings, prepared_apart
+from bucketmoo_ds.integrations.language_batches import prepared_apart
+from bucketmoo_ds.integrations.tool_settings import ToolSettings
 
 LANGUAGES = ["de", "fr", "en"]
 

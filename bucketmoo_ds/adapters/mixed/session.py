@@ -168,6 +168,11 @@ class MixedSession(Stays):
         return self.record.windows
 
     @property
+    def in_window(self) -> bool:
+        """Whether micro-steps have been taken that no optimizer step has used yet."""
+        return self.window.micro_steps > 0
+
+    @property
     def counters(self) -> Mapping[str, int]:
         """What has been counted since the run began."""
         return self.record.counters
@@ -190,7 +195,7 @@ class MixedSession(Stays):
         Raises:
             BucketMOOError: in the middle of a window.
         """
-        if self.window.micro_steps:
+        if self.in_window:
             raise BucketMOOError("state_dict in the middle of a window: save after optimizer.step()")
         own = {**self.record.state_dict(), **self.estimate.state_dict(), **self.window.state_dict()}
         return {"languages": list(self.config.languages), "frozen": self._frozen, **own}
