@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate._scaling import ZERO_ROW
-from bucketmoo_ds.aggregate.base import Aggregator, create
+from bucketmoo_ds.aggregate.base import Aggregator, State, create
 from bucketmoo_ds.aggregate.mean import uniform
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.transfer import to_device
 
 NORMALIZE = ("none", "unit")
 RESCALE = ("none", "mean")
+WEIGHTS = "weights"  # the entry of a state that `weight_smoothing` keeps
 
 # `rescale="mean"` leaves a combined row alone whose norm is below this times the sum of the norms of its parts: what
 # is left after such a cancellation is rounding, and blowing it up to the norm of the mean would be a random step.
@@ -30,6 +32,8 @@ def solve(
     *,
     normalize: str = "none",
     rescale: str = "none",
+    weight_smoothing: float = 0.0,
+    state: State | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """Returns the weights of the languages in every block, all blocks at once.
@@ -48,6 +52,9 @@ def solve(
             combined row of the rows as they are. Rows of equal norm get the weights of `none`.
         rescale: `mean` scales the combined row to the norm of the block's mean row, unless it has cancelled to
             rounding.
+        weight_smoothing: see `smoothed`.
+        state: what is kept of these blocks from window to window, as `first_state` with the blocks in front; its
+            entries are replaced by the new ones. Left out, it is that of a first window.
         generator: the only source of randomness, in the same state on every rank.
 
     Returns:
@@ -68,10 +75,44 @@ def solve(
     # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
     easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
     shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
-    result = _apply(shown, counted, aggregator, normalize, generator)
+    if state is None:
+        first = first_state(aggregator, mask.shape[-1], weight_smoothing)
+        state = {
+            name: to_device(each, torch.float64, gram.device).expand(len(gram), *each.shape)
+            for name, each in first.items()
+        }
+    own = {name: each for name, each in state.items() if name != WEIGHTS}
+    result, new = _apply(shown, counted, aggregator, own, normalize, generator)
+    if weight_smoothing:
+        result, new[WEIGHTS] = smoothed(result, counted, state[WEIGHTS], weight_smoothing)
+    for name, each in new.items():
+        state[name] = torch.where(_changing(hard, mask, each.ndim), each, state[name])
     if rescale == "mean":
         result = _to_norm_of_mean(result, shown, counted)
     return torch.where(hard.unsqueeze(-1), result, uniform(mask))
+
+
+def first_state(aggregator: Aggregator, languages: int, weight_smoothing: float) -> State:
+    """Returns what is kept of one block before its first window; see `Stateful.start`."""
+    smoothing = {WEIGHTS: torch.ones(languages, dtype=torch.float64)} if weight_smoothing else {}
+    return aggregator.start(languages) | smoothing
+
+
+def smoothed(weights: Tensor, mask: Tensor, before: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Returns `share w_before + (1 - share) weights`, the moving average of weights (CR-MOGM: Zhou et al., On the
+    Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022), and what is to be kept.
+
+    What is kept of a language is its weight times the number of languages that took part, which is 1 where averaging
+    would give as much: so it means the same beside others and fewer of them. All start at averaging.
+
+    Args:
+        weights, mask: `[B, K]`.
+        before: `[B, K]`, what was kept.
+        share: a in [0, 1).
+    """
+    count = mask.sum(-1, keepdim=True)
+    kept = torch.where(mask, share * before + (1.0 - share) * weights * count, before)
+    return torch.where(mask, kept / count.clamp(min=1), 0.0), kept
 
 
 def weights(
@@ -120,19 +161,31 @@ def weights(
     return result.reshape(mask.shape)
 
 
-def _apply(gram: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator) -> Tensor:
-    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm."""
+def _apply(
+    gram: Tensor, mask: Tensor, aggregator: Aggregator, state: State, normalize: str, generator: torch.Generator
+) -> tuple[Tensor, State]:
+    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm; and its
+    new state."""
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
     gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
     if normalize == "none":
-        return aggregator.weights(gram, mask, generator)
+        return aggregator.step(gram, mask, state, generator)
     norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     nonzero = norms > ZERO_ROW
     divisor = torch.where(nonzero, norms, 1.0)
-    shown = aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator)
+    shown, new = aggregator.step(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, state, generator)
     ascending = torch.where(nonzero, norms, torch.inf).sort(-1).values
     middle = (nonzero.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0)
+    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0), new
+
+
+def _changing(hard: Tensor, mask: Tensor, dimensions: int) -> Tensor:
+    """Returns which entries of a state change: of blocks that have a choice, those of languages that took part."""
+    result = hard.view(-1, *[1] * (dimensions - 1))
+    for place in range(1, dimensions):
+        sizes = [-1 if each == place else 1 for each in range(1, dimensions)]
+        result = result & mask.view(len(mask), *sizes)
+    return result
 
 
 def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Tensor:
