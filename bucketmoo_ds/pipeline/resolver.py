@@ -21,9 +21,10 @@ from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.pipeline.memory import Memory
+from bucketmoo_ds.pipeline.reuse import Reuse
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
-from bucketmoo_ds.plan.choices import create_aggregator
+from bucketmoo_ds.plan.choices import choose_gram_every, create_aggregator
 from bucketmoo_ds.transfer import ToHost, to_device
 
 
@@ -47,6 +48,8 @@ class Resolver:
 
     Attributes:
         memory: what the rule keeps; of a window's blocks it is told what is new as they are solved.
+        reuse: the weights of windows that solve nothing.
+        fresh: whether this window is solved.
 
     Raises:
         ConfigError: an unknown aggregator or option.
@@ -69,6 +72,7 @@ class Resolver:
         self._backend = backend
         self._device = device
         self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
+        self.reuse = Reuse(config, choose_gram_every(config, automatic=1))
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -83,6 +87,7 @@ class Resolver:
         self._partial: Tensor | None = None
         self._coefficients: Tensor | None = None
         self.memory.forget()
+        self.fresh = self.reuse.due
 
     def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
         """Decides the weights of some blocks that have one cell each, on every rank.
@@ -131,6 +136,36 @@ class Resolver:
         if self._coefficients is None:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
+
+    def reused(self, languages: Sequence[int], scales: Sequence[float]) -> Tensor:
+        """Returns `[C, P]` float64, what gradients of some languages, given in units of `scales` of their rows, are
+        multiplied by in each cell, where the weights are those of an earlier window."""
+        weights = self.reuse.decided(self._window.present)[1][list(self._plan.cell_block)]
+        factor = dict(zip(self._window.present, self._window.coefficients(), strict=True))
+        units = [factor[language] * scale for language, scale in zip(languages, scales, strict=True)]
+        return to_device(weights[:, list(languages)] * torch.tensor(units), torch.float64, self._device)
+
+    def decided_before(self, largest: Tensor, languages: Sequence[int]) -> Decided:
+        """Returns what was decided in an earlier window. The host waits here, as `decided` does.
+
+        Args:
+            largest: `[buckets, P]`, the largest absolute value of each gradient, or row, of this rank's shards.
+            languages: theirs.
+        """
+        told = ToHost(self._exchange.all_gather_grams(largest.double())).read()
+        named = [
+            (self._config.languages[languages[place]], self._plan.buckets[bucket].name)
+            for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
+        ]
+        return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
+
+    def close_window(self, decided: Decided) -> None:
+        """Keeps what was decided, unless its rows were not finite."""
+        if not self.fresh:
+            self.reuse.use()
+        elif not decided.nonfinite:
+            self.memory.commit()
+            self.reuse.take(decided.gram, decided.weights, self._window.present)
 
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
