@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from bucketmoo_ds.apps.study import runner
+from bucketmoo_ds.apps.study import runner, tables
 from bucketmoo_ds.apps.study.design import SCENARIOS, SEEDS, Scenario
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
@@ -45,6 +45,11 @@ def run(options: argparse.Namespace) -> None:
         )
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the file keeps the others' runs")
+    runs = runner.Runs(options.out)
+    print(tables.markdown(runs, scenarios))
+    plot = options.out.with_suffix(".png")
+    if tables.plot_differences(runs, plot, scenarios):
+        print(f"\nplot: {plot}")
 
 
 def _scenario(name: str) -> Scenario:

@@ -92,7 +92,9 @@ class _Reader(HTMLParser):
         if self._text is None:
             if tag in _BLOCKS and str(given.get("id", "")).startswith(("par_", "hd_")):
                 self._text, self._hidden = [], []
-        elif tag not in _VOID:
+        elif tag in _VOID:
+            self._text.append(" ")
+        else:
             other_system = "hidden" in given and not str(given.get("id", "")).startswith("default")
             self._hidden.append(other_system or any(self._hidden))
 

@@ -147,14 +147,18 @@ def _make(plan: Plan, scenario: Scenario, arm: Arm, rate: float, seed: int) -> d
     import torch
     import transformers
 
-    from bucketmoo_ds.apps.study import bases, text, trial
+    from bucketmoo_ds.apps.study import bases, gemma, text, trial
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bucketmoo_ds").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    data = text.load(scenario, plan.folder / "text", plan.cache)
-    return trial.run(scenario, arm, rate, seed, data, lambda: bases.load(scenario, data, plan.folder / "bases"))
+    if scenario.model == "gemma":
+        data, base = gemma.load(scenario, plan.folder / "text", plan.cache)
+    else:
+        data = text.load(scenario, plan.folder / "text", plan.cache)
+        base = bases.load(scenario, data, plan.folder / "bases")
+    return trial.run(scenario, arm, rate, seed, data, base)
 
 
 def _variants(arm: Arm) -> list[Arm]:

@@ -46,7 +46,7 @@ def load(scenario: Scenario, folder: Path, cache: Path) -> Text:
     """Returns the text of a scenario whose tokenizer is trained on it; makes it where `folder` has it not yet."""
     names = sorted({*scenario.languages, *scenario.base})
     made = folder / f"{scenario.corpus}-{scenario.vocabulary}-{scenario.sequence_length}-{'-'.join(names)}.pt"
-    return _kept(made, lambda: _made(scenario, names, cache))
+    return kept(made, lambda: _made(scenario, names, cache))
 
 
 def corpus_of(scenario: Scenario, names: Sequence[str], cache: Path) -> Corpus:
@@ -78,7 +78,7 @@ def _made(scenario: Scenario, names: Sequence[str], cache: Path) -> Text:
     return Text(*tensors(corpus, names, tokens, scenario), len(tokens))
 
 
-def _kept(path: Path, make: Callable[[], Any]) -> Any:
+def kept(path: Path, make: Callable[[], Any]) -> Any:
     """Returns what `make` has made, now or in an earlier call."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""One run of the study: train a copy of the base model in one arm, and measure it on held-out text."""
+"""One run of the study: train the base model in one arm, and measure it on held-out text."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,10 @@ LOOK_EVERY = 5  # windows, from one look at directions to the next
 EVALUATION_BATCH = 16
 
 
-def run(
-    scenario: Scenario, arm: Arm, rate: float, seed: int, text: Text, base: Callable[[], nn.Module]
-) -> dict[str, Any]:
+def run(scenario: Scenario, arm: Arm, rate: float, seed: int, text: Text, model: nn.Module) -> dict[str, Any]:
     """Returns what a run has come to: held-out `bits_per_byte` by language, `seconds` of training, and means over
     windows of `cosine_mean`, of the combined gradient and the mean of the rows, and `cosine_update`, of the combined
     gradient and the step that the optimizer makes of it."""
-    model = base()
     began = time.perf_counter()
     looks = train(model, text, scenario, arm, rate, seed)
     seconds = time.perf_counter() - began
