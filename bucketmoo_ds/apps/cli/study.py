@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         )
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the file keeps the others' runs")
-    runs = runner.Runs(options.out)
+    runs = runner.Runs.read(options.out)
     print(tables.markdown(runs, scenarios))
     plot = options.out.with_suffix(".png")
     if tables.plot_differences(runs, plot, scenarios):

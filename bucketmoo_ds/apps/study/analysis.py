@@ -14,7 +14,7 @@ from typing import Any
 
 from scipy import stats
 
-from bucketmoo_ds.apps.study.design import BASELINE, TUNING_SEEDS, Scenario
+from bucketmoo_ds.apps.study.design import BASE, BASELINE, TUNING_SEEDS, Scenario
 from bucketmoo_ds.apps.study.runner import Runs
 
 CONFIDENCE = 0.95
@@ -89,6 +89,12 @@ def analyse(runs: Runs, scenario: Scenario) -> list[ArmResult]:
     return [_result(BASELINE, plain, scenario, {}), *results]
 
 
+def base_values(runs: Runs, scenario: Scenario) -> dict[str, float]:
+    """Returns the measures of the base model, before any fine-tuning; empty where they are not known."""
+    found = runs.of(scenario.name, BASE, [0])
+    return _measures(found[0], scenario) if found else {}
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Returns the p-values corrected for their number."""
     corrected: dict[str, float] = {}
@@ -99,7 +105,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def _compared(runs: Runs, scenario: Scenario, arm: str) -> dict[int, dict[str, Any]]:
+def _compared(runs: Runs, scenario: Scenario, arm: str) -> dict[int, Mapping[str, Any]]:
     """The runs of an arm that are not tuning's, by seed; those that diverged count as such."""
     return {
         key[-1]: run

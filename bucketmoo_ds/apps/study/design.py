@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 BASELINE = "averaging"
+BASE = "base"  # stands for an arm where the base model itself is measured
 TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -139,7 +140,7 @@ class Scenario:
 
     def arm(self, name: str) -> Arm:
         """Returns one of the arms."""
-        return {**ARMS, **{arm.name: arm for arm in self.extra}}[name]
+        return {BASE: Arm(name=BASE), **ARMS, **{arm.name: arm for arm in self.extra}}[name]
 
     @property
     def arm_names(self) -> tuple[str, ...]:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from bucketmoo_ds.apps.bench import provenance
-from bucketmoo_ds.apps.study.design import SCENARIOS, TUNING_SEEDS, Arm, Scenario
+from bucketmoo_ds.apps.study.design import BASE, BASELINE, SCENARIOS, TUNING_SEEDS, Arm, Scenario
 
+_KEY = ("scenario", "arm", "variant", "rate", "seed")
 _LONGEST_GRID = 4  # steps of the rate away from the middle
 
 
@@ -47,16 +48,31 @@ class Plan:
 
 
 class Runs:
-    """The lines of a file of runs, by (scenario, arm, variant, rate, seed), of designs as they are now."""
+    """The runs of a file, by (scenario, arm, variant, rate, seed), of designs as they are now.
 
-    def __init__(self, path: Path) -> None:
-        self.values: dict[tuple[str, str, int, float, int], dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            run = json.loads(line)
-            if "scenario" in run and _is_current(run):
-                self.values[run["scenario"], run["arm"], run["variant"], run["rate"], run["seed"]] = run
+    Args:
+        records: its lines: runs, and a head for every call that made some.
 
-    def of(self, scenario: str, arm: str, seeds: Iterable[int]) -> list[dict[str, Any]]:
+    Attributes:
+        heads: where the runs were made, see `provenance.describe`.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+        self.values: dict[tuple[str, str, int, float, int], Mapping[str, Any]] = {}
+        self.heads: list[dict[str, Any]] = []
+        for record in records:
+            if "head" in record:
+                self.heads.append(record["head"])
+            elif _is_current(record):
+                self.values[tuple(record[name] for name in _KEY)] = record
+
+    @classmethod
+    def read(cls, path: Path) -> Runs:
+        """Returns what a file holds, nothing where there is none."""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return cls(json.loads(line) for line in text.splitlines())
+
+    def of(self, scenario: str, arm: str, seeds: Iterable[int]) -> list[Mapping[str, Any]]:
         """Returns the runs of a cell on some seeds."""
         wanted = set(seeds)
         return [
@@ -93,8 +109,10 @@ def _cell(plan: Plan, scenario_name: str, arm_name: str) -> str:
     """Makes the missing runs of a cell, in a process of its own; returns what to tell."""
     scenario = SCENARIOS[scenario_name]
     variants = _variants(scenario.arm(arm_name))
-    run = functools.partial(_run, plan, Runs(plan.out), scenario, arm_name)
+    run = functools.partial(_run, plan, Runs.read(plan.out), scenario, arm_name)
     try:
+        if arm_name == BASELINE:
+            _run(plan, Runs.read(plan.out), scenario, BASE, 0, 0.0, 0)
         chosen = _tune(scenario, variants, run)
         for seed in plan.seeds:
             run(*chosen, seed)
@@ -136,8 +154,7 @@ def _run(plan: Plan, runs: Runs, scenario: Scenario, arm_name: str, variant: int
         arm = scenario.arm(arm_name)
         values = _make(plan, scenario, _variants(arm)[variant], rate, seed)
         bits = {name: value if math.isfinite(value) else None for name, value in values["bits_per_byte"].items()}
-        names = ("scenario", "arm", "variant", "rate", "seed")
-        run = dict(zip(names, key, strict=True)) | {"design": scenario.digest(arm)} | values | {"bits_per_byte": bits}
+        run = dict(zip(_KEY, key, strict=True)) | {"design": scenario.digest(arm)} | values | {"bits_per_byte": bits}
         _append(plan.out, run)
         runs.values[key] = run
     return mean(runs.values[key])
@@ -158,6 +175,8 @@ def _make(plan: Plan, scenario: Scenario, arm: Arm, rate: float, seed: int) -> d
     else:
         data = text.load(scenario, plan.folder / "text", plan.cache)
         base = bases.load(scenario, data, plan.folder / "bases")
+    if arm.name == BASE:
+        return {"bits_per_byte": trial.measure(base, data, scenario), "seconds": 0.0}
     return trial.run(scenario, arm, rate, seed, data, base)
 
 
@@ -169,7 +188,7 @@ def _is_current(run: Mapping[str, Any]) -> bool:
     scenario = SCENARIOS.get(run["scenario"])
     return (
         scenario is not None
-        and run["arm"] in scenario.arm_names
+        and run["arm"] in (*scenario.arm_names, BASE)
         and run["design"] == scenario.digest(scenario.arm(run["arm"]))
     )
 

@@ -7,14 +7,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bucketmoo_ds.apps.study.analysis import MEAN, ArmResult, Difference, analyse
+from bucketmoo_ds.apps.bench.provenance import headline
+from bucketmoo_ds.apps.study.analysis import MEAN, ArmResult, Difference, analyse, base_values
 from bucketmoo_ds.apps.study.design import BASELINE, SCENARIOS, TUNING_SEEDS, Scenario
 from bucketmoo_ds.apps.study.runner import Runs, mean
 
 
 def markdown(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> str:
-    """Returns a table a scenario."""
-    return "\n\n".join(table for scenario in scenarios if (table := scenario_table(runs, scenario)))
+    """Returns where the runs were made, a summary, and a table a scenario."""
+    tables = (table for scenario in scenarios if (table := scenario_table(runs, scenario)))
+    commits = sorted({str(head["commit"])[:12] for head in runs.heads})
+    made = f"{headline(runs.heads[-1])}; {len(runs.values)} runs" if runs.heads else "no runs"
+    more = f" by commits {', '.join(commits)}" if len(commits) > 1 else ""
+    return "\n\n".join([f"{made}{more}.", summary(runs, scenarios), *tables])
+
+
+def summary(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> str:
+    """Returns a row a scenario and measure: which arms are clearly better than averaging, which worse, which neither."""
+    lines = ["| scenario | measure | better than averaging | worse | no clear difference |", "| --- |" + " --- |" * 4]
+    for scenario in scenarios:
+        results = [each for each in analyse(runs, scenario)[1:] if each.differences]
+        for measure in results[0].differences if results else ():
+            judged = [(each.arm, each.differences[measure]) for each in results]
+            better = [f"{arm} {found.mean:+.3f}" for arm, found in judged if found.clear and found.mean < 0]
+            worse = [f"{arm} {found.mean:+.3f}" for arm, found in judged if found.clear and found.mean > 0]
+            unclear = [arm for arm, found in judged if not found.clear]
+            cells = (scenario.name, measure, *("; ".join(each) for each in (better, worse, unclear)))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def scenario_table(runs: Runs, scenario: Scenario) -> str:
@@ -25,10 +45,11 @@ def scenario_table(runs: Runs, scenario: Scenario) -> str:
     plain = results[0]
     measures = list(plain.values)
     head = ["arm", "rate", *(f"{name}, minus averaging" for name in measures), "seeds", "cos mean", "cos step", "s"]
-    base = ", ".join(f"{name} {plain.values[name]:.3f}" for name in measures)
+    values = ", ".join(f"{name} {plain.values[name]:.3f}" for name in measures)
+    base = "; ".join(f"{name} {value:.3f}" for name, value in base_values(runs, scenario).items())
     lines = [
         f"**{scenario.name}**: {scenario.summary}. Averaging, at its best rate {plain.rate:g}"
-        f"{_variant(scenario, plain)}, has {base} bits per byte.",
+        f"{_variant(scenario, plain)}, has {values} bits per byte" + (f" (base model: {base})." if base else "."),
         "",
         f"| {' | '.join(head)} |",
         "| --- |" + " --- |" * (len(head) - 1),
