@@ -248,14 +248,14 @@ class BucketMOO:
         self._side.join()
         resolution = Resolution(
             window=self.windows,
-            gram=decided.gram / gradient_scale**2,
+            gram=decided.gram / gradient_scale**2 if self.resolver.fresh else decided.gram,
             weights=decided.weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
             nonfinite=decided.nonfinite,
             fresh=self.resolver.fresh,
         )
-        self.resolver.close_window(decided)
+        self.resolver.close_window(resolution)
         self.record.add(resolution)
         self._start_window()
         return resolution
