@@ -102,6 +102,8 @@ def test_anchor_where_there_is_little_to_follow() -> None:
     assert weights(torch.zeros(3, 3), "anchor", primary=0).tolist() == [0.0] * 3
     turned = weights(gram_of(rows[:2]), "anchor", primary=0, tau=1.0)
     torch.testing.assert_close(turned, torch.full((2,), 0.5**0.5, dtype=torch.float64), rtol=1e-9, atol=0.0)
+    against = weights(gram_of(rows[1:]), "anchor", primary=0, tau=1.0)
+    torch.testing.assert_close(against, torch.tensor([1.0, 2.0]).double(), rtol=1e-9, atol=0.0, msg="uphill for it")
     # No primary language took part: all that did count as one, and none is left to be given a share.
     rule = create("anchor", primary="ko").at(["de", "fr", "ko"], [0, 1], [0])
     gram = gram_of(rows[:2])[None].double()
