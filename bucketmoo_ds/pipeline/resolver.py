@@ -141,7 +141,7 @@ class Resolver:
     def reused(self, languages: Sequence[int], scales: Sequence[float]) -> Tensor:
         """Returns `[C, P]` float64, what gradients of some languages, given in units of `scales` of their rows, are
         multiplied by in each cell, where the weights are those of an earlier window."""
-        weights = self.reuse.decided(self._window.present)[1][list(self._plan.cell_block)]
+        weights = self.reuse.decided(self._takes_part())[1][list(self._plan.cell_block)]
         factor = dict(zip(self._window.present, self._window.coefficients(), strict=True))
         units = [factor[language] * scale for language, scale in zip(languages, scales, strict=True)]
         return to_device(weights[:, list(languages)] * torch.tensor(units), torch.float64, self._device)
@@ -158,7 +158,7 @@ class Resolver:
             (self._config.languages[languages[place]], self._plan.buckets[bucket].name)
             for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
         ]
-        return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
+        return Decided(*self.reuse.decided(self._takes_part()), tuple(dict.fromkeys(named)))
 
     def close_window(self, resolution: Resolution) -> None:
         """Keeps what was decided, unless its rows were not finite."""
@@ -166,7 +166,7 @@ class Resolver:
             self.reuse.use()
         elif not resolution.nonfinite:
             self.memory.commit()
-            self.reuse.take(resolution.gram, resolution.weights, resolution.present)
+            self.reuse.take(resolution.gram, resolution.weights, resolution.mask)
 
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
@@ -199,6 +199,12 @@ class Resolver:
                 generator=generator,
             )
         return gram, weights, state
+
+    def _takes_part(self) -> Tensor:
+        """`[B, K]` bool on the host: which languages take part in this window, block by block."""
+        mask = torch.zeros(len(self._plan.blocks), len(self._config.languages), dtype=torch.bool)
+        mask[:, self._window.present] = True
+        return mask
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.
