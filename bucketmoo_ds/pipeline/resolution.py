@@ -28,6 +28,7 @@ class Resolution:
         present: the languages that took part.
         target_tokens: tokens that each of the K languages fed to the window.
         nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
+        losses: the mean loss per target token of each of the K languages, where `normalize` or the rule asks for it.
     """
 
     window: int
@@ -36,6 +37,7 @@ class Resolution:
     present: tuple[int, ...]
     target_tokens: tuple[int, ...]
     nonfinite: tuple[tuple[str, str], ...]
+    losses: tuple[float, ...] | None = None
 
     @property
     def mask(self) -> Tensor:

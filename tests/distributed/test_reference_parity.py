@@ -53,7 +53,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "aggregator": ("mgda", "mean", "pcgrad", "cagrad", "upgrad"),
     "granularity": ("bucket", "parameter", "layer", "model"),
     "weighting": ("language", "token"),
-    "normalize": ("none", "unit"),
+    "normalize": ("none", "l2"),
     "rescale": ("none", "mean"),
     # The toy model's largest parameter has 403 elements, all of it about 3,100: every parameter alone, several buckets
     # (parameters of several layers in each), one bucket.

@@ -24,6 +24,7 @@ READS = (
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "nonzero_static", "unique",
 )  # fmt: skip
 RULES = tuple(name for name in names() if name != "static")
+LOSSES = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 
 
 class Watch(TorchDispatchMode):
@@ -56,14 +57,16 @@ class Watch(TorchDispatchMode):
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str) -> None:
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
     mask = torch.empty(3, 4, dtype=torch.bool, device="meta")
+    told = torch.empty(4, dtype=torch.float64, device="meta")
     with Watch() as watch:
         found = solve(
-            gram, mask, create(rule), normalize=normalize, rescale=rescale, generator=torch.Generator().manual_seed(0)
-        )
+            gram, mask, create(rule), normalize=normalize, rescale=rescale, preference=told, losses=told,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
     assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 4), torch.float64)
     assert watch.waits == []
     # What is drawn is drawn on the host, so that all ranks draw alike; without_a_wait.py sees that nobody waits for it.
-    assert len(watch.copies) == (rule in ("pcgrad", "random"))
+    assert len(watch.copies) == (rule in ("pcgrad", "random", "stch"))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -71,7 +74,8 @@ def test_no_rule_asks_where_it_could(rule: str) -> None:
     """The same with values, where a read would pass unseen: on the CPU, steps that depend on them included."""
     rows = torch.randn(3, 4, 6, dtype=torch.float64)
     with Watch() as watch:
-        solve(rows @ rows.mT, torch.ones(3, 4, dtype=torch.bool), create(rule), generator=torch.Generator())
+        on = torch.ones(3, 4, dtype=torch.bool)
+        solve(rows @ rows.mT, on, create(rule), losses=LOSSES, generator=torch.Generator())
     assert watch.waits == []
     assert watch.copies == []
 
