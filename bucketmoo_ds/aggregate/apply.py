@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate._factors import BY_LOSS, NORMALIZE, averaging, factors, mean_one
-from bucketmoo_ds.aggregate.base import Aggregator, create
+from bucketmoo_ds.aggregate.base import Aggregator, State, create
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.transfer import to_device
 
 RESCALE = ("none", "mean")
+WEIGHTS = "weights"  # the entry of a state that `weight_smoothing` keeps
 
 # `rescale="mean"` leaves a combined row alone whose norm is below this times the sum of the norms of its parts: what
 # is left after such a cancellation is rounding, and blowing it up to the norm of the mean would be a random step.
@@ -30,6 +32,8 @@ def solve(
     rescale: str = "none",
     preference: Tensor | None = None,
     losses: Tensor | None = None,
+    weight_smoothing: float = 0.0,
+    state: State | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """Returns the weights of the languages in every block, all blocks at once.
@@ -51,6 +55,9 @@ def solve(
             its mean over the languages of the mask, the rule sees the rows `D g` (their Gram is `D G D`), and the
             weights are D times its own: `mean` becomes the weighted mean of the rows.
         losses: `[K]`, each language's mean loss, where `normalize` or the rule asks for it.
+        weight_smoothing: see `smoothed`.
+        state: what is kept of these blocks from window to window, as `first_state` with the blocks in front; its
+            entries are replaced by the new ones. Left out, it is that of a first window.
         generator: the only source of randomness, in the same state on every rank.
 
     Returns:
@@ -81,17 +88,53 @@ def solve(
     if aggregator.uses_losses:
         assert losses is not None
         aggregator = aggregator.with_losses(losses, mean_one(counted, preference))
+    if state is None:
+        first = first_state(aggregator, mask.shape[-1], weight_smoothing)
+        state = {
+            name: to_device(each, torch.float64, gram.device).expand(len(gram), *each.shape)
+            for name, each in first.items()
+        }
+    own = {name: each for name, each in state.items() if name != WEIGHTS}
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
     shown = _of_size_one(shown)
     scale = factors(shown, counted, normalize, losses, preference)
     if scale is None:
-        result = aggregator.weights(shown, counted, generator)
+        result, new = aggregator.step(shown, counted, own, generator)
     else:
         scaled = _of_size_one(shown * scale.unsqueeze(-1) * scale.unsqueeze(-2))
-        result = aggregator.weights(scaled, counted, generator) * scale
+        result, new = aggregator.step(scaled, counted, own, generator)
+        result = result * scale
+    if weight_smoothing:
+        even = averaging(counted, preference)
+        result, new[WEIGHTS] = smoothed(result, counted, even, state[WEIGHTS], weight_smoothing)
+    for name, each in new.items():
+        state[name] = torch.where(_changing(hard, mask, each.ndim), each, state[name])
     if rescale == "mean":
         result = _to_norm_of_mean(result, shown, averaging(counted, preference))
     return torch.where(hard.unsqueeze(-1), result, averaging(mask, preference))
+
+
+def first_state(aggregator: Aggregator, languages: int, weight_smoothing: float) -> State:
+    """Returns what is kept of one block before its first window; see `Stateful.start`."""
+    smoothing = {WEIGHTS: torch.ones(languages, dtype=torch.float64)} if weight_smoothing else {}
+    return aggregator.start(languages) | smoothing
+
+
+def smoothed(weights: Tensor, mask: Tensor, even: Tensor, before: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Returns `share w_before + (1 - share) weights`, the moving average of weights (CR-MOGM: Zhou et al., On the
+    Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022), and what is to be kept.
+
+    What is kept of a language is its weight over what averaging would give it among those that took part: so it means
+    the same beside others and fewer of them. All start at averaging.
+
+    Args:
+        weights, mask: `[B, K]`.
+        even: `[B, K]`, the weights of averaging, `preference` counted.
+        before: `[B, K]`, what was kept.
+        share: a in [0, 1).
+    """
+    kept = torch.where(mask, share * before + (1.0 - share) * weights / torch.where(mask, even, 1.0), before)
+    return torch.where(mask, kept * even, 0.0), kept
 
 
 def weights(
@@ -170,6 +213,15 @@ def _by_language(
 def _of_size_one(gram: Tensor) -> Tensor:
     """Returns the Grams of the rows divided by the norm of the longest of their block."""
     return gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+
+
+def _changing(hard: Tensor, mask: Tensor, dimensions: int) -> Tensor:
+    """Returns which entries of a state change: of blocks that have a choice, those of languages that took part."""
+    result = hard.view(-1, *[1] * (dimensions - 1))
+    for place in range(1, dimensions):
+        sizes = [-1 if each == place else 1 for each in range(1, dimensions)]
+        result = result & mask.view(len(mask), *sizes)
+    return result
 
 
 def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Tensor:

@@ -65,10 +65,10 @@ class STCH(Aggregator):
     def with_losses(self, losses: Tensor, preference: Tensor) -> STCH:
         """See `Aggregator.with_losses`."""
         here, count = copy.copy(self), losses.shape[-1]
-        numbers = [self.z] * count if isinstance(self.z, int | float) else list(self.z)
-        if isinstance(self.z, Mapping) or len(numbers) != count:
+        z = [self.z] * count if isinstance(self.z, int | float) else self.z
+        if isinstance(z, Mapping) or len(z) != count:
             raise ConfigError(f"{REFERENCE} = {self.z!r}: expected {count} numbers, one for each row")
-        away = losses - to_device(numbers, torch.float64, losses.device)
+        away = losses - to_device(z, torch.float64, losses.device)
         object.__setattr__(here, "_exponents", preference * away / self.mu)
         return here
 

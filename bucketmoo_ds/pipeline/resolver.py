@@ -24,6 +24,7 @@ from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.pipeline.memory import Memory
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.choices import create_aggregator, needs_losses
@@ -49,6 +50,9 @@ class Resolver:
         backend: of the ops that rules use.
         device: where Grams are.
 
+    Attributes:
+        memory: what the rule keeps; of a window's blocks it is told what is new as they are solved.
+
     Raises:
         ConfigError: an unknown aggregator or option.
     """
@@ -70,6 +74,7 @@ class Resolver:
         self._backend = backend
         self._device = device
         self._needs_losses = needs_losses(config)
+        self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -85,6 +90,7 @@ class Resolver:
         self._coefficients: Tensor | None = None
         self._summed_losses = torch.zeros(len(self._config.languages), dtype=torch.float64, device=self._device)
         self._losses: Tensor | None = None
+        self.memory.forget()
 
     def add_loss(self, slot: Slot) -> None:
         """Takes the loss of this rank's micro-step, where something asks for it."""
@@ -106,7 +112,8 @@ class Resolver:
         """
         blocks = [self._plan.cell_block[cell] for cell in cells]
         told = _summed(self._exchange.all_gather_grams(self._with_losses(partial)))
-        gram, weights = self._solve(told, blocks, generator)
+        gram, weights, state = self._solve(told, blocks, generator)
+        self.memory.take(blocks, self._window.present, state)
         self._blocks += blocks
         self._decided.append((gram, weights))
         return weights * self.coefficients
@@ -122,11 +129,13 @@ class Resolver:
         dealt = by_block.new_zeros(a_rank * world_size, count, count)
         dealt[:blocks] = by_block
         parts = self._with_losses(dealt.view(a_rank, world_size, count, count)).transpose(0, 1).contiguous()
-        own = range(self._exchange.rank, a_rank * world_size, world_size)
-        own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
-        both = torch.cat([own_gram, own_weights.unsqueeze(-1)], dim=-1)
-        everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, count, count + 1)[:blocks]
-        gram, weights = everyone[..., :-1], everyone[..., -1]
+        own = [min(block, blocks - 1) for block in range(self._exchange.rank, a_rank * world_size, world_size)]
+        own_gram, own_weights, own_state = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
+        told = [own_gram, own_weights, *own_state.values()]
+        packed = self._exchange.all_gather_grams(torch.cat([each.reshape(len(own), -1) for each in told], dim=1))
+        unpacked = packed.transpose(0, 1).flatten(0, 1)[:blocks].split([each[0].numel() for each in told], dim=1)
+        gram, weights, *state = (each.view(blocks, *mine.shape[1:]) for each, mine in zip(unpacked, told, strict=True))
+        self.memory.take(range(blocks), self._window.present, dict(zip(own_state, state, strict=True)))
         self._blocks += range(blocks)
         self._decided.append((gram, weights))
         return (weights * self.coefficients)[self._cell_block]
@@ -174,8 +183,12 @@ class Resolver:
         nonfinite = tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite())))
         return Decided(gram, weights, losses, nonfinite)
 
-    def _solve(self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, aggregate.State]:
+        """Returns the Grams of the rows, their weights, and the new state of the blocks."""
         preferred = self._config.preferred(self._window.present)
+        state = self.memory.of(blocks, self._window.present)
         gram = self._take_losses(summed) * torch.outer(self.coefficients, self.coefficients)
         with ops.using(self._backend):
             weights = aggregate.solve(
@@ -186,9 +199,11 @@ class Resolver:
                 rescale=self._config.rescale,
                 preference=None if preferred is None else to_device(preferred, torch.float64, self._device),
                 losses=self._losses,
+                weight_smoothing=self._config.weight_smoothing,
+                state=state,
                 generator=generator,
             )
-        return gram, weights
+        return gram, weights, state
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.

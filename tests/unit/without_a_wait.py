@@ -32,7 +32,7 @@ install()
 
 NUMEL, LANGUAGES = 96, 4
 PREFERENCE = tuple(1.0 + language for language in range(LANGUAGES))
-AGGREGATORS = tuple(name for name in names() if name != "static")
+AGGREGATORS = tuple(name for name in names() if name not in ("anchor", "static"))
 
 
 class Echo(Exchange):

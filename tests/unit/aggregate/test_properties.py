@@ -12,7 +12,7 @@ from unit.aggregate.grams import KINDS, RULES, combined_error, gram_of, make_row
 
 from bucketmoo_ds.aggregate import create, solve, weights
 
-ORDERED = ("pcgrad", "adasum", "random")  # the order of the languages counts
+ORDERED = ("pcgrad", "gradvac", "adasum", "random")  # the order of the languages counts
 UNORDERED = tuple(name for name in RULES if name not in ORDERED)
 # Rows whose answers agree to rounding; where near-parallel or badly scaled rows cancel, Grams keep fewer digits.
 PLAIN = ("random", "common direction", "rank deficient", "duplicate rows")

@@ -27,6 +27,7 @@ COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks/results/rules.json
 LANGUAGES = ("de", "fr", "ko", "sw", "ta")
 OPTIONS = {
     "static": {"shares": {name: 1.0 + place for place, name in enumerate(LANGUAGES)}},
+    "anchor": {"primary": "fr"},
     "fairgrad": {"alpha": 2.0},  # with 1 it is nash_mtl
 }
 LOSSES = torch.tensor([3.1, 2.2, 4.0, 2.9, 3.6], dtype=torch.float64)
