@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Settings for which "auto" is a value; it is an error for all others.
-AUTOMATIC = ("mode", "exchange", "backend", "shift_labels")
+AUTOMATIC = ("mode", "gram_every", "exchange", "backend", "shift_labels")
 
 
 def _names_checked(cls: type[T]) -> type[T]:
@@ -78,7 +78,8 @@ class BucketMOOConfig:
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible. `mixed`:
             micro-batches mix languages, and weights come from Grams of earlier windows (`bucketmoo_ds.mixed`).
-        gram_every: in mode `mixed`, the windows from one Gram to the next.
+        gram_every: the windows from one Gram to the next; between, the weights of the last are used, and languages that
+            had none get their even share. `auto`: 8 in mode `mixed`, and 1 elsewhere.
         smoothing: in mode `mixed`, the share in [0, 1) that the running mean of Grams keeps when a new one comes.
         exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: they are added
             up among the ranks of a node, which must train on one language in a micro-step, and what is left is
@@ -109,7 +110,7 @@ class BucketMOOConfig:
     rescale: str = "none"
     weight_smoothing: float = 0.0
     mode: str = "auto"
-    gram_every: int = 8
+    gram_every: int | str = "auto"
     smoothing: float = 0.9
     exchange: str = "auto"
     ranks_per_node: int = 0
@@ -142,8 +143,7 @@ class BucketMOOConfig:
             _expect(name, value, int, "a whole number")
             if isinstance(value, bool) or not 0 <= value < 2**63:
                 raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
-        if isinstance(self.gram_every, bool) or not isinstance(self.gram_every, int) or self.gram_every < 1:
-            raise ConfigError(f"{SECTION}.gram_every = {self.gram_every!r}: expected a whole number, 1 or more")
+        _expect_windows("gram_every", self.gram_every)
         for name in ("smoothing", "weight_smoothing"):
             _expect_share(name, getattr(self, name))
         if not self.language_key:
@@ -285,6 +285,11 @@ def _preference(value: Any, languages: Sequence[str]) -> tuple[float, ...]:
 def _expect(name: str, value: object, kind: Any, expected: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{SECTION}.{name} = {value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _expect_windows(name: str, value: object) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f'{SECTION}.{name} = {value!r}: expected a whole number, 1 or more, or "auto"')
 
 
 def _expect_share(name: str, value: object) -> None:

@@ -28,7 +28,10 @@ class Resolution:
         present: the languages that took part.
         target_tokens: tokens that each of the K languages fed to the window.
         nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
-        losses: the mean loss per target token of each of the K languages, where `normalize` or the rule asks for it.
+        fresh: whether the weights are the first that were solved with these Grams; else an earlier window's (see
+            `gram_every`), and so are the Grams.
+        losses: the mean loss per target token of each of the K languages, where `normalize` or the rule asks for it and
+            the weights are fresh.
     """
 
     window: int
@@ -37,6 +40,7 @@ class Resolution:
     present: tuple[int, ...]
     target_tokens: tuple[int, ...]
     nonfinite: tuple[tuple[str, str], ...]
+    fresh: bool = True
     losses: tuple[float, ...] | None = None
 
     @property

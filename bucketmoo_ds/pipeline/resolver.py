@@ -25,9 +25,10 @@ from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.pipeline.memory import Memory
+from bucketmoo_ds.pipeline.reuse import Reuse
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
-from bucketmoo_ds.plan.choices import create_aggregator, needs_losses
+from bucketmoo_ds.plan.choices import choose_gram_every, create_aggregator, needs_losses
 from bucketmoo_ds.transfer import ToHost, to_device
 
 
@@ -37,8 +38,8 @@ class Decided:
 
     gram: Tensor
     weights: Tensor
-    losses: tuple[float, ...] | None
     nonfinite: tuple[tuple[str, str], ...]
+    losses: tuple[float, ...] | None = None
 
 
 class Resolver:
@@ -52,6 +53,8 @@ class Resolver:
 
     Attributes:
         memory: what the rule keeps; of a window's blocks it is told what is new as they are solved.
+        reuse: the weights of windows that solve nothing.
+        fresh: whether this window is solved.
 
     Raises:
         ConfigError: an unknown aggregator or option.
@@ -75,6 +78,7 @@ class Resolver:
         self._device = device
         self._needs_losses = needs_losses(config)
         self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
+        self.reuse = Reuse(config, choose_gram_every(config, automatic=1))
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -91,6 +95,7 @@ class Resolver:
         self._summed_losses = torch.zeros(len(self._config.languages), dtype=torch.float64, device=self._device)
         self._losses: Tensor | None = None
         self.memory.forget()
+        self.fresh = self.reuse.due
 
     def add_loss(self, slot: Slot) -> None:
         """Takes the loss of this rank's micro-step, where something asks for it."""
@@ -163,6 +168,36 @@ class Resolver:
         self._losses = summed[-1].diagonal() / to_device(tokens, torch.float64, self._device)
         return summed[:-1]
 
+    def reused(self, languages: Sequence[int], scales: Sequence[float]) -> Tensor:
+        """Returns `[C, P]` float64, what gradients of some languages, given in units of `scales` of their rows, are
+        multiplied by in each cell, where the weights are those of an earlier window."""
+        weights = self.reuse.decided(self._window.present)[1][list(self._plan.cell_block)]
+        factor = dict(zip(self._window.present, self._window.coefficients(), strict=True))
+        units = [factor[language] * scale for language, scale in zip(languages, scales, strict=True)]
+        return to_device(weights[:, list(languages)] * torch.tensor(units), torch.float64, self._device)
+
+    def decided_before(self, largest: Tensor, languages: Sequence[int]) -> Decided:
+        """Returns what was decided in an earlier window. The host waits here, as `decided` does.
+
+        Args:
+            largest: `[buckets, P]`, the largest absolute value of each gradient, or row, of this rank's shards.
+            languages: theirs.
+        """
+        told = ToHost(self._exchange.all_gather_grams(largest.double())).read()
+        named = [
+            (self._config.languages[languages[place]], self._plan.buckets[bucket].name)
+            for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
+        ]
+        return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
+
+    def close_window(self, decided: Decided) -> None:
+        """Keeps what was decided, unless its rows were not finite."""
+        if not self.fresh:
+            self.reuse.use()
+        elif not decided.nonfinite:
+            self.memory.commit()
+            self.reuse.take(decided.gram, decided.weights, self._window.present)
+
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
         blocks, languages = len(self._plan.blocks), len(self._config.languages)
@@ -181,7 +216,7 @@ class Resolver:
         gram[order[:, None, None], present[:, None], present] = both[..., :-1]
         weights[order[:, None], present] = both[..., -1]
         nonfinite = tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite())))
-        return Decided(gram, weights, losses, nonfinite)
+        return Decided(gram, weights, nonfinite, losses)
 
     def _solve(
         self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator

@@ -282,7 +282,8 @@ class _Loop:
         if self.moo is not None and self.moo.last is not None:
             last = self.moo.last
             record["nonfinite"] = [list(pair) for pair in last.nonfinite]
-            if not last.nonfinite:
+            record["fresh"] = last.fresh
+            if not last.nonfinite and (last.fresh or self.config.mode == "mixed"):
                 record |= conflict_statistics(last.gram, last.mask, last.weights).detail(names)
         return record
 
