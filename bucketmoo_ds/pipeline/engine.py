@@ -249,7 +249,7 @@ class BucketMOO:
         self._side.join()
         resolution = Resolution(
             window=self.windows,
-            gram=decided.gram / gradient_scale**2,
+            gram=decided.gram / gradient_scale**2 if self.resolver.fresh else decided.gram,
             weights=decided.weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
@@ -257,7 +257,7 @@ class BucketMOO:
             fresh=self.resolver.fresh,
             losses=decided.losses,
         )
-        self.resolver.close_window(decided)
+        self.resolver.close_window(resolution)
         self.record.add(resolution)
         self._start_window()
         return resolution

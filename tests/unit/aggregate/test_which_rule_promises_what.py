@@ -115,15 +115,21 @@ def stillness(rule: str, generator: torch.Generator) -> float:
 
 
 def unheard(rule: str, generator: torch.Generator) -> float:
-    """How much of twice the preference a language's weight does not follow, where rows are orthogonal and as long as
-    each other: 0 where its share of the weights grows as `mean` lets it, 1 where it stays, above 1 where it shrinks."""
-    rows = torch.eye(len(LANGUAGES), dtype=torch.float64).expand(1, -1, -1)
-    preference = torch.ones(len(LANGUAGES), dtype=torch.float64)
-    preference[int(torch.randint(len(LANGUAGES), (), generator=generator))] = 2.0
-    shares = [w / w.sum() for w in (weights(rule, rows), weights(rule, rows, preference=preference))]
-    wanted = shares[0] * preference / (shares[0] * preference).sum()
-    grown = (preference == 2.0).double()
-    return 1.0 - float(((shares[1] - shares[0]) * grown).sum() / ((wanted - shares[0]) * grown).sum())
+    """How much of twice the preference a language's weight does not follow, at the most, where rows are orthogonal and
+    of one length: 0 where its share of the weights grows as with `mean`, 1 where it stays, above 1 where it shrinks."""
+    rows = torch.eye(len(LANGUAGES), dtype=torch.float64).expand(len(LANGUAGES), -1, -1)
+    plain, worst = weights(rule, rows), -torch.inf
+    for language in range(len(LANGUAGES)):
+        preference = torch.ones(len(LANGUAGES), dtype=torch.float64)
+        preference[language] = 2.0
+        before, after = (
+            (w / w.sum(-1, keepdim=True))[language, language]
+            for w in (plain, weights(rule, rows, preference=preference))
+        )
+        wanted = 2.0 * before / (1.0 + before)
+        if float(wanted - before) > 1e-9:  # else it has none of the weight, or all of it
+            worst = max(worst, 1.0 - float((after - before) / (wanted - before)))
+    return worst
 
 
 # A property, what measures that it is missed, what that is at the most where it holds, and at the least where not.
