@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
@@ -17,7 +18,7 @@ MAX_LANGUAGES = 512  # a Gram has their square of numbers; from 65 present in a 
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("language", "token"),
-    "normalize": ("none", "unit"),
+    "normalize": ("none", "l2", "loss", "loss_l2"),
     "rescale": ("none", "mean"),
     "mode": ("auto", "streaming", "deferred", "mixed"),
     "exchange": ("auto", "flat", "two_stage"),
@@ -64,8 +65,12 @@ class BucketMOOConfig:
         weighting: `language`: a row is the gradient of the mean loss per target token of its language. `token`: the
             same row times its share of the window's tokens and the number of languages present, so that `mean` is
             the average over all tokens whatever the counts.
-        normalize: `unit` scales the rows of a block to norm 1 before the rule sees them. `none`, the default, keeps
-            their norms: a norm carries information, and the methods' guarantees are stated for the plain gradients.
+        preference: a positive number for each language, by name or in the order of `languages`; 1 each by default. Rows
+            are multiplied by it, divided by its mean over the languages present, before the rule combines them: `mean`
+            becomes the weighted mean. What a rule makes of longer rows differs (docs/theory.md, section 4).
+        normalize: what the rows of a block are divided by before the rule sees them: `l2` their norms, `loss` their
+            languages' mean losses, `loss_l2` both. `none`, the default, leaves them as they are: a norm carries
+            information, and the methods' guarantees are stated for the plain gradients.
         rescale: `mean` scales the combined gradient of a block to the norm of its mean row, so that a learning rate
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
         weight_smoothing: the share in [0, 1) that the moving average of each language's weight in a block keeps when
@@ -100,6 +105,7 @@ class BucketMOOConfig:
     aggregator_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     granularity: str = "bucket"
     weighting: str = "language"
+    preference: Mapping[str, float] | Sequence[float] = ()
     normalize: str = "none"
     rescale: str = "none"
     weight_smoothing: float = 0.0
@@ -121,6 +127,7 @@ class BucketMOOConfig:
                     f'{SECTION}.{field.name} = "auto": has no automatic value; write the value, or leave it out'
                 )
         object.__setattr__(self, "languages", _languages(self.languages))
+        object.__setattr__(self, "preference", _preference(self.preference, self.languages))
         if isinstance(self.aggregator_options, Mapping):
             object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
         if self.shift_labels == "auto":
@@ -166,11 +173,61 @@ class BucketMOOConfig:
         config = cls(**{str(name): value for name, value in section.items()})
         return config if config.enabled else None
 
+    def preferred(self, languages: Iterable[int]) -> list[float] | None:
+        """Returns the preference of some languages, by index; `None` where all have the same."""
+        assert not isinstance(self.preference, Mapping)  # it has been put in order
+        if len(set(self.preference)) == 1:
+            return None
+        return [self.preference[language] for language in languages]
+
     def to_json(self) -> dict[str, Any]:
         """Returns the section as plain JSON values."""
         return dataclasses.asdict(self) | {
             "languages": list(self.languages),
+            "preference": list(self.preference),
         }
+
+
+def positive_numbers(
+    setting: str, value: Mapping[str, float] | Sequence[float]
+) -> Mapping[str, float] | Sequence[float]:
+    """Returns positive numbers by language.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if isinstance(value, str) or not isinstance(value, Mapping | Sequence):
+        raise ConfigError(
+            f'{setting} = {value!r}: expected a number for each language, such as {{"de": 2.0, "fr": 1.0}}'
+        )
+    for number in value.values() if isinstance(value, Mapping) else value:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0.0 < number < math.inf:
+            raise ConfigError(
+                f"{setting} = {number!r}: expected positive numbers; take a language that counts 0 out of the data"
+            )
+    return value
+
+
+def by_language(
+    setting: str, value: Mapping[str, float] | Sequence[float], languages: Sequence[str]
+) -> tuple[float, ...]:
+    """Returns positive numbers by name, or in the order of the languages, in that order.
+
+    Raises:
+        ConfigError: they are none, a language is missing, or a name is of none.
+    """
+    value = positive_numbers(setting, value)
+    if isinstance(value, Mapping):
+        for name in value:
+            if name not in languages:
+                raise ConfigError(f"{setting} = {name!r}: no language of this run{did_you_mean(str(name), languages)}")
+        missing = [name for name in languages if name not in value]
+        if missing:
+            raise ConfigError(f"{setting} = {dict(value)}: has no {', '.join(missing)}; name every language")
+        return tuple(value[name] for name in languages)
+    if len(value) != len(languages):
+        raise ConfigError(f"{setting} = {list(value)}: {len(value)} numbers for {len(languages)} languages")
+    return tuple(value)
 
 
 def check_section_name(config: Mapping[str, Any]) -> None:
@@ -219,6 +276,10 @@ def _languages(value: object) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise ConfigError(f'{SECTION}.languages: "{name}" stands there {names.count(name)} times; name it once')
     return names
+
+
+def _preference(value: Any, languages: Sequence[str]) -> tuple[float, ...]:
+    return (1.0,) * len(languages) if value == () else by_language(f"{SECTION}.preference", value, languages)
 
 
 def _expect(name: str, value: object, kind: Any, expected: str) -> None:

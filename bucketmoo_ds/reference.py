@@ -27,11 +27,13 @@ class MicroGradient:
         language: index of its language.
         target_tokens: `n_b`, the tokens that its loss is a mean over.
         gradient: by parameter name, `g_b`: the gradient of the mean loss divided by M, as frameworks hand it over.
+        loss: the mean loss, where something asks for it.
     """
 
     language: int
     target_tokens: int
     gradient: Mapping[str, Tensor]
+    loss: float = math.nan
 
 
 def resolve_window(
@@ -43,6 +45,7 @@ def resolve_window(
     weighting: str = "language",
     normalize: str = "none",
     rescale: str = "none",
+    preference: Sequence[float] | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Resolves the conflicts of one window.
@@ -53,6 +56,7 @@ def resolve_window(
         micro_steps: M.
         aggregator: the rule from a Gram to weights, one of this package or a function.
         weighting, normalize, rescale: as in `BucketMOOConfig`.
+        preference: of each language.
         seed: for aggregators with random orders.
 
     Returns:
@@ -76,11 +80,18 @@ def resolve_window(
             mean = mean * len(present) * tokens[language] / sum(tokens.values())
         return mean
 
+    def loss(language: int) -> float:
+        """Mean loss per target token of one language over the window."""
+        fed = [micro for micro in micro_gradients if micro.language == language and micro.target_tokens > 0]
+        return math.fsum(micro.target_tokens * micro.loss for micro in fed) / tokens[language]
+
+    losses = [loss(language) for language in present]
+    preferred = [1.0 if preference is None else preference[language] for language in present]
     combined: dict[str, Tensor] = {}
     weights_of: dict[str, Tensor] = {}
     for block, names in blocks.items():
         rows = torch.stack([torch.cat([row(language, name).flatten() for name in names]) for language in present])
-        weights = _weights(rows, aggregator, normalize, rescale, seed)
+        weights = _weights(rows, aggregator, normalize, rescale, preferred, losses, seed)
         flat = weights @ rows
         sizes = [micro_gradients[0].gradient[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):
@@ -89,39 +100,48 @@ def resolve_window(
     return combined, weights_of
 
 
-def _weights(rows: Tensor, aggregator: Aggregator | Rule, normalize: str, rescale: str, seed: int) -> Tensor:
+def _weights(
+    rows: Tensor,
+    aggregator: Aggregator | Rule,
+    normalize: str,
+    rescale: str,
+    preferred: Sequence[float],
+    losses: Sequence[float],
+    seed: int,
+) -> Tensor:
     """Returns the weights `[K]` of a block's rows `[K, S]`: docs/theory.md, section 4."""
     count = len(rows)
-    average = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    average = torch.tensor([each / math.fsum(preferred) for each in preferred], dtype=torch.float64)
     if count == 1 or not bool(torch.isfinite(rows @ rows.T).all()):
         return average
 
     norms = [float(row.norm()) for row in rows]
-    longest = max(norms)
-    if longest == 0.0:
-        factors = [1.0] * count
-    elif normalize == "unit":
-        factors = [1.0 / norm if norm > 1e-15 * longest else 1.0 / longest for norm in norms]
-    else:
-        factors = [1.0 / longest] * count
-    shown = rows * torch.tensor(factors, dtype=torch.float64).unsqueeze(1)
-    weights = _rule(aggregator, count, seed)(shown @ shown.T).clone()
+    size = {"l2": norms, "loss": losses, "loss_l2": [norm * loss for norm, loss in zip(norms, losses, strict=True)]}
+    factors = [count * float(each) for each in average]
+    if normalize != "none":
+        sizes = size[normalize]
+        counted = sorted(each for each in sizes if each > 1e-15 * max(sizes))
+        for index, each in enumerate(sizes):
+            if each > 1e-15 * max(sizes):
+                factors[index] *= counted[(len(counted) - 1) // 2] / each
+    scale = torch.tensor(factors, dtype=torch.float64)
+    scaled = rows * scale.unsqueeze(1)
+    longest = float(scaled.norm(dim=1).max()) or 1.0
+    scaled = scaled / longest
+    weights = scale * _rule(aggregator, average * count, losses, seed)(scaled @ scaled.T)
 
-    if normalize == "unit":
-        lengths = sorted(norm for norm in norms if norm > 1e-15 * longest)
-        for index, norm in enumerate(norms):
-            if norm > 1e-15 * longest:
-                weights[index] *= lengths[(len(lengths) - 1) // 2] / norm
     if rescale == "mean":
         length = float((weights @ rows).norm())
         parts = math.fsum(abs(float(weight)) * norm for weight, norm in zip(weights, norms, strict=True))
         if length > 1e-6 * parts:  # else it has cancelled to rounding
-            weights = weights * float(rows.mean(dim=0).norm()) / length
+            weights = weights * float((average @ rows).norm()) / length
     return weights
 
 
-def _rule(aggregator: Aggregator | Rule, count: int, seed: int) -> Rule:
+def _rule(aggregator: Aggregator | Rule, preferred: Tensor, losses: Sequence[float], seed: int) -> Rule:
     if not isinstance(aggregator, Aggregator):
         return aggregator
-    everybody = torch.ones(1, count, dtype=torch.bool)
-    return lambda gram: aggregator.weights(gram[None], everybody, torch.Generator().manual_seed(seed))[0]
+    rule, everybody = aggregator, torch.ones(1, len(losses), dtype=torch.bool)
+    if rule.uses_losses:
+        rule = rule.with_losses(torch.tensor([losses], dtype=torch.float64), preferred[None])
+    return lambda gram: rule.weights(gram[None], everybody, torch.Generator().manual_seed(seed))[0]

@@ -139,6 +139,11 @@ class Session(Stays):
         """
         return self._tracker.language(language, target_tokens, loss_divisor)
 
+    def tell_loss(self, loss: Tensor | float) -> None:
+        """Tells the mean loss per target token of the backward that comes, where `normalize` or the rule asks for
+        losses and the model does not return them."""
+        self._tracker.tell_loss(loss)
+
     @property
     def last(self) -> Resolution | None:
         """What was decided in the latest window."""
@@ -227,7 +232,7 @@ class Session(Stays):
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._entries is not None:  # noted now, for one that ends in an error is none
-            passage = self._tracker.note(self._entries, module.training)
+            passage = self._tracker.note(self._entries, module.training, output)
             self._entries = None
             watch(output, lambda: self._reached(passage))
 

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.aggregate._scaling import ZERO_ROW
+from bucketmoo_ds.aggregate._factors import BY_LOSS, NORMALIZE, averaging, factors, mean_one
 from bucketmoo_ds.aggregate.base import Aggregator, State, create
-from bucketmoo_ds.aggregate.mean import uniform
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 from bucketmoo_ds.transfer import to_device
 
-NORMALIZE = ("none", "unit")
 RESCALE = ("none", "mean")
 WEIGHTS = "weights"  # the entry of a state that `weight_smoothing` keeps
 
@@ -32,6 +30,8 @@ def solve(
     *,
     normalize: str = "none",
     rescale: str = "none",
+    preference: Tensor | None = None,
+    losses: Tensor | None = None,
     weight_smoothing: float = 0.0,
     state: State | None = None,
     generator: torch.Generator,
@@ -39,7 +39,7 @@ def solve(
     """Returns the weights of the languages in every block, all blocks at once.
 
     Multiplying all weights of a block by a positive number keeps its direction: a combined row that harms no language
-    still harms none after `rescale`. With `normalize="unit"` a method's guarantees hold for the rows of equal norm:
+    still harms none after `rescale`. With `normalize` or `preference` a method's guarantees hold for the scaled rows:
     signs of inner products, and so descent, carry over to the rows themselves; MGDA's `<g_i, d> >= ||d||^2` does not.
 
     Args:
@@ -47,34 +47,47 @@ def solve(
         mask: `[B, K]` bool, the languages that count in a block. The others get exactly 0, and their entries of the
             Gram, NaN included, influence nothing.
         aggregator: the rule; see `create`.
-        normalize: `unit` scales all rows to one norm, the median of theirs (of two middle ones the lower; zero rows
-            stay zero and do not count), combines these by the rule, and returns the weights that give the same
-            combined row of the rows as they are. Rows of equal norm get the weights of `none`.
-        rescale: `mean` scales the combined row to the norm of the block's mean row, unless it has cancelled to
-            rounding.
+        normalize: what rows are divided by before the rule combines them: their norms (`l2`), their languages' losses
+            (`loss`) or both (`loss_l2`), times the median of these (of two middle ones the lower; one that is 0 does
+            not count, and its row stays as it is). Rows of equal norm, or equal losses, get the weights of `none`.
+        rescale: `mean` scales the combined row to the norm of what `mean` gives, unless it has cancelled to rounding.
+        preference: `[K]`, a positive number for each language, 1 each by default. With D = diag(preference), divided by
+            its mean over the languages of the mask, the rule sees the rows `D g` (their Gram is `D G D`), and the
+            weights are D times its own: `mean` becomes the weighted mean of the rows.
+        losses: `[K]`, each language's mean loss, where `normalize` or the rule asks for it.
         weight_smoothing: see `smoothed`.
         state: what is kept of these blocks from window to window, as `first_state` with the blocks in front; its
             entries are replaced by the new ones. Left out, it is that of a first window.
         generator: the only source of randomness, in the same state on every rank.
 
     Returns:
-        `[B, K]` float64. Blocks whose unmasked Gram is not finite get uniform weights (whether to skip the step is
+        `[B, K]` float64. Blocks whose unmasked Gram or losses are not finite are averaged (whether to skip the step is
         the caller's decision), a single language gets 1, no language at all zeros.
 
     Raises:
-        ConfigError: an unknown `normalize` or `rescale`.
+        ConfigError: an unknown `normalize` or `rescale`, or no losses where they are needed.
     """
     for option, value, known in (("normalize", normalize, NORMALIZE), ("rescale", rescale, RESCALE)):
         if value not in known:
             raise ConfigError(f'{option} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}')
+    if losses is None and (aggregator.uses_losses or normalize in BY_LOSS):
+        needs = "the aggregator" if aggregator.uses_losses else f'normalize = "{normalize}"'
+        raise ConfigError(f"losses: missing; {needs} needs a number for each language")
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     gram = torch.where(pairs, gram, 0.0)
     finite = gram.isfinite().flatten(1).all(-1)
+    if losses is not None:
+        losses = torch.where(mask, losses, 1.0)
+        finite = finite & losses.isfinite().all(-1)
+        losses = torch.where(finite.unsqueeze(-1), losses, 1.0)
     hard = finite & (mask.sum(-1) > 1)
     # Every block is shown to the rule: to pick some out would be a question to the device, and a rule that draws random
     # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
     easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
     shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
+    if aggregator.uses_losses:
+        assert losses is not None
+        aggregator = aggregator.with_losses(losses, mean_one(counted, preference))
     if state is None:
         first = first_state(aggregator, mask.shape[-1], weight_smoothing)
         state = {
@@ -82,14 +95,23 @@ def solve(
             for name, each in first.items()
         }
     own = {name: each for name, each in state.items() if name != WEIGHTS}
-    result, new = _apply(shown, counted, aggregator, own, normalize, generator)
+    # The rules do not depend on the scale of a block; near 1 nothing overflows.
+    shown = _of_size_one(shown)
+    scale = factors(shown, counted, normalize, losses, preference)
+    if scale is None:
+        result, new = aggregator.step(shown, counted, own, generator)
+    else:
+        scaled = _of_size_one(shown * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        result, new = aggregator.step(scaled, counted, own, generator)
+        result = result * scale
     if weight_smoothing:
-        result, new[WEIGHTS] = smoothed(result, counted, state[WEIGHTS], weight_smoothing)
+        even = averaging(counted, preference)
+        result, new[WEIGHTS] = smoothed(result, counted, even, state[WEIGHTS], weight_smoothing)
     for name, each in new.items():
         state[name] = torch.where(_changing(hard, mask, each.ndim), each, state[name])
     if rescale == "mean":
-        result = _to_norm_of_mean(result, shown, counted)
-    return torch.where(hard.unsqueeze(-1), result, uniform(mask))
+        result = _to_norm_of_mean(result, shown, averaging(counted, preference))
+    return torch.where(hard.unsqueeze(-1), result, averaging(mask, preference))
 
 
 def first_state(aggregator: Aggregator, languages: int, weight_smoothing: float) -> State:
@@ -98,21 +120,21 @@ def first_state(aggregator: Aggregator, languages: int, weight_smoothing: float)
     return aggregator.start(languages) | smoothing
 
 
-def smoothed(weights: Tensor, mask: Tensor, before: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def smoothed(weights: Tensor, mask: Tensor, even: Tensor, before: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Returns `share w_before + (1 - share) weights`, the moving average of weights (CR-MOGM: Zhou et al., On the
     Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022), and what is to be kept.
 
-    What is kept of a language is its weight times the number of languages that took part, which is 1 where averaging
-    would give as much: so it means the same beside others and fewer of them. All start at averaging.
+    What is kept of a language is its weight over what averaging would give it among those that took part: so it means
+    the same beside others and fewer of them. All start at averaging.
 
     Args:
         weights, mask: `[B, K]`.
+        even: `[B, K]`, the weights of averaging, `preference` counted.
         before: `[B, K]`, what was kept.
         share: a in [0, 1).
     """
-    count = mask.sum(-1, keepdim=True)
-    kept = torch.where(mask, share * before + (1.0 - share) * weights * count, before)
-    return torch.where(mask, kept / count.clamp(min=1), 0.0), kept
+    kept = torch.where(mask, share * before + (1.0 - share) * weights / torch.where(mask, even, 1.0), before)
+    return torch.where(mask, kept * even, 0.0), kept
 
 
 def weights(
@@ -122,6 +144,8 @@ def weights(
     *,
     normalize: str = "none",
     rescale: str = "none",
+    preference: Tensor | Sequence[float] | None = None,
+    losses: Tensor | Sequence[float] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
@@ -138,6 +162,8 @@ def weights(
         mask: `[B, K]` (or `[K]`) bool, or nested lists: the languages that count; all by default.
         normalize: see `solve`.
         rescale: see `solve`.
+        preference: see `solve`.
+        losses: see `solve`.
         seed: seeds the random orders of `pcgrad`.
         options: options of the aggregator, such as `c=0.4` for `cagrad`.
 
@@ -146,8 +172,8 @@ def weights(
 
     Raises:
         ConfigError: (a ValueError) an unknown aggregator or option, or a bad value of one.
-        ValueError: a Gram or mask of the wrong shape or dtype, or a Gram that is not symmetric, or whose diagonal is
-            negative, where it is finite.
+        ValueError: a Gram, mask, preference or loss of the wrong shape or dtype, or a Gram that is not symmetric, or
+            whose diagonal is negative, where it is finite; or a preference that is not positive.
     """
     rule = create(aggregator, **options)
     gram = _tensor("gram", gram, torch.float64)
@@ -157,26 +183,36 @@ def weights(
     _check(gram, mask)
     blocks, masks = gram.to(torch.float64).reshape(-1, *gram.shape[-2:]), mask.reshape(-1, mask.shape[-1])
     generator = torch.Generator().manual_seed(seed)
-    result = solve(blocks, masks, rule, normalize=normalize, rescale=rescale, generator=generator)
+    result = solve(
+        blocks,
+        masks,
+        rule,
+        normalize=normalize,
+        rescale=rescale,
+        preference=_by_language("preference", preference, blocks, positive=True),
+        losses=_by_language("losses", losses, blocks),
+        generator=generator,
+    )
     return result.reshape(mask.shape)
 
 
-def _apply(
-    gram: Tensor, mask: Tensor, aggregator: Aggregator, state: State, normalize: str, generator: torch.Generator
-) -> tuple[Tensor, State]:
-    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm; and its
-    new state."""
-    # The rules do not depend on the scale of a block; near 1 nothing overflows.
-    gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
-    if normalize == "none":
-        return aggregator.step(gram, mask, state, generator)
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
-    nonzero = norms > ZERO_ROW
-    divisor = torch.where(nonzero, norms, 1.0)
-    shown, new = aggregator.step(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, state, generator)
-    ascending = torch.where(nonzero, norms, torch.inf).sort(-1).values
-    middle = (nonzero.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0), new
+def _by_language(
+    name: str, value: Tensor | Sequence[float] | None, gram: Tensor, *, positive: bool = False
+) -> Tensor | None:
+    """Returns numbers that were handed in from outside as `[K]` float64, on the Gram's device."""
+    if value is None:
+        return None
+    told = _tensor(name, value, torch.float64).to(device=gram.device, dtype=torch.float64)
+    if told.shape != gram.shape[-1:]:
+        raise ValueError(f"{name}: shape {list(told.shape)}: expected {gram.shape[-1]} numbers, one for each row")
+    if positive and not bool((told.isfinite() & (told > 0.0)).all()):
+        raise ValueError(f"{name} = {told.tolist()}: expected positive numbers; mask a row that counts 0")
+    return told
+
+
+def _of_size_one(gram: Tensor) -> Tensor:
+    """Returns the Grams of the rows divided by the norm of the longest of their block."""
+    return gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
 
 
 def _changing(hard: Tensor, mask: Tensor, dimensions: int) -> Tensor:
@@ -198,9 +234,9 @@ def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Ten
         raise ValueError(f"{name}: {error}: expected a tensor, or nested lists of equal length") from error
 
 
-def _to_norm_of_mean(weights: Tensor, gram: Tensor, mask: Tensor) -> Tensor:
-    """Returns the weights times the norm of the mean row over the norm of the combined row."""
-    wanted, got = _norm(uniform(mask), gram), _norm(weights, gram)
+def _to_norm_of_mean(weights: Tensor, gram: Tensor, mean: Tensor) -> Tensor:
+    """Returns the weights times the norm of the mean row, which the weights `mean` give, over the combined row's."""
+    wanted, got = _norm(mean, gram), _norm(weights, gram)
     parts = (weights.abs() * gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()).sum(-1, keepdim=True)
     cancelled = got <= CANCELLED * parts
     return weights * torch.where(cancelled, 1.0, wanted / torch.where(cancelled, 1.0, got))

@@ -26,9 +26,11 @@ class Aggregator(ABC):
     Attributes:
         cheap: whether to solve one block takes no more than about a millisecond. Such a rule resolves buckets one by
             one as they arrive (streaming); for any other, all blocks of a window are solved in one call at its end.
+        uses_losses: whether its weights follow from the languages' losses, of which `with_losses` tells it.
     """
 
     cheap: ClassVar[bool] = False
+    uses_losses: ClassVar[bool] = False
 
     def at(self, languages: Sequence[str], present: Sequence[int], blocks: Sequence[int]) -> Aggregator:
         """Returns the rule for one call of `weights`; most rules are the same wherever they are used.
@@ -40,6 +42,15 @@ class Aggregator(ABC):
 
         Raises:
             ConfigError: options that do not go with these languages.
+        """
+        return self
+
+    def with_losses(self, losses: Tensor, preference: Tensor) -> Aggregator:
+        """Returns the rule for one call of `weights`, where it `uses_losses`.
+
+        Args:
+            losses: `[B, K]` float64, finite: the mean loss per target token of each language in the window.
+            preference: `[B, K]` float64: what the rows of the Gram have been multiplied by for `preference`.
         """
         return self
 

@@ -11,6 +11,7 @@ from bucketmoo_ds import ops
 from bucketmoo_ds.aggregate._scaling import positive_semidefinite, unit_rows
 from bucketmoo_ds.aggregate.base import Aggregator, check_number, register
 from bucketmoo_ds.aggregate.mean import uniform
+from bucketmoo_ds.errors import ConfigError
 
 # A mean row shorter than this times the longest row is 0: the ball has no inside and d is 0 whatever the weights.
 ZERO_MEAN = 1e-12
@@ -32,7 +33,15 @@ class CAGrad(Aggregator):
     `<g_w, g_0> + c ||g_0|| ||g_w||`. As in TorchJD, d is not divided by 1 + c^2, and where g_w is 0 (the block is
     Pareto stationary: no d improves all) the weights are 0 and the block stands still.
 
+    `clip_to_preference` is RACO's CAGrad-Clip (Chen, Li, Chen & Lin, Reward-free Alignment for Conflicting Objectives,
+    ICML 2026): with p the weights of g_w in the hull and u those of the mean row, g_w becomes `sum min(p_i, u_i) g_i`,
+    and is brought to the same length `c ||g_0||`. So the language that is worst off corrects the step by no more than
+    its share. Where the clipped sum cancels, d is the mean row; a block that stands still without the clip still does.
+    With a `preference`, u is its share, g_0 the weighted mean, and the hull that of the rows times the preference (the
+    paper's is of the rows as they are: the same for equal ones). It gives up the best `min_i <g_i, d>` within the ball.
+
     Args:
+        clip_to_preference: whether g_w's weights are clipped to those of the mean row.
         c: radius of the ball relative to the mean row, from 0 (plain averaging) to below 1.
         norm_eps: g_w counts as 0 when its norm is below this times the sum of the norms of its parts w_i g_i, and in
             any case where rounding is all that is left of it (1e-8 of them).
@@ -40,10 +49,14 @@ class CAGrad(Aggregator):
 
     c: float = 0.5
     norm_eps: float = 1e-4
+    clip_to_preference: bool = False
 
     def __post_init__(self) -> None:
         check_number("cagrad", "c", self.c, 0.0, 1.0)
         check_number("cagrad", "norm_eps", self.norm_eps, 0.0, 1.0)
+        if not isinstance(self.clip_to_preference, bool):
+            value = self.clip_to_preference
+            raise ConfigError(f'aggregator "cagrad": clip_to_preference = {value!r}: expected true or false')
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
@@ -63,11 +76,19 @@ class CAGrad(Aggregator):
         hull = _Hull(gram, nonzero, to_mean / (self.c * mean_norm), float(self.c))
         w = _search(hull, (vanishing * shortest).log())
         length = hull.square(w).sqrt()
-        weights = mean + self.c * mean_norm / length * w
+        added = self.c * mean_norm / length * w
+        if self.clip_to_preference:
+            added = self._clipped(hull, torch.minimum(w, mean), norms) * mean_norm
+        weights = mean + added
         # A zero row is the better g_w, unless some language does worse than standing still in the whole ball.
         improves = _dot(w, to_mean) + self.c * mean_norm * length > 0.0
         stationary = (length <= vanishing * _dot(w, norms)) | ((mask & ~nonzero).any(-1, keepdim=True) & improves)
         return torch.where(moves, torch.where(stationary, 0.0, weights), mean)
+
+    def _clipped(self, hull: _Hull, w: Tensor, norms: Tensor) -> Tensor:
+        """Returns the weights brought to the length c, 0 where their sum cancels."""
+        length = hull.square(w).sqrt()
+        return torch.where(length > CANCELLED * _dot(w, norms), self.c / length * w, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

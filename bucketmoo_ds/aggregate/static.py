@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, register
-from bucketmoo_ds.errors import ConfigError, did_you_mean
+from bucketmoo_ds.config import by_language, positive_numbers
+from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.transfer import to_device
+
+SHARES = 'aggregator "static": shares'
 
 
 @register("static")
@@ -32,11 +34,7 @@ class Static(Aggregator):
     shares: Mapping[str, float] | Sequence[float]
 
     def __post_init__(self) -> None:
-        if isinstance(self.shares, str) or not isinstance(self.shares, Mapping | Sequence):
-            raise _error(self.shares, 'expected a number for each language, such as {"de": 2.0, "fr": 1.0}')
-        for share in self.shares.values() if isinstance(self.shares, Mapping) else self.shares:
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share < math.inf:
-                raise _error(share, "expected positive numbers; take a language that counts 0 out of the data")
+        positive_numbers(SHARES, self.shares)
 
     def at(self, languages: Sequence[str], present: Sequence[int], blocks: Sequence[int]) -> Static:
         """See `Aggregator.at`.
@@ -44,26 +42,13 @@ class Static(Aggregator):
         Raises:
             ConfigError: a language without a share, or a share of no language.
         """
-        shares = self.shares
-        if isinstance(shares, Mapping):
-            for name in shares:
-                if name not in languages:
-                    raise _error(name, f"no language of this run{did_you_mean(str(name), languages)}")
-            missing = [name for name in languages if name not in shares]
-            if missing:
-                raise _error(dict(shares), f"has no {', '.join(missing)}; name every language (1.0 is a share)")
-            return Static([shares[languages[index]] for index in present])
-        if len(shares) != len(languages):
-            raise _error(list(shares), f"{len(shares)} numbers for {len(languages)} languages")
+        shares = by_language(SHARES, self.shares, languages)
         return Static([shares[index] for index in present])
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""
         if isinstance(self.shares, Mapping) or len(self.shares) != mask.shape[-1]:
-            raise _error(self.shares, f"expected {mask.shape[-1]} numbers, one for each row")
+            raise ConfigError(f"{SHARES} = {self.shares!r}: expected {mask.shape[-1]} numbers, one for each row")
         shares = mask * to_device(list(self.shares), torch.float64, gram.device)
         return shares / shares.sum(-1, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
 
-
-def _error(found: object, expected: str) -> ConfigError:
-    return ConfigError(f'aggregator "static": shares: {found!r}: {expected}')

@@ -10,6 +10,9 @@ divided by a number that is alike in the whole window. That number is told, in t
     divides, and what it returns is multiplied by the number of ranks, as Trainer does it.
 
 A divisor is worth nothing without the number of target tokens, which nobody then divided by: both, or an error.
+
+Where the settings ask for the languages' losses, a micro-step also says what the sum over its target tokens is: from
+`tell_loss`, or from the loss that the model returned, if that is what backward went through.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import dataclasses
 import functools
 import math
 import struct
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.languages import LanguageTable
 from bucketmoo_ds.errors import LanguageError
+from bucketmoo_ds.plan.choices import needs_losses
 from bucketmoo_ds.transfer import ToHost
 
 T = TypeVar("T")
@@ -36,6 +40,11 @@ T = TypeVar("T")
 TOKENS_KEY = "target_tokens"
 DIVISOR_KEY = "loss_divisor"
 IGNORED_LABEL = -100
+
+_WAY_OUT = (
+    "tell it before backward, `session.tell_loss(loss)` (under DeepSpeed `engine.tell_loss(loss)`), as the mean loss "
+    "per target token; or let the model return what it is trained on, as `.loss`"
+)
 
 # Losses of transformers whose labels stand where they are predicted, by a model's `loss_type`.
 _LOSSES_IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
@@ -51,11 +60,13 @@ class Slot:
         language: index of its language.
         target_tokens: tokens that its loss is a mean over.
         scale: `s_b`, such that the sum of `s_b g_b` over the language's micro-batches is `N_l row_l`.
+        loss: the sum of its target tokens' losses, where the settings ask for it; a number on any device.
     """
 
     language: int
     target_tokens: int
     scale: float
+    loss: Tensor | None = dataclasses.field(default=None, compare=False)
 
     def to_numbers(self) -> list[int]:
         """Returns the slot as 64-bit numbers, to be sent to other ranks."""
@@ -129,10 +140,34 @@ class Passage:
     Args:
         found: what it said about itself, or the error that finding out gave.
         aside: whether a backward has gone through it without bringing the parameters a gradient.
+        loss: the loss that the model returned, once a backward has gone through it.
     """
 
     found: MicroBatch | LanguageError
     aside: bool = False
+    loss: Tensor | None = None
+
+    @property
+    def batch(self) -> MicroBatch:
+        """What it said about itself.
+
+        Raises:
+            LanguageError: finding out gave an error.
+        """
+        if isinstance(self.found, LanguageError):
+            raise self.found
+        return self.found
+
+    def watch(self, output: Any) -> None:
+        """Keeps the loss in what the model returned, once a backward goes through it."""
+        loss = _loss_in(output)
+        if loss is not None and loss.requires_grad:
+            kept = loss.detach()
+
+            def keep(gradient: Tensor) -> None:
+                self.loss = kept
+
+            loss.register_hook(torch.compiler.disable(keep))
 
 
 class LanguageTracker:
@@ -149,11 +184,13 @@ class LanguageTracker:
         self._table = LanguageTable(config.languages)
         self._key = config.language_key
         self._shifted = shifts_labels(model) if config.shift_labels is None else config.shift_labels
+        self._needs_losses = needs_losses(config)
         self._default = Entries()
         self.forget()
 
     def forget(self) -> None:
         """Forgets the forward passes that no backward has used."""
+        self._told_loss: Tensor | None = None
         self._pending: list[Passage] = []
         self._latest_in_evaluation: list[Passage] = []
 
@@ -179,10 +216,22 @@ class LanguageTracker:
         stripped = tuple(entries.take(arg, self._key) if isinstance(arg, MutableMapping) else arg for arg in args)
         return stripped, kwargs, entries
 
-    def note(self, entries: Entries, training: bool) -> Passage:
+    def tell_loss(self, loss: Tensor | float) -> None:
+        """Is told the mean loss per target token of the micro-step whose backward comes next.
+
+        Raises:
+            LanguageError: it is no number.
+        """
+        told = loss.detach() if isinstance(loss, Tensor) else torch.tensor(_number("loss", loss), dtype=torch.float64)
+        if told.numel() != 1:
+            raise LanguageError(f"tell_loss: a tensor of shape {list(told.shape)}; expected one number")
+        self._told_loss = told.reshape(())
+
+    def note(self, entries: Entries, training: bool, output: Any = None) -> Passage:
         """Remembers a forward pass that a backward may follow, and returns it.
 
         Args:
+            output: what the model has returned.
             training: whether the model is in training mode. A backward belongs to the forward passes in that mode; a
                 model that is trained in evaluation mode, without dropout, has none, and then it belongs to the latest.
         """
@@ -190,7 +239,10 @@ class LanguageTracker:
             found: MicroBatch | LanguageError = self._micro_batch(entries)
         except LanguageError as error:
             found = error
-        return self.remember(found, training)
+        passage = self.remember(found, training)
+        if self._needs_losses:
+            passage.watch(output)
+        return passage
 
     def remember(self, found: MicroBatch | LanguageError, training: bool) -> Passage:
         """Remembers what a forward pass said about itself; see `note`."""
@@ -216,16 +268,19 @@ class LanguageTracker:
         The scale makes the sum of `scale * gradient` over a language's micro-batches the gradient of the sum of its
         token losses, see docs/theory.md, section 2.
         """
+        told = self._told_loss
         try:
-            batches = self._take()
+            passages = self._take()
+            batches = [each.batch for each in passages]
             language = self._language(batches)
             tokens, divisor = self._normalisation(batches, world_size)
-            return Slot(language, tokens, float(micro_steps * tokens) if divisor is None else divisor)
+            loss = self._summed_loss(passages, tokens, divisor, told) if self._needs_losses and tokens else None
+            return Slot(language, tokens, float(micro_steps * tokens) if divisor is None else divisor, loss)
         except LanguageError as error:
             return error
 
-    def _take(self) -> list[MicroBatch]:
-        """Returns what the forward passes since the last call said about themselves, and forgets them."""
+    def _take(self) -> list[Passage]:
+        """Returns the forward passes since the last call, and forgets them."""
         passages = self._pending or self._latest_in_evaluation
         self.forget()
         if not passages:
@@ -234,8 +289,35 @@ class LanguageTracker:
                 "forward pass, before the next one (add losses over one forward pass up for it), and call the "
                 "model that was registered (the engine), not a module inside of it"
             )
-        batches = [_checked(each.found) for each in passages if not each.aside]
-        return batches or [_checked(each.found) for each in passages]
+        return [each for each in passages if not each.aside] or passages
+
+    def _summed_loss(
+        self, passages: Sequence[Passage], tokens: int, divisor: float | None, told: Tensor | None
+    ) -> Tensor:
+        """Returns the sum of the losses of a micro-step's target tokens; nothing waits for the device."""
+        if told is not None:
+            return tokens * told.double()
+        batches = [each.batch for each in passages]
+        counts: list[float] = [_count(_read(each.target_tokens or 0)) for each in batches]
+        if sum(counts) != tokens:  # they do not say, and count as one each, or as a trainer's labels do
+            counts = [tokens / len(batches)] * len(batches)
+        total = torch.zeros((), dtype=torch.float64)
+        for passage, batch, count in zip(passages, batches, counts, strict=True):
+            if count == 0:
+                continue
+            if passage.loss is None:
+                raise LanguageError(
+                    f"a setting asks for the languages' losses, but backward went through no loss that the model "
+                    f"returned: {_WAY_OUT}"
+                )
+            if divisor is not None and batch.num_items is None:
+                raise LanguageError(
+                    f"a setting asks for the languages' losses, but of a sum divided by {divisor:g} nothing tells how "
+                    f"much of that the model did: {_WAY_OUT}"
+                )
+            items = count if divisor is None else _number("num_items_in_batch", _read(batch.num_items))
+            total = total.to(passage.loss.device) + items * passage.loss.double().reshape(())
+        return total
 
     def _language(self, batches: Sequence[MicroBatch]) -> int:
         names = sorted({self._table.names[batch.language] for batch in batches})
@@ -345,10 +427,13 @@ class Entries:
         return rest
 
 
-def _checked(found: MicroBatch | LanguageError) -> MicroBatch:
-    if isinstance(found, LanguageError):
-        raise found
-    return found
+def _loss_in(output: Any) -> Tensor | None:
+    """Returns the loss in what a model has returned: its `loss`, its first entry, or the number that it is."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, Sequence) and output else getattr(output, "loss", None)
+    return output if isinstance(output, Tensor) and output.numel() == 1 else None
 
 
 def _told(value: object, number: Callable[[object], T]) -> T | ToHost | None:

@@ -68,7 +68,7 @@ class RowTracker(LanguageTracker):
     def mixed_slot(self, micro_steps: int, world_size: int) -> MixedSlot | LanguageError:
         """Returns the slot of the forward passes since the last call. See `LanguageTracker.slot`."""
         try:
-            batches = [each for each in self._take() if isinstance(each, MixedBatch)]
+            batches = [each for each in (passage.batch for passage in self._take()) if isinstance(each, MixedBatch)]
             for each in batches:
                 assert each.rows is not None
                 each.rows.check()

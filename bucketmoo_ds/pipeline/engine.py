@@ -43,7 +43,7 @@ from bucketmoo_ds.pipeline.resolver import Decided, Resolver
 from bucketmoo_ds.pipeline.store import RowStore
 from bucketmoo_ds.pipeline.window import Window, merged_by_node
 from bucketmoo_ds.plan.blocks import BlockPlan, Segments
-from bucketmoo_ds.plan.choices import choose_gram_every, choose_streaming
+from bucketmoo_ds.plan.choices import choose_gram_every, choose_streaming, named
 
 Sink = Callable[[int, Tensor], None]
 
@@ -181,6 +181,7 @@ class BucketMOO:
         }
         error, mine = (str(slot), Slot(-1, 0, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
+        self.resolver.add_loss(mine)
         slots = [Slot.from_numbers(numbers) for numbers in told]
         self._side.follow()
         checks.check_languages(self.window, slots, self.config.languages)
@@ -254,6 +255,7 @@ class BucketMOO:
             target_tokens=tuple(self.window.target_tokens),
             nonfinite=decided.nonfinite,
             fresh=self.resolver.fresh,
+            losses=decided.losses,
         )
         self.resolver.close_window(resolution)
         self.record.add(resolution)
@@ -327,7 +329,7 @@ class BucketMOO:
         return (
             f"bucket_moo: aggregator {config.aggregator}, granularity {config.granularity} "
             f"({len(self.plan.blocks)} blocks in {len(self.plan.buckets)} buckets), "
-            f"{len(config.languages)} languages ({', '.join(config.languages)}), "
+            f"{len(config.languages)} languages ({named(config)}), "
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
             f"{'streaming' if self.streaming else 'deferred'}, "
             f"{self._exchange_name}, "

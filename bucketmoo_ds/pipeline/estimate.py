@@ -66,6 +66,8 @@ class GramEstimate:
         self._backend = backend
         self._device = device
         self._blocks, self._count = num_blocks, len(config.languages)
+        preferred = config.preferred(range(self._count))
+        self._preference = None if preferred is None else to_device(preferred, torch.float64, device)
         shape = (self._blocks + 1, self._count, self._count)  # the last one holds what was counted
         self._kept, self._kept_noisy = self._zeros(*shape), self._zeros(*shape)
         self.memory = Memory(config, self.aggregator, num_blocks, device)
@@ -137,8 +139,8 @@ class GramEstimate:
         return positive_semidefinite((gram + gram.mT) / 2), known
 
     def weights(self, gram: Tensor, known: Tensor, present: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Returns `[B, K]` float64, the weights of the languages present; those without an estimate get their even
-        share, and the rule divides the rest among the others.
+        """Returns `[B, K]` float64, the weights of the languages present; those without an estimate get their share in
+        averaging, and the rule divides the rest among the others.
 
         Args:
             gram, known: as `gram` returns them, in the units of the rows.
@@ -158,13 +160,15 @@ class GramEstimate:
                 self.aggregator.at(self._config.languages, range(self._count), range(self._blocks)),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
+                preference=self._preference,
                 weight_smoothing=self._config.weight_smoothing,
                 state=state,
                 generator=generator,
             )
         self.memory.take(*everything, state)
-        even = takes_part.to(torch.float64) / len(present)
-        return torch.where(solved, weights * (solved.sum() / len(present)), even)
+        average = takes_part.to(torch.float64) if self._preference is None else takes_part * self._preference
+        average = average / average.sum()
+        return torch.where(solved, weights * torch.where(solved, average, 0.0).sum(), average)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the estimate as plain JSON values; alike on all ranks."""

@@ -30,6 +30,8 @@ class Resolution:
         nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
         fresh: whether the weights are the first that were solved with these Grams; else an earlier window's (see
             `gram_every`), and so are the Grams.
+        losses: the mean loss per target token of each of the K languages, where `normalize` or the rule asks for it and
+            the weights are fresh.
     """
 
     window: int
@@ -39,6 +41,7 @@ class Resolution:
     target_tokens: tuple[int, ...]
     nonfinite: tuple[tuple[str, str], ...]
     fresh: bool = True
+    losses: tuple[float, ...] | None = None
 
     @property
     def mask(self) -> Tensor:

@@ -7,6 +7,9 @@ While *streaming* every rank is told the Grams of some buckets by all ranks, and
 ranks its weights: two collectives a window, a W-th of the work, and weights that are alike on all ranks whatever their
 CPUs are.
 Grams are added up in the order of the ranks either way, so that both give the same bits.
+
+Where something asks for the languages' losses, their sums over a rank's target tokens travel with its Grams, as the
+diagonal of one more.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from torch import Tensor
 from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.pipeline.memory import Memory
 from bucketmoo_ds.pipeline.resolution import Resolution
 from bucketmoo_ds.pipeline.reuse import Reuse
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
-from bucketmoo_ds.plan.choices import choose_gram_every, create_aggregator
+from bucketmoo_ds.plan.choices import choose_gram_every, create_aggregator, needs_losses
 from bucketmoo_ds.transfer import ToHost, to_device
 
 
@@ -36,6 +40,7 @@ class Decided:
     gram: Tensor
     weights: Tensor
     nonfinite: tuple[tuple[str, str], ...]
+    losses: tuple[float, ...] | None = None
 
 
 class Resolver:
@@ -72,6 +77,7 @@ class Resolver:
         self._window = window
         self._backend = backend
         self._device = device
+        self._needs_losses = needs_losses(config)
         self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
         self.reuse = Reuse(config, choose_gram_every(config, automatic=1))
         cells = torch.tensor(plan.cell_block)
@@ -87,8 +93,16 @@ class Resolver:
         self._decided: list[tuple[Tensor, Tensor]] = []  # Grams and weights of these blocks
         self._partial: Tensor | None = None
         self._coefficients: Tensor | None = None
+        self._summed_losses = torch.zeros(len(self._config.languages), dtype=torch.float64, device=self._device)
+        self._losses: Tensor | None = None
         self.memory.forget()
         self.fresh = self.reuse.due
+
+    def add_loss(self, slot: Slot) -> None:
+        """Takes the loss of this rank's micro-step, where something asks for it."""
+        if self._needs_losses and slot.target_tokens > 0:
+            assert slot.loss is not None, "the tracker refuses a micro-step whose loss is unknown"
+            self._summed_losses[slot.language] += slot.loss.to(self._device, torch.float64, non_blocking=True)
 
     def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
         """Decides the weights of some blocks that have one cell each, on every rank.
@@ -103,7 +117,8 @@ class Resolver:
             `[C, K']` float64: what the stored rows of each cell are multiplied by.
         """
         blocks = [self._plan.cell_block[cell] for cell in cells]
-        gram, weights, state = self._solve(_summed(self._exchange.all_gather_grams(partial)), blocks, generator)
+        told = _summed(self._exchange.all_gather_grams(self._with_losses(partial)))
+        gram, weights, state = self._solve(told, blocks, generator)
         self.memory.take(blocks, self._window.present, state)
         self._blocks += blocks
         self._decided.append((gram, weights))
@@ -119,7 +134,7 @@ class Resolver:
         a_rank = -(-blocks // world_size)
         dealt = by_block.new_zeros(a_rank * world_size, count, count)
         dealt[:blocks] = by_block
-        parts = dealt.view(a_rank, world_size, count, count).transpose(0, 1).contiguous()
+        parts = self._with_losses(dealt.view(a_rank, world_size, count, count)).transpose(0, 1).contiguous()
         own = [min(block, blocks - 1) for block in range(self._exchange.rank, a_rank * world_size, world_size)]
         own_gram, own_weights, own_state = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
         told = [own_gram, own_weights, *own_state.values()]
@@ -137,6 +152,22 @@ class Resolver:
         if self._coefficients is None:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
+
+    def _with_losses(self, grams: Tensor) -> Tensor:
+        """Appends the losses of the K' present languages, as what is exchanged with Grams `[B, ..., K', K']`."""
+        if not self._needs_losses:
+            return grams
+        present = to_device(self._window.present, torch.int64, self._device)
+        losses = torch.diag_embed(self._summed_losses.index_select(0, present))
+        return torch.cat([grams, losses.expand(1, *grams.shape[1:])])
+
+    def _take_losses(self, summed: Tensor) -> Tensor:
+        """Takes what `_with_losses` has appended, summed over the ranks, off again; returns the Grams."""
+        if not self._needs_losses:
+            return summed
+        tokens = [self._window.target_tokens[language] for language in self._window.present]
+        self._losses = summed[-1].diagonal() / to_device(tokens, torch.float64, self._device)
+        return summed[:-1]
 
     def reused(self, languages: Sequence[int], scales: Sequence[float]) -> Tensor:
         """Returns `[C, P]` float64, what gradients of some languages, given in units of `scales` of their rows, are
@@ -172,21 +203,29 @@ class Resolver:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
         blocks, languages = len(self._plan.blocks), len(self._config.languages)
         present = torch.tensor(self._window.present)
-        on_device = torch.cat([torch.cat([gram, weights.unsqueeze(-1)], dim=-1) for gram, weights in self._decided])
-        both = ToHost(on_device).read()
+        on_device = [torch.cat([gram, weights.unsqueeze(-1)], dim=-1) for gram, weights in self._decided]
+        if self._losses is not None:
+            on_device.append(torch.nn.functional.pad(torch.diag_embed(self._losses), (0, 1)).unsqueeze(0))
+        both = ToHost(torch.cat(on_device)).read()
+        losses = None
+        if self._losses is not None:
+            found = dict(zip(self._window.present, both[-1].diagonal().tolist(), strict=True))
+            losses, both = tuple(found.get(language, 0.0) for language in range(languages)), both[:-1]
         order = torch.tensor(self._blocks)
         gram = torch.zeros(blocks, languages, languages, dtype=torch.float64)
         weights = torch.zeros(blocks, languages, dtype=torch.float64)
         gram[order[:, None, None], present[:, None], present] = both[..., :-1]
         weights[order[:, None], present] = both[..., -1]
-        return Decided(gram, weights, tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite()))))
+        nonfinite = tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite())))
+        return Decided(gram, weights, nonfinite, losses)
 
     def _solve(
         self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, Tensor, aggregate.State]:
         """Returns the Grams of the rows, their weights, and the new state of the blocks."""
+        preferred = self._config.preferred(self._window.present)
         state = self.memory.of(blocks, self._window.present)
-        gram = summed * torch.outer(self.coefficients, self.coefficients)
+        gram = self._take_losses(summed) * torch.outer(self.coefficients, self.coefficients)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
@@ -194,6 +233,8 @@ class Resolver:
                 self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
+                preference=None if preferred is None else to_device(preferred, torch.float64, self._device),
+                losses=self._losses,
                 weight_smoothing=self._config.weight_smoothing,
                 state=state,
                 generator=generator,

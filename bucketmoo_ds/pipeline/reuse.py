@@ -1,8 +1,8 @@
 """Weights that are used for several windows: solved in one, with its Grams, and taken over by `gram_every` - 1 more.
 
-Between, no Gram is taken or exchanged. What is known of a language is its weight in units of an equal share of those
-that took part when it was solved, so that it means the same beside others; one that comes in between gets its even
-share.
+Between, no Gram is taken or exchanged. What is known of a language is its weight in units of what averaging gives it
+(its `preference` counted) among those that took part when it was solved, so that it means the same beside others; one
+that comes in between is averaged.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Reuse:
 
     def __init__(self, config: BucketMOOConfig, every: int) -> None:
         self._languages = list(config.languages)
+        self._preference = torch.tensor(config.preference, dtype=torch.float64)
         self._every = every
         self._used = 0  # windows that have used them
         self._known: Tensor | None = None  # [B, K] bool, of what they were solved
@@ -39,7 +40,7 @@ class Reuse:
     def take(self, gram: Tensor, weights: Tensor, mask: Tensor) -> None:
         """Takes what a window has solved, `[B, K, K]` and `[B, K]`, and which languages took part, `[B, K]` bool."""
         if self._every > 1:
-            self._gram, self._shares, self._known = gram, weights * mask.sum(-1, keepdim=True), mask
+            self._gram, self._shares, self._known = gram, weights / self._even(mask), mask
             self._used = 1
 
     def use(self) -> None:
@@ -52,7 +53,11 @@ class Reuse:
         assert self._known is not None
         shares = torch.where(mask, torch.where(self._known, self._shares, 1.0), 0.0)
         gram = torch.where(mask.unsqueeze(1) & mask.unsqueeze(2), self._gram, 0.0)
-        return gram, shares / mask.sum(-1, keepdim=True).clamp(min=1)
+        return gram, shares * self._even(mask)
+
+    def _even(self, mask: Tensor) -> Tensor:
+        """Returns what averaging gives to each language of a block, by preference, `[B, K]`."""
+        return self._preference / (mask * self._preference).sum(-1, keepdim=True).clamp(min=self._preference.min())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns them as plain JSON values, under the name "weights"; nothing where each window is solved."""

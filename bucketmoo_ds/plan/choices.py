@@ -26,9 +26,28 @@ def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
     try:
         rule = aggregate.create(config.aggregator, **config.aggregator_options)
         rule.at(config.languages, range(len(config.languages)), ())
-        return rule
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{SECTION}.aggregator_options: {error}") from error
+    if config.aggregator == "static" and config.preferred(()) is not None:
+        raise ConfigError(
+            f'{SECTION}.preference: means what the shares of the aggregator "static" do; give one of the two (with '
+            '"aggregator": "mean", preference is a weighted average too)'
+        )
+    return rule
+
+
+def needs_losses(config: BucketMOOConfig) -> bool:
+    """Returns whether a window has to know each language's loss."""
+    return config.normalize in ("loss", "loss_l2") or aggregate.find(config.aggregator).uses_losses
+
+
+def named(config: BucketMOOConfig) -> str:
+    """Returns the languages as the log names them, with their preference where there is one."""
+    preferred = config.preferred(range(len(config.languages)))
+    if preferred is None:
+        return ", ".join(config.languages)
+    each = zip(config.languages, preferred, strict=True)
+    return ", ".join(f"{name} x {number:g}" for name, number in each)
 
 
 def choose_gram_every(config: BucketMOOConfig, automatic: int) -> int:

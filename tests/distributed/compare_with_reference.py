@@ -75,6 +75,7 @@ class Case:
     weighting: str = "language"
     normalize: str = "none"
     rescale: str = "none"
+    preferred: bool = False
     ragged: bool = True
     empty: bool = False
     tied: bool = False
@@ -117,6 +118,7 @@ class Case:
                 "weighting": self.weighting,
                 "normalize": self.normalize,
                 "rescale": self.rescale,
+                "preference": [1.0 + self.preferred * (index % 3) for index in range(self.languages)],
                 "seed": self.seed,
                 "mode": mode,
                 **self.moo,
@@ -262,13 +264,14 @@ def own_gradient(
     """The gradient that DeepSpeed is handed for this micro-batch, before anything is reduced, without the loss scale,
     a power of two."""
     twin.zero_grad()
-    (twin(**batch) * scale / micro_steps).backward()
+    loss = twin(**batch)
+    (loss * scale / micro_steps).backward()
     gradient = {
         plain_name(name): (torch.zeros_like(p) if p.grad is None else p.grad.clone()).double() / scale
         for name, p in twin.named_parameters()
         if p.requires_grad
     }
-    return reference.MicroGradient(language, toy.tokens_of(batch), gradient)
+    return reference.MicroGradient(language, toy.tokens_of(batch), gradient, float(loss.detach()))
 
 
 def compare_window(
@@ -305,6 +308,7 @@ def compare_window(
         weighting=case.weighting,
         normalize=case.normalize,
         rescale=case.rescale,
+        preference=engine.moo.config.preferred(range(case.languages)),
         seed=random_order_seed(case.seed, window),
     )
     errors = {"gradient": 0.0, "relative": 0.0, "weights": 0.0, "norm": 0.0}

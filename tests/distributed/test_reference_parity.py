@@ -53,8 +53,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "aggregator": ("mgda", "mean", "pcgrad", "cagrad", "upgrad"),
     "granularity": ("bucket", "parameter", "layer", "model"),
     "weighting": ("language", "token"),
-    "normalize": ("none", "unit"),
+    "normalize": ("none", "l2", "loss", "loss_l2"),
     "rescale": ("none", "mean"),
+    "preferred": (False, True),
     # The toy model's largest parameter has 403 elements, all of it about 3,100: every parameter alone, several buckets
     # (parameters of several layers in each), one bucket.
     "bucket_size": (1, 700, 1500, 10**9),
@@ -89,6 +90,7 @@ FEWER: Case = {
     "world_size": (2, 3),
     "aggregator": few(FACTORS["aggregator"], 4, "aggregator"),
     "granularity": few(FACTORS["granularity"], 3, "granularity"),
+    "normalize": ("none", *few(("l2", "loss", "loss_l2"), 1, "normalize")),
     "bucket_size": few(FACTORS["bucket_size"], 3, "bucket_size"),
 }
 

@@ -63,7 +63,8 @@ def table(slots: Sequence[Sequence[tuple[int, int]]], seed: int, dtype: torch.dt
         gradient = {name: ((pulls[language][name] + noise[name]) / len(slots)).to(dtype) for name in noise}
         if tokens == 0:  # the mean of no loss at all
             gradient = {name: torch.full_like(one, math.nan) for name, one in gradient.items()}
-        return Micro(language, tokens, gradient)
+        loss = math.nan if tokens == 0 else 0.5 + language + float(torch.rand((), generator=generator))
+        return Micro(language, tokens, gradient, loss)
 
     return [[micro(language, tokens) for language, tokens in row] for row in slots]
 
@@ -122,7 +123,8 @@ def drive(
 
 
 def slot_of(micro: Micro, micro_steps: int) -> Slot:
-    return Slot(micro.language, micro.target_tokens, float(micro_steps * micro.target_tokens))
+    summed = torch.tensor(micro.target_tokens * micro.loss)
+    return Slot(micro.language, micro.target_tokens, float(micro_steps * micro.target_tokens), summed)
 
 
 def flat_of(micro: Micro, blocks: BlockPlan, bucket: int, exchange: Exchange) -> Tensor:
@@ -172,6 +174,7 @@ def assert_equals_reference(outcomes: Sequence[Outcome], windows: Sequence[Table
             weighting=settings.weighting,
             normalize=settings.normalize,
             rescale=settings.rescale,
+            preference=settings.preferred(range(len(settings.languages))),
             seed=moo.record.generator().initial_seed(),
         )
         found = combined(outcomes, number)
@@ -215,8 +218,8 @@ def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]
     return once_a_window, windows
 
 
-@pytest.mark.parametrize("aggregator", AGGREGATORS)
-@settings(deadline=None, max_examples=examples(8))
+@pytest.mark.parametrize("aggregator", [*AGGREGATORS, "stch"])
+@settings(deadline=None, max_examples=examples(7))
 @given(
     scenario=scenarios(),
     seed=st.integers(0, 2**32),
@@ -224,10 +227,11 @@ def scenarios(draw: st.DrawFn) -> tuple[bool, list[list[list[tuple[int, int]]]]]
     weighting=st.sampled_from(CHOICES["weighting"]),
     normalize=st.sampled_from(CHOICES["normalize"]),
     rescale=st.sampled_from(CHOICES["rescale"]),
+    preference=st.sampled_from([(), (1.0, 2.0, 0.5, 4.0)]),
     overlap=st.booleans(),
 )
 def test_equals_the_reference(
-    aggregator: str, scenario: tuple, seed: int, granularity: str, overlap: bool, **options: str
+    aggregator: str, scenario: tuple, seed: int, granularity: str, overlap: bool, **options: Any
 ) -> None:
     once_a_window, slots = scenario
     windows = [table(one, seed + number) for number, one in enumerate(slots)]
@@ -240,8 +244,8 @@ def test_equals_the_reference(
             assert torch.equal(mine.gram, first.gram)
 
 
-@pytest.mark.parametrize("aggregator", [*AGGREGATORS, "random", "static"])
-@settings(deadline=None, max_examples=examples(5))
+@pytest.mark.parametrize("aggregator", [*AGGREGATORS, "random", "static", "stch"])
+@settings(deadline=None, max_examples=examples(4))
 @given(
     slots=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 90)), min_size=1, max_size=4).filter(
         lambda found: any(tokens > 0 for _, tokens in found)

@@ -7,6 +7,7 @@ Ranks all send what this one sends, so that any number of them fits into one pro
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 from typing import Any
 
@@ -30,6 +31,7 @@ from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 install()
 
 NUMEL, LANGUAGES = 96, 4
+PREFERENCE = tuple(1.0 + language for language in range(LANGUAGES))
 AGGREGATORS = tuple(name for name in names() if name not in ("anchor", "static"))
 
 
@@ -81,7 +83,8 @@ def run_window(moo: BucketMOO, micro_steps: int) -> None:
             torch.cat([mine[: -len(slot.to_numbers())], torch.tensor(slot.to_numbers())])
             if len(mine) > len(slot.to_numbers()) else mine for slot in told
         ]  # fmt: skip
-        moo.begin_micro_step(told[0], micro_step + 1 == micro_steps)
+        mine = dataclasses.replace(told[0], loss=OnDevice(torch.tensor(6.0)))
+        moo.begin_micro_step(mine, micro_step + 1 == micro_steps)
         for bucket in range(len(moo.plan.buckets)):
             flat = torch.randn(world_size * moo.exchange.shard_numel(NUMEL))
             moo.ingest(bucket, OnDevice(flat))
@@ -107,7 +110,8 @@ def test_the_host_waits_once_a_window(
 ) -> None:
     monkeypatch.setattr(engine, "TOGETHER", 3 * NUMEL)
     micro_steps = 1 if mode == "streaming" else 2
-    scaling = {"normalize": "unit", "rescale": "mean", "weight_smoothing": 0.5} if mode == "streaming" else {}
+    around = {"normalize": "loss_l2", "rescale": "mean", "preference": PREFERENCE, "weight_smoothing": 0.5}
+    scaling = around if mode == "streaming" else {}
     with FakeDevice() as device:
         moo = make(Echo(8), micro_steps, aggregator=aggregator, mode=mode, granularity=granularity, **scaling)
         run_window(moo, micro_steps)

@@ -98,6 +98,11 @@ class BucketMOOEngine(DeepSpeedEngine):
         """
         return self.language_tracker.language(language, target_tokens, loss_divisor)
 
+    def tell_loss(self, loss: torch.Tensor | float) -> None:
+        """Tells the mean loss per target token of the backward that comes, where `normalize` or the rule asks for
+        losses and the model does not return them."""
+        self.language_tracker.tell_loss(loss)
+
     def register_state(self, name: str, owner: checkpoint.Stateful) -> None:
         """Saves and restores something of the run, such as its sampler, with every checkpoint.
 
@@ -118,7 +123,7 @@ class BucketMOOEngine(DeepSpeedEngine):
         self.reduction.micro.check_not_interrupted()
         output = super().forward(*inputs, **kwargs)
         # The engine's own `training` never changes: `DeepSpeedEngine.eval` sets the module's.
-        passage = self.language_tracker.note(entries, self.module.training)
+        passage = self.language_tracker.note(entries, self.module.training, output)
         watch(output, lambda: self._reached(passage))
         return output
 

@@ -37,7 +37,7 @@ from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.plan.blocks import plan_blocks
-from bucketmoo_ds.plan.choices import choose_gram_every
+from bucketmoo_ds.plan.choices import choose_gram_every, named, needs_losses
 from bucketmoo_ds.transfer import ToHost, to_device
 
 EVERY = 8  # windows from one Gram to the next, unless `gram_every` says otherwise
@@ -239,7 +239,7 @@ class MixedSession(Stays):
         config = self.config
         return (
             f"bucket_moo: mixed, aggregator {config.aggregator}, granularity {config.granularity} "
-            f"({len(self.plan.blocks)} blocks), {self._count} languages ({', '.join(config.languages)}), world size "
+            f"({len(self.plan.blocks)} blocks), {self._count} languages ({named(config)}), world size "
             f"{self.exchange.world_size}, Grams every {self._every} windows, smoothing {config.smoothing:g}; the "
             f"first window averages. {self._covered.describe()}"
         )
@@ -451,6 +451,13 @@ def check_mode(config: BucketMOOConfig) -> None:
         raise ConfigError("bucket_moo.enabled = false: register changes the model; leave the call out")
     if config.mode not in ("auto", "mixed"):
         raise ConfigError(f'bucket_moo.mode = "{config.mode}": mixed.register resolves in mode "mixed"; leave it out')
+    if needs_losses(config):
+        setting = "normalize" if config.normalize in ("loss", "loss_l2") else "aggregator"
+        raise ConfigError(
+            f'bucket_moo.{setting} = "{getattr(config, setting)}": needs each language\'s loss of the window whose '
+            'weights it decides, and in mode "mixed" these are decided before; use placed micro-batches of one '
+            'language each, or "normalize": "l2"'
+        )
     plain = {field.name: field.default for field in dataclasses.fields(config)}
     for name in ("exchange", "ranks_per_node", "row_storage"):
         if getattr(config, name) != plain[name]:

@@ -6,6 +6,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bucketmoo_ds.aggregate import find, names
+
+# Those that have to be told nothing (shares, primary languages, losses); the others have tests of their own.
+RULES = tuple(name for name in names() if name not in ("anchor", "static") and not find(name).uses_losses)
 KINDS = ("random", "common direction", "badly scaled", "rank deficient", "duplicate rows", "nearly parallel")
 
 

@@ -25,6 +25,7 @@ READS = (
 )  # fmt: skip
 OPTIONS = {"anchor": {"primary": [0, 2]}}
 RULES = tuple(name for name in names() if name != "static")
+LOSSES = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 
 
 class Watch(TorchDispatchMode):
@@ -57,16 +58,19 @@ class Watch(TorchDispatchMode):
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str) -> None:
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
     mask = torch.empty(3, 4, dtype=torch.bool, device="meta")
+    told = torch.empty(4, dtype=torch.float64, device="meta")
     made = create(rule, **OPTIONS.get(rule, {}))
     start = first_state(made, 4, weight_smoothing=0.5)
     state = {name: torch.empty(3, *each.shape, dtype=each.dtype, device="meta") for name, each in start.items()}
     how = {"normalize": normalize, "rescale": rescale, "weight_smoothing": 0.5, "state": state}
     with Watch() as watch:
-        found = solve(gram, mask, made, generator=torch.Generator().manual_seed(0), **how)
+        found = solve(
+            gram, mask, made, preference=told, losses=told, generator=torch.Generator().manual_seed(0), **how
+        )
     assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 4), torch.float64)
     assert watch.waits == []
     # What is drawn is drawn on the host, so that all ranks draw alike; without_a_wait.py sees that nobody waits for it.
-    assert len(watch.copies) == (rule in ("anchor", "gradvac", "pcgrad", "random"))
+    assert len(watch.copies) == (rule in ("anchor", "gradvac", "pcgrad", "random", "stch"))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -75,7 +79,8 @@ def test_no_rule_asks_where_it_could(rule: str) -> None:
     rows = torch.randn(3, 4, 6, dtype=torch.float64)
     made = create(rule, **OPTIONS.get(rule, {}))
     with Watch() as watch:
-        solve(rows @ rows.mT, torch.ones(3, 4, dtype=torch.bool), made, generator=torch.Generator())
+        on = torch.ones(3, 4, dtype=torch.bool)
+        solve(rows @ rows.mT, on, made, losses=LOSSES, generator=torch.Generator())
     assert watch.waits == []
     assert watch.copies == []
 

@@ -30,18 +30,25 @@ OPTIONS = {
     "anchor": {"primary": "fr"},
     "fairgrad": {"alpha": 2.0},  # with 1 it is nash_mtl
 }
+LOSSES = torch.tensor([3.1, 2.2, 4.0, 2.9, 3.6], dtype=torch.float64)
 BLOCKS = 16
 # Rows that are dependent but for less than the accuracy of a Gram have no answer that survives another order of sums.
 PLAIN = tuple(kind for kind in KINDS if kind not in ("badly scaled", "nearly parallel"))
 
 
 def weights(
-    rule: str, rows: Tensor, present: Sequence[int] = range(len(LANGUAGES)), mask: Tensor | None = None
+    rule: str,
+    rows: Tensor,
+    present: Sequence[int] = range(len(LANGUAGES)),
+    mask: Tensor | None = None,
+    preference: Tensor | None = None,
 ) -> Tensor:
     """Returns `[B, K]` for rows `[B, K, S]` of the languages `present`."""
     made = create(rule, **OPTIONS.get(rule, {})).at(LANGUAGES, present, range(len(rows)))
     on = torch.ones(rows.shape[:2], dtype=torch.bool) if mask is None else mask
-    return solve(gram_of(rows), on, made, generator=torch.Generator().manual_seed(SEED))
+    losses = LOSSES[list(present)]
+    generator = torch.Generator().manual_seed(SEED)
+    return solve(gram_of(rows), on, made, losses=losses, preference=preference, generator=generator)
 
 
 def some(kinds: Sequence[str], generator: torch.Generator) -> list[Tensor]:
@@ -107,6 +114,24 @@ def stillness(rule: str, generator: torch.Generator) -> float:
     return 1.0 - float(((w.unsqueeze(-1) * rows).sum(-2).norm(dim=-1) / parts.clamp(min=1e-300)).min())
 
 
+def unheard(rule: str, generator: torch.Generator) -> float:
+    """How much of twice the preference a language's weight does not follow, at the most, where rows are orthogonal and
+    of one length: 0 where its share of the weights grows as with `mean`, 1 where it stays, above 1 where it shrinks."""
+    rows = torch.eye(len(LANGUAGES), dtype=torch.float64).expand(len(LANGUAGES), -1, -1)
+    plain, worst = weights(rule, rows), -torch.inf
+    for language in range(len(LANGUAGES)):
+        preference = torch.ones(len(LANGUAGES), dtype=torch.float64)
+        preference[language] = 2.0
+        before, after = (
+            (w / w.sum(-1, keepdim=True))[language, language]
+            for w in (plain, weights(rule, rows, preference=preference))
+        )
+        wanted = 2.0 * before / (1.0 + before)
+        if float(wanted - before) > 1e-9:  # else it has none of the weight, or all of it
+            worst = max(worst, 1.0 - float((after - before) / (wanted - before)))
+    return worst
+
+
 # A property, what measures that it is missed, what that is at the most where it holds, and at the least where not.
 PROPERTIES: dict[str, tuple[Callable[[str, torch.Generator], float], float, float]] = {
     # A direction is impartial up to the accuracy of Grams, 2e-6 for each of 5 rows.
@@ -117,6 +142,8 @@ PROPERTIES: dict[str, tuple[Callable[[str, torch.Generator], float], float, floa
     "any order of languages": (order, 1e-6, 1e-2),
     "masked = removed": (removal, 1e-6, 1e-2),
     # Of positive weights the parts leave cos 60 = 1/2.
+    # Of one number, up to rounding; or it is not heard at all.
+    "preference heard": (unheard, 0.9, 1.0 - 1e-6),
     "still only if stationary": (stillness, 1.0 - 1e-3, 1.0 - 1e-5),
 }
 
