@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("language", "token"),
     "normalize": ("none", "unit"),
     "rescale": ("none", "mean"),
+    "gram": ("plain", "cross"),
     "mode": ("auto", "streaming", "deferred", "mixed"),
     "exchange": ("auto", "flat", "two_stage"),
     "row_storage": ("float32", "bfloat16", "host"),
@@ -68,6 +69,9 @@ class BucketMOOConfig:
             their norms: a norm carries information, and the methods' guarantees are stated for the plain gradients.
         rescale: `mean` scales the combined gradient of a block to the norm of its mean row, so that a learning rate
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
+        gram: what stands on a Gram's diagonal. `plain`: the squared lengths of the rows, which noise makes longer.
+            `cross`: products of two halves of a language's micro-batches, which noise does not; twice the rows in
+            memory where they are kept. Mode `mixed` always has the latter.
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible. `mixed`:
             micro-batches mix languages, and weights come from Grams of earlier windows (`bucketmoo_ds.mixed`).
@@ -99,6 +103,7 @@ class BucketMOOConfig:
     weighting: str = "language"
     normalize: str = "none"
     rescale: str = "none"
+    gram: str = "plain"
     mode: str = "auto"
     gram_every: int = 8
     smoothing: float = 0.9

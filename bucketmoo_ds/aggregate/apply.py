@@ -30,6 +30,7 @@ def solve(
     *,
     normalize: str = "none",
     rescale: str = "none",
+    noisy: Tensor | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """Returns the weights of the languages in every block, all blocks at once.
@@ -48,6 +49,11 @@ def solve(
             combined row of the rows as they are. Rows of equal norm get the weights of `none`.
         rescale: `mean` scales the combined row to the norm of the block's mean row, unless it has cancelled to
             rounding.
+        noisy: `[B, K, K]` float64, the Gram of the rows as they are, where `gram` has been freed of their noise.
+            Lengths are measured by it: what `normalize` and `rescale` go by, and that the combined row is no longer
+            than the longest row, or than the rule makes it in units of that. A rule that balances lengths (a projection
+            adds the more of a row the shorter that is) could otherwise take a long step of the noise that it is not
+            shown. Convex combinations are never touched.
         generator: the only source of randomness, in the same state on every rank.
 
     Returns:
@@ -62,15 +68,19 @@ def solve(
             raise ConfigError(f'{option} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}')
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     gram = torch.where(pairs, gram, 0.0)
-    finite = gram.isfinite().flatten(1).all(-1)
+    as_it_is = gram if noisy is None else torch.where(pairs, noisy, 0.0)
+    finite = (gram.isfinite() & as_it_is.isfinite()).flatten(1).all(-1)
     hard = finite & (mask.sum(-1) > 1)
     # Every block is shown to the rule: to pick some out would be a question to the device, and a rule that draws random
     # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
     easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
     shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
-    result = _apply(shown, counted, aggregator, normalize, generator)
+    measured = shown if noisy is None else torch.where(hard[:, None, None], as_it_is, easy)
+    result = _apply(shown, measured, counted, aggregator, normalize, generator)
+    if noisy is not None:
+        result = _no_longer_than_meant(result, shown, measured)
     if rescale == "mean":
-        result = _to_norm_of_mean(result, shown, counted)
+        result = _to_norm_of_mean(result, measured, counted)
     return torch.where(hard.unsqueeze(-1), result, uniform(mask))
 
 
@@ -120,13 +130,16 @@ def weights(
     return result.reshape(mask.shape)
 
 
-def _apply(gram: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator) -> Tensor:
+def _apply(
+    gram: Tensor, measured: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator
+) -> Tensor:
     """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm."""
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
-    gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
+    gram = gram / scale
     if normalize == "none":
         return aggregator.weights(gram, mask, generator)
-    norms = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+    norms = (measured / scale).diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     nonzero = norms > ZERO_ROW
     divisor = torch.where(nonzero, norms, 1.0)
     shown = aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator)
@@ -143,6 +156,17 @@ def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Ten
         return torch.as_tensor(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}: expected a tensor, or nested lists of equal length") from error
+
+
+def _no_longer_than_meant(weights: Tensor, gram: Tensor, measured: Tensor) -> Tensor:
+    """Returns the weights, scaled down where the combined row is longer than the longest row, and longer in units of
+    that than by the Gram that the rule saw."""
+    seen, longest = (
+        each.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp(min=0.0).sqrt() for each in (gram, measured)
+    )
+    meant, got = _norm(weights, gram), _norm(weights, measured)
+    limit = longest * (meant / torch.where(seen > 0.0, seen, 1.0)).clamp(min=1.0)
+    return weights * torch.where(got > limit, limit / torch.where(got > 0.0, got, 1.0), 1.0)
 
 
 def _to_norm_of_mean(weights: Tensor, gram: Tensor, mask: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ def check_parts(window: Window, mode: str) -> None:
     """Raises `LanguageError` where streaming was asked for and a rank has several languages to exchange."""
     if mode == "streaming" and window.parts > 1:
         raise LanguageError(
-            f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, whose parts are '
-            'then exchanged one after the other; keep one language (LanguageBatchSampler(affinity="window")), or use '
+            f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, or from one half '
+            f'of it to the other ({SECTION}.gram = "cross"), whose parts are then exchanged one after the other; keep '
+            'one language (LanguageBatchSampler(affinity="window")), on several ranks where Grams are crossed, or use '
             '"auto"'
         )
 

@@ -30,7 +30,7 @@ from bucketmoo_ds.comm.agreement import Contributions, check_equal, digest, tell
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.comm.streams import SideStream
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.data.batch import Row, Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline import checks
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
@@ -66,10 +66,10 @@ class _Held(NamedTuple):
 class _Arriving(NamedTuple):
     """What the slices of a bucket are in a micro-step."""
 
-    fed: list[tuple[int, int, float]]  # language, place among the slices and scale of each that holds a gradient
+    fed: list[tuple[Row, int, float]]  # row, place among the slices and scale of each that holds a gradient
     targets: list[int]  # of each slice, its row among those present; -1 where it holds no gradient
     scales: list[float]  # of each slice, in units of its row
-    one_each: bool  # whether they are the rows: each language comes from one rank, in the units of its row
+    one_each: bool  # whether they are the rows: each comes from one rank, in the units of its row
 
 
 class BucketMOO:
@@ -124,7 +124,14 @@ class BucketMOO:
                 f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'
             )
         self.backend = ops.choose_backend(config.backend, device)
-        self.window = Window(len(config.languages), config.weighting, once_a_window, apart)
+        self.window = Window(
+            len(config.languages),
+            config.weighting,
+            once_a_window,
+            apart,
+            crossed=config.gram == "cross",
+            together=exchange.ranks_per_node if self._goes_by_node else 1,
+        )
         self._device = torch.device(device)
         self.resolver = Resolver(config, plan, exchange, self.window, self.backend, self._device)
         self.record = Record(config, plan, speaks=exchange.rank == 0)
@@ -241,6 +248,7 @@ class BucketMOO:
                 self._resolve_rows()
             decided = self.resolver.decided()
         self._side.join()
+        self.record.note_one_half(self.window.of_one_half)
         resolution = Resolution(
             window=self.windows,
             gram=decided.gram / gradient_scale**2,
@@ -315,10 +323,16 @@ class BucketMOO:
             f"({len(self.plan.blocks)} blocks in {len(self.plan.buckets)} buckets), "
             f"{len(config.languages)} languages ({', '.join(config.languages)}), "
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
-            f"{'streaming' if self.streaming else 'deferred'}, "
+            f"{'streaming' if self.streaming else 'deferred'}{self._crossed}, "
             f"{self._exchange_name}, "
             f"backend {self.backend}"
         )
+
+    @property
+    def _crossed(self) -> str:
+        if self.config.gram != "cross":
+            return ""
+        return ", Grams across halves" + (" (twice the rows in memory)" if not self.streaming else "")
 
     @property
     def _goes_by_node(self) -> bool:
@@ -374,12 +388,12 @@ class BucketMOO:
         """Adds what has come to the rows of the window, and takes their Grams if it was the last of it."""
         bucket, arriving = pending.bucket, pending.arriving
         if pending.last and self._store.is_float32_on_device:
-            receiving = {language for language, _, _ in arriving.fed}
-            claim = self._store.claim(bucket, self.window.present, receiving, slices[0])
+            receiving = {row for row, _, _ in arriving.fed}
+            claim = self._store.claim(bucket, self.window.rows, receiving, slices[0])
             self._grams[bucket] = self._accumulate_gram(bucket, *claim, slices, arriving)
             return
-        for language, place, scale in arriving.fed:
-            self._store.add(bucket, language, slices[place], scale)
+        for row, place, scale in arriving.fed:
+            self._store.add(bucket, row, slices[place], scale)
         if pending.last:
             self._grams[bucket] = self._gram(bucket, self._rows(bucket))
 
@@ -387,16 +401,16 @@ class BucketMOO:
         """Of the slots that exchange this part, by rank or by node."""
         window = self.window
         slots = self._by_node[part] or window.sources(part)
-        row_of = {language: row for row, language in enumerate(window.present)}
+        place_of = {row: place for place, row in enumerate(window.rows)}
         targets, scales, fed = [-1] * len(slots), [0.0] * len(slots), []
         for place, slot in enumerate(slots):
             if slot.target_tokens > 0:
-                targets[place] = row_of[slot.language]
-                scales[place] = slot.scale / window.reference_scale(slot.language)
-                fed.append((slot.language, place, scales[place]))
+                targets[place] = place_of[slot.row]
+                scales[place] = slot.scale / window.reference_scale(slot.row)
+                fed.append((slot.row, place, scales[place]))
         fed.sort()
         rows = [targets[place] for _, place, _ in fed]
-        one_each = rows == list(range(len(window.present))) and all(scale == 1.0 for _, _, scale in fed)
+        one_each = rows == list(range(len(window.rows))) and all(scale == 1.0 for _, _, scale in fed)
         return _Arriving(fed, targets, scales, one_each)
 
     def _stream(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
@@ -404,7 +418,7 @@ class BucketMOO:
             rows = [slices[place] for _, place, _ in arriving.fed]  # no copy
             gram = self._gram(bucket, rows)
         else:
-            rows = list(slices.new_empty((len(self.window.present), slices.shape[1]), dtype=torch.float32).unbind())
+            rows = list(slices.new_empty((len(self.window.rows), slices.shape[1]), dtype=torch.float32).unbind())
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), slices, arriving)
         self._held.append(_Held(bucket, rows, gram))
         if sum(self.plan.buckets[each.bucket].numel for each in self._held) >= TOGETHER:
@@ -431,13 +445,13 @@ class BucketMOO:
             self._combine(bucket, self._rows(bucket), of_bucket)
 
     def _rows(self, bucket: int) -> list[Tensor]:
-        """The stored rows of the present languages, on the device."""
-        return [row.to(self._device, non_blocking=True) for row in self._store.rows(bucket, self.window.present)]
+        """The stored rows of the window, on the device."""
+        return [row.to(self._device, non_blocking=True) for row in self._store.rows(bucket, self.window.rows)]
 
     def _accumulate_gram(
         self, bucket: int, rows: list[Tensor], fresh: list[bool], slices: Tensor, arriving: _Arriving
     ) -> Tensor:
-        """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
+        """Adds the last gradients of the window to its rows; returns the partial Grams."""
         segments = self._segments[bucket]
         return ops.accumulate_gram(
             rows,

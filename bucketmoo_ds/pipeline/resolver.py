@@ -20,6 +20,7 @@ from torch import Tensor
 from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.pipeline.halves import Folding, shown
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.choices import create_aggregator
@@ -77,24 +78,25 @@ class Resolver:
         self._decided: list[tuple[Tensor, Tensor]] = []  # Grams and weights of these blocks
         self._partial: Tensor | None = None
         self._coefficients: Tensor | None = None
+        self._folding: Folding | None = None
 
     def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
         """Decides the weights of some blocks that have one cell each, on every rank.
 
         Args:
-            partial: `[C, K', K']` float64, this rank's part of the Grams of the stored rows of the K' present
-                languages.
+            partial: `[C, R, R]` float64, this rank's part of the Grams of the stored rows: of the K' present languages,
+                or of their halves.
             cells: the numbers of the C cells.
             generator: see `aggregate.solve`.
 
         Returns:
-            `[C, K']` float64: what the stored rows of each cell are multiplied by.
+            `[C, R]` float64: what the stored rows of each cell are multiplied by.
         """
         blocks = [self._plan.cell_block[cell] for cell in cells]
         gram, weights = self._solve(_summed(self._exchange.all_gather_grams(partial)), blocks, generator)
         self._blocks += blocks
         self._decided.append((gram, weights))
-        return weights * self.coefficients
+        return self._of_rows(weights)
 
     def resolve_all(self, partial: Tensor, generator: torch.Generator) -> Tensor:
         """Decides the weights of all blocks, each on the rank that it belongs to; see `resolve_some`."""
@@ -110,15 +112,29 @@ class Resolver:
         own = range(self._exchange.rank, a_rank * world_size, world_size)
         own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
         both = torch.cat([own_gram, own_weights.unsqueeze(-1)], dim=-1)
-        everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, count, count + 1)[:blocks]
+        everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, *both.shape[1:])[:blocks]
         gram, weights = everyone[..., :-1], everyone[..., -1]
         self._blocks += range(blocks)
         self._decided.append((gram, weights))
-        return (weights * self.coefficients)[self._cell_block]
+        return self._of_rows(weights)[self._cell_block]
+
+    def _of_rows(self, weights: Tensor) -> Tensor:
+        """Returns what the stored rows are multiplied by, `[B, R]`: both halves of a language alike."""
+        folding = self.folding
+        each = weights if folding is None else weights.index_select(1, folding.language)
+        return each * self.coefficients
+
+    @property
+    def folding(self) -> Folding | None:
+        """How the Grams of halves become those of languages, where they are crossed."""
+        if self._folding is None and self._config.gram == "cross":
+            window = self._window
+            self._folding = Folding.of(window.rows, window.present, window.half_tokens, self._device)
+        return self._folding
 
     @property
     def coefficients(self) -> Tensor:
-        """`[K']` float64 on the device: see `Window.coefficients`."""
+        """`[R]` float64 on the device: see `Window.coefficients`."""
         if self._coefficients is None:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
@@ -137,7 +153,10 @@ class Resolver:
         return Decided(gram, weights, tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite()))))
 
     def _solve(self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        gram = summed * torch.outer(self.coefficients, self.coefficients)
+        gram, noisy, folding = summed * torch.outer(self.coefficients, self.coefficients), None, self.folding
+        if folding is not None:
+            crossed, noisy = folding.fold(gram)
+            gram = shown(crossed, noisy)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
@@ -145,6 +164,7 @@ class Resolver:
                 self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
+                noisy=noisy,
                 generator=generator,
             )
         return gram, weights
@@ -160,7 +180,9 @@ class Resolver:
         suspects = ~finite[list(self._plan.cell_block)]
         if self._partial is not None and self._plan.spans_buckets:  # each rank knows in part which bucket it is
             present = self._window.present
-            own = ~self._partial.diagonal(dim1=1, dim2=2).isfinite()
+            own = ~self._partial.diagonal(dim1=1, dim2=2).isfinite().cpu()
+            of = torch.tensor([language for language, _ in self._window.rows])
+            own = torch.stack([own[:, of == language].any(1) for language in present], 1)
             told = torch.tensor(self._exchange.gather_numbers(own.flatten().tolist())).any(0).view(-1, len(present))
             narrowed = suspects.clone()
             narrowed[:, present] &= told

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import toy
 import toy_models
 import worker
+from halves_by_rule import halves_by_rule
 from torch import Tensor
 
 import bucketmoo_ds
@@ -294,7 +295,7 @@ def compare_window(
     """
     everyone: list[Any] = [None] * worker.WORLD_SIZE
     dist.all_gather_object(everyone, micro_gradients)
-    micros = [micro for rank in everyone for micro in rank]
+    micros = with_halves(case, everyone)
     plan, last = engine.moo.plan, engine.moo.last
     blocks = blocks_of(plan)
     expected, weights = reference.resolve_window(
@@ -305,6 +306,7 @@ def compare_window(
         weighting=case.weighting,
         normalize=case.normalize,
         rescale=case.rescale,
+        gram=engine.moo.config.gram,
         seed=random_order_seed(case.seed, window),
     )
     errors = {"gradient": 0.0, "relative": 0.0, "weights": 0.0, "norm": 0.0}
@@ -326,6 +328,18 @@ def compare_window(
     if not case.cpu_adam:
         errors["update"] = update_error(case, engine, before=before, expected=expected, after=after, norm=norm)
     return errors
+
+
+def with_halves(case: Case, ranks: list[list[reference.MicroGradient]]) -> list[reference.MicroGradient]:
+    """The micro-batches of all ranks with their halves, which say nothing where Grams are plain."""
+    steps = list(zip(*ranks, strict=True))
+    slots = [[(micro.language, micro.target_tokens) for micro in step] for step in steps]
+    halves = halves_by_rule(slots, sticks=case.stage < 2, apart=True)
+    return [
+        dataclasses.replace(micro, half=half)
+        for step, of_step in zip(steps, halves, strict=True)
+        for micro, half in zip(step, of_step, strict=True)
+    ]
 
 
 def update_error(
