@@ -69,6 +69,8 @@ class BucketMOOConfig:
             their norms: a norm carries information, and the methods' guarantees are stated for the plain gradients.
         rescale: `mean` scales the combined gradient of a block to the norm of its mean row, so that a learning rate
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
+        weight_smoothing: the share in [0, 1) that the moving average of each language's weight in a block keeps when
+            new ones come (CR-MOGM). 0, the default, takes them as the rule gives them.
         gram: what stands on a Gram's diagonal. `plain`: the squared lengths of the rows, which noise makes longer.
             `cross`: products of two halves of a language's micro-batches, which noise does not; twice the rows in
             memory where they are kept. Mode `mixed` always has the latter.
@@ -103,6 +105,7 @@ class BucketMOOConfig:
     weighting: str = "language"
     normalize: str = "none"
     rescale: str = "none"
+    weight_smoothing: float = 0.0
     gram: str = "plain"
     mode: str = "auto"
     gram_every: int = 8
@@ -139,9 +142,8 @@ class BucketMOOConfig:
                 raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
         if isinstance(self.gram_every, bool) or not isinstance(self.gram_every, int) or self.gram_every < 1:
             raise ConfigError(f"{SECTION}.gram_every = {self.gram_every!r}: expected a whole number, 1 or more")
-        _expect("smoothing", self.smoothing, int | float, "a number")
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"{SECTION}.smoothing = {self.smoothing!r}: expected a number from 0 to below 1")
+        for name in ("smoothing", "weight_smoothing"):
+            _expect_share(name, getattr(self, name))
         if not self.language_key:
             raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
         for name, known in CHOICES.items():
@@ -227,6 +229,12 @@ def _languages(value: object) -> tuple[str, ...]:
 def _expect(name: str, value: object, kind: Any, expected: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{SECTION}.{name} = {value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _expect_share(name: str, value: object) -> None:
+    _expect(name, value, int | float, "a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a number from 0 to below 1")
 
 
 def _one_typo(word: str, target: str) -> bool:

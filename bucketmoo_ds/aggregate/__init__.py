@@ -10,10 +10,21 @@ class: every file of this folder is imported here, a class elsewhere only needs 
 import importlib
 import pkgutil
 
-from bucketmoo_ds.aggregate.apply import solve, weights
-from bucketmoo_ds.aggregate.base import Aggregator, create, find, names, register
+from bucketmoo_ds.aggregate.apply import first_state, solve, weights
+from bucketmoo_ds.aggregate.base import Aggregator, State, Stateful, create, find, names, register
 
-__all__ = ["Aggregator", "create", "find", "names", "register", "solve", "weights"]
+__all__ = [
+    "Aggregator",
+    "State",
+    "Stateful",
+    "create",
+    "find",
+    "first_state",
+    "names",
+    "register",
+    "solve",
+    "weights",
+]
 
 for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
     importlib.import_module(_module.name)  # each registers its aggregator

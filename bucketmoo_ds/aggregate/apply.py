@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate._scaling import ZERO_ROW
-from bucketmoo_ds.aggregate.base import Aggregator, create
+from bucketmoo_ds.aggregate.base import Aggregator, State, create
 from bucketmoo_ds.aggregate.mean import uniform
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.transfer import to_device
 
 NORMALIZE = ("none", "unit")
 RESCALE = ("none", "mean")
+WEIGHTS = "weights"  # the entry of a state that `weight_smoothing` keeps
 
 # `rescale="mean"` leaves a combined row alone whose norm is below this times the sum of the norms of its parts: what
 # is left after such a cancellation is rounding, and blowing it up to the norm of the mean would be a random step.
@@ -31,6 +33,8 @@ def solve(
     normalize: str = "none",
     rescale: str = "none",
     noisy: Tensor | None = None,
+    weight_smoothing: float = 0.0,
+    state: State | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """Returns the weights of the languages in every block, all blocks at once.
@@ -54,6 +58,9 @@ def solve(
             than the longest row, or than the rule makes it in units of that. A rule that balances lengths (a projection
             adds the more of a row the shorter that is) could otherwise take a long step of the noise that it is not
             shown. Convex combinations are never touched.
+        weight_smoothing: see `smoothed`.
+        state: what is kept of these blocks from window to window, as `first_state` with the blocks in front; its
+            entries are replaced by the new ones. Left out, it is that of a first window.
         generator: the only source of randomness, in the same state on every rank.
 
     Returns:
@@ -69,19 +76,54 @@ def solve(
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     gram = torch.where(pairs, gram, 0.0)
     as_it_is = gram if noisy is None else torch.where(pairs, noisy, 0.0)
-    finite = (gram.isfinite() & as_it_is.isfinite()).flatten(1).all(-1)
+    entries = gram if noisy is None else gram + as_it_is
+    finite = entries.isfinite().flatten(1).all(-1)
     hard = finite & (mask.sum(-1) > 1)
     # Every block is shown to the rule: to pick some out would be a question to the device, and a rule that draws random
     # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
     easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
     shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
     measured = shown if noisy is None else torch.where(hard[:, None, None], as_it_is, easy)
-    result = _apply(shown, measured, counted, aggregator, normalize, generator)
+    if state is None:
+        first = first_state(aggregator, mask.shape[-1], weight_smoothing)
+        state = {
+            name: to_device(each, torch.float64, gram.device).expand(len(gram), *each.shape)
+            for name, each in first.items()
+        }
+    own = {name: each for name, each in state.items() if name != WEIGHTS}
+    result, new = _apply(shown, measured, counted, aggregator, own, normalize, generator)
     if noisy is not None:
         result = _no_longer_than_meant(result, shown, measured)
+    if weight_smoothing:
+        result, new[WEIGHTS] = smoothed(result, counted, state[WEIGHTS], weight_smoothing)
+    for name, each in new.items():
+        state[name] = torch.where(_changing(hard, mask, each.ndim), each, state[name])
     if rescale == "mean":
         result = _to_norm_of_mean(result, measured, counted)
     return torch.where(hard.unsqueeze(-1), result, uniform(mask))
+
+
+def first_state(aggregator: Aggregator, languages: int, weight_smoothing: float) -> State:
+    """Returns what is kept of one block before its first window; see `Stateful.start`."""
+    smoothing = {WEIGHTS: torch.ones(languages, dtype=torch.float64)} if weight_smoothing else {}
+    return aggregator.start(languages) | smoothing
+
+
+def smoothed(weights: Tensor, mask: Tensor, before: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Returns `share w_before + (1 - share) weights`, the moving average of weights (CR-MOGM: Zhou et al., On the
+    Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS 2022), and what is to be kept.
+
+    What is kept of a language is its weight times the number of languages that took part, which is 1 where averaging
+    would give as much: so it means the same beside others and fewer of them. All start at averaging.
+
+    Args:
+        weights, mask: `[B, K]`.
+        before: `[B, K]`, what was kept.
+        share: a in [0, 1).
+    """
+    count = mask.sum(-1, keepdim=True)
+    kept = torch.where(mask, share * before + (1.0 - share) * weights * count, before)
+    return torch.where(mask, kept / count.clamp(min=1), 0.0), kept
 
 
 def weights(
@@ -131,21 +173,37 @@ def weights(
 
 
 def _apply(
-    gram: Tensor, measured: Tensor, mask: Tensor, aggregator: Aggregator, normalize: str, generator: torch.Generator
-) -> Tensor:
-    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm."""
+    gram: Tensor,
+    measured: Tensor,
+    mask: Tensor,
+    aggregator: Aggregator,
+    state: State,
+    normalize: str,
+    generator: torch.Generator,
+) -> tuple[Tensor, State]:
+    """Returns the rule's weights, in terms of the rows as they are also where it was shown rows of equal norm; and its
+    new state."""
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(gram.dtype).tiny)[:, None, None]
     gram = gram / scale
     if normalize == "none":
-        return aggregator.weights(gram, mask, generator)
+        return aggregator.step(gram, mask, state, generator)
     norms = (measured / scale).diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
     nonzero = norms > ZERO_ROW
     divisor = torch.where(nonzero, norms, 1.0)
-    shown = aggregator.weights(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, generator)
+    shown, new = aggregator.step(gram / divisor.unsqueeze(-1) / divisor.unsqueeze(-2), mask, state, generator)
     ascending = torch.where(nonzero, norms, torch.inf).sort(-1).values
     middle = (nonzero.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0)
+    return shown * torch.where(nonzero, ascending.gather(-1, middle) / divisor, 1.0), new
+
+
+def _changing(hard: Tensor, mask: Tensor, dimensions: int) -> Tensor:
+    """Returns which entries of a state change: of blocks that have a choice, those of languages that took part."""
+    result = hard.view(-1, *[1] * (dimensions - 1))
+    for place in range(1, dimensions):
+        sizes = [-1 if each == place else 1 for each in range(1, dimensions)]
+        result = result & mask.view(len(mask), *sizes)
+    return result
 
 
 def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Tensor:

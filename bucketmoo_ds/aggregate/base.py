@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.transfer import to_device
+
+# What a rule keeps of blocks from window to window, by name: `[B]`, `[B, K]` or `[B, K, K]` float64.
+State = dict[str, Tensor]
 
 
 class Aggregator(ABC):
@@ -58,6 +62,46 @@ class Aggregator(ABC):
         Returns:
             `[B, K]` float64, 0 where the mask is false. In the averaging convention: 1/K each is plain averaging.
         """
+
+
+    def start(self, languages: int) -> State:
+        """Returns what the rule keeps of a block before its first window: nothing, for most rules. See `Stateful`."""
+        return {}
+
+    def step(self, gram: Tensor, mask: Tensor, state: State, generator: torch.Generator) -> tuple[Tensor, State]:
+        """Returns `weights`, and the new state of these blocks. See `Stateful`."""
+        return self.weights(gram, mask, generator), {}
+
+
+class Stateful(Aggregator):
+    """A rule that keeps something of every block from one window to the next.
+
+    The state is alike on all ranks and goes into the checkpoint. It changes when a window ends whose rows are finite;
+    blocks without a choice (one language, a Gram that is not finite) keep theirs, and so do languages that the mask
+    leaves out or that are absent from the window, and pairs with one of them.
+    """
+
+    @abstractmethod
+    def start(self, languages: int) -> State:
+        """Returns the state of one block before its first window: a tensor by name, each of whose dimensions counts
+        languages: `[]`, `[K]` or `[K, K]` float64, finite."""
+
+    @abstractmethod
+    def step(self, gram: Tensor, mask: Tensor, state: State, generator: torch.Generator) -> tuple[Tensor, State]:
+        """Returns the weights of every block, and the new state; it changes no tensor that it is given.
+
+        Args:
+            gram, mask, generator: see `weights`. Each window's Grams have a scale of their own.
+            state: as `start`, with the blocks in front: `[B]`, `[B, K]` or `[B, K, K]`, of the K languages of the Gram.
+        """
+
+    def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        """See `Aggregator.weights`: those of a first window."""
+        start = {
+            name: to_device(each, torch.float64, gram.device).expand(len(gram), *each.shape)
+            for name, each in self.start(gram.shape[-1]).items()
+        }
+        return self.step(gram, mask, start, generator)[0]
 
 
 AggregatorClass = TypeVar("AggregatorClass", bound=type[Aggregator])

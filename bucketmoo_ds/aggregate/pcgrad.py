@@ -33,7 +33,7 @@ class PCGrad(Aggregator):
         each = torch.arange(num_languages, device=gram.device)
         # projected[b, i] holds the weights, over the rows of block b, of what is left of row i.
         projected = torch.eye(num_languages, dtype=gram.dtype, device=gram.device).repeat(len(gram), 1, 1)
-        for others in _orders(num_languages, generator, gram.device).T:
+        for others in orders(num_languages, generator, gram.device).T:
             product = (projected * gram.index_select(1, others)).sum(-1)
             conflict = usable.index_select(1, others) & (product < 0.0) & (others != each)
             part = torch.where(conflict, product / divisor.index_select(1, others), 0.0)
@@ -42,7 +42,7 @@ class PCGrad(Aggregator):
         return (projected * mask.unsqueeze(-1)).sum(-2) / mask.sum(-1, keepdim=True)
 
 
-def _orders(num_languages: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def orders(num_languages: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Returns an order of all languages for each, `[K, K]` int64, drawn where the generator is."""
     draws = [
         torch.randperm(num_languages, generator=generator, device=generator.device) for _ in range(num_languages)

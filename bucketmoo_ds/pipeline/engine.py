@@ -33,6 +33,7 @@ from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.batch import Row, Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline import checks
+from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.pipeline.resolver import Resolver
 from bucketmoo_ds.pipeline.store import RowStore
@@ -247,6 +248,8 @@ class BucketMOO:
             if not self._streams:
                 self._resolve_rows()
             decided = self.resolver.decided()
+            if not decided.nonfinite:
+                self.resolver.memory.commit()
         self._side.join()
         self.record.note_one_half(self.window.of_one_half)
         resolution = Resolution(
@@ -308,12 +311,18 @@ class BucketMOO:
         return self._store.nbytes
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Record.state_dict`."""
-        return self.record.state_dict()
+        """Returns what a resumed run needs, as plain JSON values; alike on all ranks."""
+        return self.record.state_dict() | self.resolver.memory.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Record.load_state_dict`."""
+        """Continues where `state` was taken.
+
+        Raises:
+            ConfigError: see `Record.load_state_dict` and `Memory.load_state_dict`.
+        """
         self.record.load_state_dict(state)
+        if not self.resolver.memory.load_state_dict(state):
+            self.record.warn(NO_MEMORY.format(self.config.aggregator))
 
     def describe(self) -> str:
         """Returns the line that is logged at start-up."""

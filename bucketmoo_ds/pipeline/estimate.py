@@ -34,6 +34,7 @@ from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.aggregate.nearest import nearest_semidefinite
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.pipeline.memory import Memory
 from bucketmoo_ds.plan.choices import create_aggregator
 from bucketmoo_ds.transfer import to_device
 
@@ -50,6 +51,8 @@ class GramEstimate:
 
     Attributes:
         taken: how often the estimate has changed in this process.
+        memory: what the rule keeps. It changes when a Gram comes: however often weights are solved before the next one,
+            they follow from what was kept before it.
 
     Raises:
         ConfigError: an unknown aggregator or option.
@@ -66,6 +69,7 @@ class GramEstimate:
         self._blocks, self._count = num_blocks, len(config.languages)
         shape = (self._blocks + 1, self._count, self._count)  # the last one holds what was counted
         self._kept, self._kept_noisy = self._zeros(*shape), self._zeros(*shape)
+        self.memory = Memory(config, self.aggregator, num_blocks, device)
         self.taken = 0
         self.clear()
 
@@ -114,6 +118,7 @@ class GramEstimate:
             newest = torch.where(rests, kept[:-1] / torch.where(kept[-1] > 0, kept[-1], 1.0), mean)
             taken = torch.cat([newest, torch.ones_like(mean[:1])])
             kept.copy_(torch.where(new, (1.0 - share) * kept + share * taken, kept))
+        self.memory.commit()
         self.taken += 1
         self.clear()
 
@@ -145,6 +150,8 @@ class GramEstimate:
         takes_part = to_device(there, torch.bool, self._device)
         solved = takes_part & known
         mask = solved.expand(self._blocks, -1)
+        everything = range(self._blocks), range(self._count)
+        state = self.memory.of(*everything)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
@@ -152,21 +159,26 @@ class GramEstimate:
                 self.aggregator.at(self._config.languages, range(self._count), range(self._blocks)),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
+                weight_smoothing=self._config.weight_smoothing,
+                state=state,
                 generator=generator,
             )
+        self.memory.take(*everything, state)
         even = takes_part.to(torch.float64) / len(present)
         return torch.where(solved, weights * (solved.sum() / len(present)), even)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the estimate as plain JSON values; alike on all ranks."""
-        return {"grams": self._kept.tolist(), "noisy_grams": self._kept_noisy.tolist()}
+        grams = {"grams": self._kept.tolist(), "noisy_grams": self._kept_noisy.tolist()}
+        return grams | self.memory.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken."""
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Continues where `state` was taken; see `Memory.load_state_dict`."""
         for kept, name in ((self._kept, "grams"), (self._kept_noisy, "noisy_grams")):
             kept.copy_(torch.tensor(state[name], dtype=torch.float64))
         self.taken += 1
         self.clear()
+        return self.memory.load_state_dict(state)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self._device)

@@ -21,6 +21,7 @@ from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.pipeline.halves import Folding, shown
+from bucketmoo_ds.pipeline.memory import Memory
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.choices import create_aggregator
@@ -45,6 +46,9 @@ class Resolver:
         backend: of the ops that rules use.
         device: where Grams are.
 
+    Attributes:
+        memory: what the rule keeps; of a window's blocks it is told what is new as they are solved.
+
     Raises:
         ConfigError: an unknown aggregator or option.
     """
@@ -65,6 +69,7 @@ class Resolver:
         self._window = window
         self._backend = backend
         self._device = device
+        self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -79,6 +84,7 @@ class Resolver:
         self._partial: Tensor | None = None
         self._coefficients: Tensor | None = None
         self._folding: Folding | None = None
+        self.memory.forget()
 
     def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
         """Decides the weights of some blocks that have one cell each, on every rank.
@@ -93,7 +99,8 @@ class Resolver:
             `[C, R]` float64: what the stored rows of each cell are multiplied by.
         """
         blocks = [self._plan.cell_block[cell] for cell in cells]
-        gram, weights = self._solve(_summed(self._exchange.all_gather_grams(partial)), blocks, generator)
+        gram, weights, state = self._solve(_summed(self._exchange.all_gather_grams(partial)), blocks, generator)
+        self.memory.take(blocks, self._window.present, state)
         self._blocks += blocks
         self._decided.append((gram, weights))
         return self._of_rows(weights)
@@ -109,11 +116,13 @@ class Resolver:
         dealt = by_block.new_zeros(a_rank * world_size, count, count)
         dealt[:blocks] = by_block
         parts = dealt.view(a_rank, world_size, count, count).transpose(0, 1).contiguous()
-        own = range(self._exchange.rank, a_rank * world_size, world_size)
-        own_gram, own_weights = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
-        both = torch.cat([own_gram, own_weights.unsqueeze(-1)], dim=-1)
-        everyone = self._exchange.all_gather_grams(both).transpose(0, 1).reshape(-1, *both.shape[1:])[:blocks]
-        gram, weights = everyone[..., :-1], everyone[..., -1]
+        own = [min(block, blocks - 1) for block in range(self._exchange.rank, a_rank * world_size, world_size)]
+        own_gram, own_weights, own_state = self._solve(_summed(self._exchange.all_to_all_grams(parts)), own, generator)
+        told = [own_gram, own_weights, *own_state.values()]
+        packed = self._exchange.all_gather_grams(torch.cat([each.reshape(len(own), -1) for each in told], dim=1))
+        unpacked = packed.transpose(0, 1).flatten(0, 1)[:blocks].split([each[0].numel() for each in told], dim=1)
+        gram, weights, *state = (each.view(blocks, *mine.shape[1:]) for each, mine in zip(unpacked, told, strict=True))
+        self.memory.take(range(blocks), self._window.present, dict(zip(own_state, state, strict=True)))
         self._blocks += range(blocks)
         self._decided.append((gram, weights))
         return self._of_rows(weights)[self._cell_block]
@@ -152,7 +161,11 @@ class Resolver:
         weights[order[:, None], present] = both[..., -1]
         return Decided(gram, weights, tuple(dict.fromkeys(self._named(gram.diagonal(dim1=1, dim2=2).isfinite()))))
 
-    def _solve(self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, summed: Tensor, blocks: Sequence[int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, aggregate.State]:
+        """Returns the Grams of the rows, their weights, and the new state of the blocks."""
+        state = self.memory.of(blocks, self._window.present)
         gram, noisy, folding = summed * torch.outer(self.coefficients, self.coefficients), None, self.folding
         if folding is not None:
             crossed, noisy = folding.fold(gram)
@@ -165,9 +178,11 @@ class Resolver:
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 noisy=noisy,
+                weight_smoothing=self._config.weight_smoothing,
+                state=state,
                 generator=generator,
             )
-        return gram, weights
+        return gram, weights, state
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.

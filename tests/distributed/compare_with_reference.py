@@ -53,6 +53,7 @@ class Case:
         model: a key of `MODELS`.
         checkpoint: see `toy_models.with_checkpoints`.
         forwards: forward passes before a backward, whose loss is the mean over all their target tokens.
+        alike: whether all micro-batches of a language hold the same sequences, in all windows: no noise is in them.
         no_sync: whether all micro-steps but the last run as under `Accelerator.accumulate`.
         cpu_adam: DeepSpeed's own Adam for offload; updates are then not compared.
         zero: entries of the JSON's `zero_optimization`.
@@ -91,6 +92,7 @@ class Case:
     used_adapters: list[int] | None = None
     checkpoint: str = "none"
     forwards: int = 1
+    alike: bool = False
     no_sync: bool = False
     cpu_adam: bool = False
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -164,6 +166,8 @@ class Case:
 
     def batches(self, language: int, generator: torch.Generator, *, empty: bool) -> list[dict[str, Any]]:
         """What the forward passes of a micro-step are given."""
+        if self.alike:
+            generator = torch.Generator().manual_seed(self.seed + language)
         extra = {"adapter": self.used_adapters[worker.RANK]} if self.used_adapters else {}
         return [
             toy.micro_batch(language, generator, ragged=self.ragged, empty=empty) | extra for _ in range(self.forwards)

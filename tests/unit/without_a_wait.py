@@ -30,7 +30,7 @@ from bucketmoo_ds.plan.blocks import Parameter, plan_blocks
 install()
 
 NUMEL, LANGUAGES = 96, 4
-AGGREGATORS = tuple(name for name in names() if name != "static")
+AGGREGATORS = tuple(name for name in names() if name not in ("anchor", "static"))
 
 
 class Echo(Exchange):

@@ -33,6 +33,7 @@ from bucketmoo_ds.data.row_tracker import MixedBatch, MixedSlot, RowTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.pipeline.estimate import GramEstimate
+from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.plan.blocks import plan_blocks
@@ -214,7 +215,8 @@ class MixedSession(Stays):
                 "need the same languages in the same order"
             )
         self.record.load_state_dict(state)
-        self.estimate.load_state_dict(state)
+        if not self.estimate.load_state_dict(state):
+            self.record.warn(NO_MEMORY.format(self.config.aggregator))
         self.window.load_state_dict(state)
         self._frozen = list(state["frozen"])
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bucketmoo_ds.aggregate import Aggregator, create, names, solve
+from bucketmoo_ds.aggregate import Aggregator, create, first_state, names, solve
 from bucketmoo_ds.aggregate.apply import NORMALIZE, RESCALE
 
 READS = (
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "nonzero_static", "unique",
 )  # fmt: skip
+OPTIONS = {"anchor": {"primary": [0, 2]}}
 RULES = tuple(name for name in names() if name != "static")
 
 
@@ -56,22 +57,25 @@ class Watch(TorchDispatchMode):
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str) -> None:
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
     mask = torch.empty(3, 4, dtype=torch.bool, device="meta")
+    made = create(rule, **OPTIONS.get(rule, {}))
+    start = first_state(made, 4, weight_smoothing=0.5)
+    state = {name: torch.empty(3, *each.shape, dtype=each.dtype, device="meta") for name, each in start.items()}
+    how = {"normalize": normalize, "rescale": rescale, "weight_smoothing": 0.5, "state": state}
     with Watch() as watch:
-        found = solve(
-            gram, mask, create(rule), normalize=normalize, rescale=rescale, generator=torch.Generator().manual_seed(0)
-        )
+        found = solve(gram, mask, made, generator=torch.Generator().manual_seed(0), **how)
     assert (found.device.type, found.shape, found.dtype) == ("meta", (3, 4), torch.float64)
     assert watch.waits == []
     # What is drawn is drawn on the host, so that all ranks draw alike; without_a_wait.py sees that nobody waits for it.
-    assert len(watch.copies) == (rule in ("pcgrad", "random"))
+    assert len(watch.copies) == (rule in ("anchor", "gradvac", "pcgrad", "random"))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_rule_asks_where_it_could(rule: str) -> None:
     """The same with values, where a read would pass unseen: on the CPU, steps that depend on them included."""
     rows = torch.randn(3, 4, 6, dtype=torch.float64)
+    made = create(rule, **OPTIONS.get(rule, {}))
     with Watch() as watch:
-        solve(rows @ rows.mT, torch.ones(3, 4, dtype=torch.bool), create(rule), generator=torch.Generator())
+        solve(rows @ rows.mT, torch.ones(3, 4, dtype=torch.bool), made, generator=torch.Generator())
     assert watch.waits == []
     assert watch.copies == []
 

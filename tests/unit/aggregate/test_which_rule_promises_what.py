@@ -27,6 +27,7 @@ COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks/results/rules.json
 LANGUAGES = ("de", "fr", "ko", "sw", "ta")
 OPTIONS = {
     "static": {"shares": {name: 1.0 + place for place, name in enumerate(LANGUAGES)}},
+    "anchor": {"primary": "fr"},
     "fairgrad": {"alpha": 2.0},  # with 1 it is nash_mtl
 }
 BLOCKS = 16
