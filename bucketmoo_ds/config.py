@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # Settings for which "auto" is a value; it is an error for all others.
-AUTOMATIC = ("mode", "exchange", "backend", "shift_labels")
+AUTOMATIC = ("mode", "gram_every", "exchange", "backend", "shift_labels")
 
 
 def _names_checked(cls: type[T]) -> type[T]:
@@ -77,7 +77,8 @@ class BucketMOOConfig:
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible. `mixed`:
             micro-batches mix languages, and weights come from Grams of earlier windows (`bucketmoo_ds.mixed`).
-        gram_every: in mode `mixed`, the windows from one Gram to the next.
+        gram_every: the windows from one Gram to the next; between, the weights of the last are used, and languages that
+            had none get their even share. `auto`: 8 in mode `mixed`, and 1 elsewhere.
         smoothing: in mode `mixed`, the share in [0, 1) that the running mean of Grams keeps when a new one comes.
         exchange: how gradients travel. `flat`: every rank sends every other one its slice. `two_stage`: they are added
             up among the ranks of a node, which must train on one language in a micro-step, and what is left is
@@ -91,6 +92,9 @@ class BucketMOOConfig:
         language_key: the entry of a batch that names its language; it is taken off before the model sees the batch.
         shift_labels: whether the model predicts `labels[..., 1:]`, for counting targets. `None`, or `auto`, asks the
             model: encoder-decoders, masked language models and token classifiers do not, all others do.
+        schedule: how the sampling of languages moves: `{"adapt": "doge"}`, with `probe`, a language that steers it and
+            is not trained on, `rate` = 0.1, `clip` = 1.0 and `mix` = 0.05 (`bucketmoo_ds/data/mixture.py`). Empty, the
+            default, leaves shares as the sampler has them.
         seed: seeds everything random in a method (PCGrad's orders), alike on all ranks.
 
     Raises:
@@ -108,7 +112,7 @@ class BucketMOOConfig:
     weight_smoothing: float = 0.0
     gram: str = "plain"
     mode: str = "auto"
-    gram_every: int = 8
+    gram_every: int | str = "auto"
     smoothing: float = 0.9
     exchange: str = "auto"
     ranks_per_node: int = 0
@@ -116,6 +120,7 @@ class BucketMOOConfig:
     backend: str = "auto"
     language_key: str = "language"
     shift_labels: bool | None = None
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,10 +145,10 @@ class BucketMOOConfig:
             _expect(name, value, int, "a whole number")
             if isinstance(value, bool) or not 0 <= value < 2**63:
                 raise ConfigError(f"{SECTION}.{name} = {value!r}: expected a whole number from 0 to 2^63 - 1")
-        if isinstance(self.gram_every, bool) or not isinstance(self.gram_every, int) or self.gram_every < 1:
-            raise ConfigError(f"{SECTION}.gram_every = {self.gram_every!r}: expected a whole number, 1 or more")
+        _expect_windows("gram_every", self.gram_every)
         for name in ("smoothing", "weight_smoothing"):
             _expect_share(name, getattr(self, name))
+        object.__setattr__(self, "schedule", _schedule(self.schedule, self.languages, self.mode))
         if not self.language_key:
             raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
         for name, known in CHOICES.items():
@@ -152,6 +157,12 @@ class BucketMOOConfig:
                 raise ConfigError(
                     f'{SECTION}.{name} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}'
                 )
+
+    @property
+    def probe(self) -> int | None:
+        """The index of the language that steers the sampling and is not trained on, if there is one."""
+        name = self.schedule.get("probe")
+        return None if name is None else self.languages.index(name)
 
     @classmethod
     def from_section(cls, section: object) -> BucketMOOConfig | None:
@@ -226,9 +237,49 @@ def _languages(value: object) -> tuple[str, ...]:
     return names
 
 
+_ADAPT: dict[str, Any] = {"adapt": None, "probe": None, "rate": 0.1, "clip": 1.0, "mix": 0.05}
+
+
+def _schedule(value: object, languages: tuple[str, ...], mode: str) -> dict[str, Any]:
+    """Returns the settings of a mixture, whole, or nothing."""
+    _expect("schedule", value, Mapping, 'an object, such as {"adapt": "doge"}')
+    given = {str(name): each for name, each in dict(value).items()}  # type: ignore[call-overload]
+    for name in given:
+        if name not in _ADAPT:
+            hint = did_you_mean(name, list(_ADAPT))
+            raise ConfigError(f"{SECTION}.schedule.{name}: unknown setting{hint} (known: {', '.join(_ADAPT)})")
+    if not given:
+        return {}
+    whole = _ADAPT | given
+    if whole["adapt"] != "doge":
+        raise ConfigError(f'{SECTION}.schedule.adapt = {whole["adapt"]!r}: expected "doge"; or leave schedule out')
+    if whole["probe"] is not None and whole["probe"] not in languages:
+        hint = did_you_mean(str(whole["probe"]), languages)
+        raise ConfigError(f"{SECTION}.schedule.probe = {whole['probe']!r}: expected one of the languages{hint}")
+    if whole["probe"] is not None and len(languages) < 3:
+        raise ConfigError(f"{SECTION}.schedule.probe: {len(languages)} languages; expected two or more beside it")
+    for name, most in (("rate", float("inf")), ("clip", float("inf")), ("mix", 1.0)):
+        _expect(f"schedule.{name}", whole[name], int | float, "a number")
+        if isinstance(whole[name], bool) or not 0 < whole[name] <= most:
+            raise ConfigError(
+                f"{SECTION}.schedule.{name} = {whole[name]!r}: expected a number above 0" + ", at most 1" * (most == 1)
+            )
+    if mode == "mixed":
+        raise ConfigError(
+            f'{SECTION}.schedule.adapt: not in mode "mixed", whose batches are not of LanguageBatchSampler\'s making; '
+            "leave the mode or schedule out"
+        )
+    return whole
+
+
 def _expect(name: str, value: object, kind: Any, expected: str) -> None:
     if not isinstance(value, kind):
         raise ConfigError(f"{SECTION}.{name} = {value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _expect_windows(name: str, value: object) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f'{SECTION}.{name} = {value!r}: expected a whole number, 1 or more, or "auto"')
 
 
 def _expect_share(name: str, value: object) -> None:

@@ -9,6 +9,9 @@ one exchange a window and blocks within buckets both take the same Grams of the 
 bit; but where gradients travel in 16 bits and a language comes from one rank, streaming takes the Gram of the 16-bit
 row instead of a float32 copy, and a fast backend adds it up in another order.
 
+With `gram_every` = R, weights are solved in one of R windows. Where the others have one exchange, each bucket is added
+up with its weights as it arrives, whatever its blocks; else their rows are kept, but no Grams are taken.
+
 On an accelerator nothing waits for the device until `finish` reads what was decided.
 """
 
@@ -18,9 +21,10 @@ import collections
 import dataclasses
 import itertools
 import json
+import math
 import struct
-from collections.abc import Callable, Container, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Container, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,13 +39,21 @@ from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline import checks
 from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
-from bucketmoo_ds.pipeline.resolver import Resolver
+from bucketmoo_ds.pipeline.resolver import Decided, Resolver
 from bucketmoo_ds.pipeline.store import RowStore
 from bucketmoo_ds.pipeline.window import Window, merged_by_node
 from bucketmoo_ds.plan.blocks import BlockPlan, Segments
-from bucketmoo_ds.plan.choices import choose_streaming
+from bucketmoo_ds.plan.choices import choose_gram_every, choose_streaming
 
 Sink = Callable[[int, Tensor], None]
+
+
+class Steered(Protocol):
+    """How often languages are sampled; see `bucketmoo_ds.data.mixture`."""
+
+    def move(self, gram: Sequence[Sequence[float]], present: Sequence[int], noisy: Collection[int]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 # Elements. While streaming, buckets that have fewer together are resolved together: a collective of their Grams costs
 # about as much time as exchanging so many.
@@ -130,6 +142,7 @@ class BucketMOO:
             config.weighting,
             once_a_window,
             apart,
+            probe=config.probe,
             crossed=config.gram == "cross",
             together=exchange.ranks_per_node if self._goes_by_node else 1,
         )
@@ -147,6 +160,8 @@ class BucketMOO:
         settings = {**config.to_json(), "backend": self.backend, "once_a_window": once_a_window}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._streams = self.streaming
+        self._mixture: Steered | None = None
+        self._saved_mixture: dict[str, Any] | None = None
         self._start_window()
 
     def check_ranks(self) -> None:
@@ -160,6 +175,13 @@ class BucketMOO:
             struct.pack("<qq", self._fingerprint, self.micro_steps),
             "ranks disagree about the settings, the trained parameters or how they are wrapped: run one script on all",
         )
+
+    def steer(self, mixture: Steered) -> None:
+        """Moves a mixture with the Grams of every window from now on, and keeps it in the checkpoint."""
+        self._mixture = mixture
+        if self._saved_mixture is not None:
+            mixture.load_state_dict(self._saved_mixture)
+            self._saved_mixture = None
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
 
@@ -185,15 +207,16 @@ class BucketMOO:
         error, mine = (str(slot), Slot(-1, 0, 0.0)) if isinstance(slot, LanguageError) else ("", slot)
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
         slots = [Slot.from_numbers(numbers) for numbers in told]
+        checks.check_steers(self._mixture is not None, self.config)
         self._side.follow()
         checks.check_languages(self.window, slots, self.config.languages)
         if not self.in_window:
-            self._streams = self.streaming
+            self._streams = self.streaming if self.resolver.fresh else self._exchanges == 1
         self.window.add(slots)
         self._check_nodes()
         self._boundary = boundary
         if boundary:
-            checks.check_present(self.window)
+            checks.check_present(self.window, self.config)
             checks.check_parts(self.window, self.config.mode)
             self._streams = self._streams and self.window.parts == 1
         parts = range(self.window.parts)
@@ -242,16 +265,15 @@ class BucketMOO:
             BucketMOOError: a bucket was not resolved.
         """
         self.check_contributions()
-        self._check_complete(self._resolved if self._streams else self._grams)
+        self._check_complete(self._resolved if self._streams else self._complete)
         self._side.follow()
         with self._side.beside():
             if not self._streams:
                 self._resolve_rows()
-            decided = self.resolver.decided()
-            if not decided.nonfinite:
-                self.resolver.memory.commit()
+            decided = self.resolver.decided() if self.resolver.fresh else self._decided_before()
         self._side.join()
-        self.record.note_one_half(self.window.of_one_half)
+        if self.resolver.fresh:
+            self.record.note_one_half(self.window.of_one_half)
         resolution = Resolution(
             window=self.windows,
             gram=decided.gram / gradient_scale**2,
@@ -259,7 +281,10 @@ class BucketMOO:
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
             nonfinite=decided.nonfinite,
+            fresh=self.resolver.fresh,
         )
+        self._move(resolution)
+        self.resolver.close_window(decided)
         self.record.add(resolution)
         self._start_window()
         return resolution
@@ -282,8 +307,7 @@ class BucketMOO:
     @property
     def streaming(self) -> bool:
         """Whether a window that begins now is resolved as its buckets arrive."""
-        exchanges = 1 if self.window.once_a_window else self.micro_steps
-        return choose_streaming(self.config, self.plan, exchanges)
+        return choose_streaming(self.config, self.plan, self._exchanges)
 
     @property
     def in_window(self) -> bool:
@@ -312,17 +336,23 @@ class BucketMOO:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain JSON values; alike on all ranks."""
-        return self.record.state_dict() | self.resolver.memory.state_dict()
+        mixture = {} if self._mixture is None else {"mixture": self._mixture.state_dict()}
+        return self.record.state_dict() | self.resolver.memory.state_dict() | self.resolver.reuse.state_dict() | mixture
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
 
         Raises:
-            ConfigError: see `Record.load_state_dict` and `Memory.load_state_dict`.
+            ConfigError: see `Record.load_state_dict`, `Memory.load_state_dict` and `Reuse.load_state_dict`.
         """
         self.record.load_state_dict(state)
+        self.resolver.reuse.load_state_dict(state)
         if not self.resolver.memory.load_state_dict(state):
             self.record.warn(NO_MEMORY.format(self.config.aggregator))
+        self.resolver.start_window()
+        self._saved_mixture = state.get("mixture")
+        if self._mixture is not None and self._saved_mixture is not None:
+            self.steer(self._mixture)
 
     def describe(self) -> str:
         """Returns the line that is logged at start-up."""
@@ -334,7 +364,7 @@ class BucketMOO:
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
             f"{'streaming' if self.streaming else 'deferred'}{self._crossed}, "
             f"{self._exchange_name}, "
-            f"backend {self.backend}"
+            f"backend {self.backend}{self._gram_every}"
         )
 
     @property
@@ -342,6 +372,15 @@ class BucketMOO:
         if self.config.gram != "cross":
             return ""
         return ", Grams across halves" + (" (twice the rows in memory)" if not self.streaming else "")
+
+    @property
+    def _gram_every(self) -> str:
+        every = choose_gram_every(self.config, automatic=1)
+        return f", Grams every {every} windows" if every > 1 else ""
+
+    @property
+    def _exchanges(self) -> int:
+        return 1 if self.window.once_a_window else self.micro_steps
 
     @property
     def _goes_by_node(self) -> bool:
@@ -356,13 +395,26 @@ class BucketMOO:
             how = f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
         return f"exchange {how} {'once a window' if self.window.once_a_window else 'every micro-step'}"
 
+    def _move(self, resolution: Resolution) -> None:
+        """Moves the mixture by a window's rows, each language's mean per token."""
+        if self._mixture is None or not resolution.fresh or resolution.nonfinite:
+            return
+        units = torch.zeros(len(self.config.languages), dtype=torch.float64)
+        units[resolution.present,] = 1.0 / torch.tensor(self.window.units(), dtype=torch.float64)
+        gram = resolution.gram.sum(0) * units.outer(units)
+        noisy = self.window.of_one_half if self.config.gram == "cross" else resolution.present
+        self._mixture.move(gram.tolist(), resolution.present, noisy)
+
     # --- how it is done -----------------------------------------------------------------------------------------
 
     def _start_window(self) -> None:
         self._boundary = False
         self._pending: collections.deque[_Pending] = collections.deque()
         self._grams: dict[int, Tensor] = {}
+        self._complete: set[int] = set()
         self._resolved: set[int] = set()
+        self._largest: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None
         self._held: list[_Held] = []
         self.window.clear()
         self.resolver.start_window()
@@ -387,7 +439,9 @@ class BucketMOO:
         while len(self._pending) > depth:
             pending = self._pending.popleft()
             slices = pending.received.wait()
-            if self._streams:
+            if self._streams and not self.resolver.fresh:
+                self._add_up(pending.bucket, slices, pending.arriving)
+            elif self._streams:
                 self._stream(pending.bucket, slices, pending.arriving)
             else:
                 self._keep_rows(pending, slices)
@@ -396,14 +450,16 @@ class BucketMOO:
     def _keep_rows(self, pending: _Pending, slices: Tensor) -> None:
         """Adds what has come to the rows of the window, and takes their Grams if it was the last of it."""
         bucket, arriving = pending.bucket, pending.arriving
-        if pending.last and self._store.is_float32_on_device:
+        if pending.last:
+            self._complete.add(bucket)
+        if pending.last and self._store.is_float32_on_device and self.resolver.fresh:
             receiving = {row for row, _, _ in arriving.fed}
             claim = self._store.claim(bucket, self.window.rows, receiving, slices[0])
             self._grams[bucket] = self._accumulate_gram(bucket, *claim, slices, arriving)
             return
         for row, place, scale in arriving.fed:
             self._store.add(bucket, row, slices[place], scale)
-        if pending.last:
+        if pending.last and self.resolver.fresh:
             self._grams[bucket] = self._gram(bucket, self._rows(bucket))
 
     def _arriving(self, part: int) -> _Arriving:
@@ -447,11 +503,32 @@ class BucketMOO:
 
     def _resolve_rows(self) -> None:
         """Resolves the stored rows of all buckets at once."""
-        buckets = range(len(self.plan.buckets))
-        partial = torch.cat([self._grams[bucket] for bucket in buckets])
-        weights = self.resolver.resolve_all(partial, self.record.generator())
+        buckets, of = range(len(self.plan.buckets)), self.window.rows
+        if self.resolver.fresh:
+            partial = torch.cat([self._grams[bucket] for bucket in buckets])
+            weights = self.resolver.resolve_all(partial, self.record.generator())
+        else:
+            weights = self.resolver.reused(of, [1.0] * len(of))
         for bucket, of_bucket in zip(buckets, weights.split(list(map(len, self._cells))), strict=True):
-            self._combine(bucket, self._rows(bucket), of_bucket)
+            rows = self._rows(bucket)
+            if not self.resolver.fresh:
+                self._largest[bucket] = _largest(rows)
+            self._combine(bucket, rows, of_bucket)
+
+    def _add_up(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
+        """Adds up what has come with the weights of an earlier window."""
+        of, places, scales = zip(*arriving.fed, strict=True)
+        if self._weights is None:
+            self._weights = self.resolver.reused(of, scales)
+        rows = [slices[place] for place in places]
+        self._largest[bucket] = _largest(rows)
+        first = sum(map(len, self._cells[:bucket]))
+        self._combine(bucket, rows, self._weights[first : first + len(self._cells[bucket])])
+
+    def _decided_before(self) -> Decided:
+        streamed = [row for row, _, _ in self._of_part[0].fed]
+        largest = torch.stack([self._largest[bucket] for bucket in range(len(self.plan.buckets))])
+        return self.resolver.decided_before(largest, streamed if self._streams else self.window.rows)
 
     def _rows(self, bucket: int) -> list[Tensor]:
         """The stored rows of the window, on the device."""
@@ -504,3 +581,8 @@ class BucketMOO:
     def _shard_segments(self, bucket: int) -> Segments:
         numel = self.exchange.shard_numel(self.plan.buckets[bucket].numel)
         return self.plan.segments(bucket, self.exchange.rank * numel, (self.exchange.rank + 1) * numel)
+
+
+def _largest(rows: Sequence[Tensor]) -> Tensor:
+    """Returns `[K]`, the largest absolute value of each row; not finite where one of its elements is not."""
+    return torch.stack([torch.linalg.vector_norm(row, ord=math.inf) for row in rows])

@@ -30,6 +30,8 @@ class Resolution:
         present: the languages that took part.
         target_tokens: tokens that each of the K languages fed to the window.
         nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
+        fresh: whether the weights are the first that were solved with these Grams; else an earlier window's (see
+            `gram_every`), and so are the Grams.
     """
 
     window: int
@@ -38,6 +40,7 @@ class Resolution:
     present: tuple[int, ...]
     target_tokens: tuple[int, ...]
     nonfinite: tuple[tuple[str, str], ...]
+    fresh: bool = True
 
     @property
     def mask(self) -> Tensor:

@@ -20,11 +20,13 @@ from torch import Tensor
 from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.data.batch import Row
 from bucketmoo_ds.pipeline.halves import Folding, shown
 from bucketmoo_ds.pipeline.memory import Memory
+from bucketmoo_ds.pipeline.reuse import Reuse
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
-from bucketmoo_ds.plan.choices import create_aggregator
+from bucketmoo_ds.plan.choices import choose_gram_every, create_aggregator
 from bucketmoo_ds.transfer import ToHost, to_device
 
 
@@ -48,6 +50,8 @@ class Resolver:
 
     Attributes:
         memory: what the rule keeps; of a window's blocks it is told what is new as they are solved.
+        reuse: the weights of windows that solve nothing.
+        fresh: whether this window is solved.
 
     Raises:
         ConfigError: an unknown aggregator or option.
@@ -70,6 +74,7 @@ class Resolver:
         self._backend = backend
         self._device = device
         self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
+        self.reuse = Reuse(config, choose_gram_every(config, automatic=1))
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -85,6 +90,7 @@ class Resolver:
         self._coefficients: Tensor | None = None
         self._folding: Folding | None = None
         self.memory.forget()
+        self.fresh = self.reuse.due
 
     def resolve_some(self, partial: Tensor, cells: Sequence[int], generator: torch.Generator) -> Tensor:
         """Decides the weights of some blocks that have one cell each, on every rank.
@@ -148,6 +154,37 @@ class Resolver:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
 
+    def reused(self, rows: Sequence[Row], scales: Sequence[float]) -> Tensor:
+        """Returns `[C, P]` float64, what gradients of some rows, given in units of `scales` of them, are multiplied by
+        in each cell, where the weights are those of an earlier window."""
+        weights = self.reuse.decided(self._window.present)[1][list(self._plan.cell_block)]
+        factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
+        units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
+        of_rows = weights[:, [language for language, _ in rows]]
+        return to_device(of_rows * torch.tensor(units), torch.float64, self._device)
+
+    def decided_before(self, largest: Tensor, rows: Sequence[Row]) -> Decided:
+        """Returns what was decided in an earlier window. The host waits here, as `decided` does.
+
+        Args:
+            largest: `[buckets, P]`, the largest absolute value of each gradient, or row, of this rank's shards.
+            rows: whose.
+        """
+        told = ToHost(self._exchange.all_gather_grams(largest.double())).read()
+        named = [
+            (self._config.languages[rows[place][0]], self._plan.buckets[bucket].name)
+            for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
+        ]
+        return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
+
+    def close_window(self, decided: Decided) -> None:
+        """Keeps what was decided, unless its rows were not finite."""
+        if not self.fresh:
+            self.reuse.use()
+        elif not decided.nonfinite:
+            self.memory.commit()
+            self.reuse.take(decided.gram, decided.weights, self._window.present)
+
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
         blocks, languages = len(self._plan.blocks), len(self._config.languages)
@@ -170,10 +207,13 @@ class Resolver:
         if folding is not None:
             crossed, noisy = folding.fold(gram)
             gram = shown(crossed, noisy)
+        mask = torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device)
+        if self._config.probe in self._window.present:  # it steers the sampling, and is no objective
+            mask[:, self._window.present.index(self._config.probe)] = False
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
-                torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device),
+                mask,
                 self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,

@@ -27,6 +27,7 @@ class Window:
         once_a_window: whether gradients are exchanged once a window: each rank adds up its micro-steps until then.
         apart: whether it keeps the sums of its languages apart, and exchanges one after the other; else it must keep
             one language for the window.
+        probe: the language whose row is in the Gram only, if there is one.
         crossed: whether each language has two rows, of two halves of its micro-batches (`pipeline/halves.py`).
         together: ranks of a node, whose gradients are added up before they are rows, where they go by node.
 
@@ -47,6 +48,7 @@ class Window:
         once_a_window: bool,
         apart: bool = False,
         *,
+        probe: int | None = None,
         crossed: bool = False,
         together: int = 1,
     ) -> None:
@@ -56,6 +58,7 @@ class Window:
         self.apart = apart
         self._halves = Halves(num_languages, once_a_window, apart) if crossed else None
         self._together = together
+        self._probe = probe
         self.clear()
 
     def clear(self) -> None:
@@ -121,12 +124,21 @@ class Window:
 
     def coefficients(self) -> list[float]:
         """Returns, for each of `rows`, what the stored row has to be multiplied by (see the module)."""
-        total = sum(self.target_tokens)
-        share = {
-            "language": lambda language: 1.0 / self.target_tokens[language],
-            "token": lambda language: len(self.present) / total,
-        }[self.weighting]
-        return [self.reference_scale(row) * share(row[0]) for row in self.rows]
+        return [self.reference_scale(row) * self._share(row[0]) for row in self.rows]
+
+    @property
+    def trained(self) -> list[int]:
+        """The languages present that take part in the combined gradient."""
+        return [language for language in self.present if language != self._probe]
+
+    def units(self) -> list[float]:
+        """Returns, for each language present, the length of its row in units of its mean per token."""
+        return [self._share(language) * self.target_tokens[language] for language in self.present]
+
+    def _share(self, language: int) -> float:
+        if self.weighting == "language":
+            return 1.0 / self.target_tokens[language]
+        return len(self.trained) / sum(self.target_tokens[each] for each in self.trained)
 
     @property
     def half_tokens(self) -> list[list[int]]:

@@ -31,6 +31,11 @@ def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
         raise ConfigError(f"{SECTION}.aggregator_options: {error}") from error
 
 
+def choose_gram_every(config: BucketMOOConfig, automatic: int) -> int:
+    """Returns the windows from one Gram to the next; `automatic` is what `auto` comes to in this mode."""
+    return automatic if isinstance(config.gram_every, str) else config.gram_every
+
+
 def ranks_per_node(config: BucketMOOConfig, world_size: int) -> int:
     """Returns how many consecutive ranks of the data-parallel group share a node.
 

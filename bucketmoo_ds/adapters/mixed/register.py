@@ -31,8 +31,8 @@ def register(
     indices, or `[batch, sequence]` indices with -1 for none. Everything else of a training loop stays: the wrapper, the
     reduction, accumulation, clipping, the optimizer. What arrives in `.grad` is the combined gradient.
 
-    The weights come from earlier windows: every `config.gram_every` windows Grams are taken in backward, each rank of
-    its own tokens, and what crosses the wire is K x K numbers a block. The first window averages.
+    The weights come from earlier windows: every `gram_every` windows, 8 by default, Grams are taken in backward, each
+    rank of its own tokens, and what crosses the wire is K x K numbers a block. The first window averages.
 
     Args:
         model: plain, or wrapped in DDP or by `fully_shard`; FullyShardedDataParallel is put around it afterwards.

@@ -37,7 +37,10 @@ from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.plan.blocks import plan_blocks
+from bucketmoo_ds.plan.choices import choose_gram_every
 from bucketmoo_ds.transfer import ToHost, to_device
+
+EVERY = 8  # windows from one Gram to the next, unless `gram_every` says otherwise
 
 
 class MixedSession(Stays):
@@ -82,6 +85,7 @@ class MixedSession(Stays):
         self._place(device if device.type != "meta" else torch.device("cpu"))
         self.window = MixedWindow(self._count, config.weighting)
         settings = json.dumps(config.to_json(), sort_keys=True)
+        self._every = choose_gram_every(config, automatic=EVERY)
         self._fingerprint = digest((settings + self.plan.fingerprint()).encode())
         check_equal(
             exchange,
@@ -100,6 +104,7 @@ class MixedSession(Stays):
         self._decided: tuple[ToHost, ToHost] | None = None
         self._solved_for: tuple[Any, ...] = ()
         self._frozen: list[str] = []  # since register
+        self._fresh = False  # whether the last window has taken Grams
         self._renews = False  # whether this window takes Grams because other parameters are frozen than before
         self._unaccounted = True
         for found in covered.found:
@@ -219,6 +224,7 @@ class MixedSession(Stays):
             self.record.warn(NO_MEMORY.format(self.config.aggregator))
         self.window.load_state_dict(state)
         self._frozen = list(state["frozen"])
+        self._fresh = self.record.windows > 0 and (self.record.windows - 1) % self._every == 0
 
     def close(self) -> None:
         """Takes the hooks off again, and gives the modules their own forward."""
@@ -234,7 +240,7 @@ class MixedSession(Stays):
         return (
             f"bucket_moo: mixed, aggregator {config.aggregator}, granularity {config.granularity} "
             f"({len(self.plan.blocks)} blocks), {self._count} languages ({', '.join(config.languages)}), world size "
-            f"{self.exchange.world_size}, Grams every {config.gram_every} windows, smoothing {config.smoothing:g}; the "
+            f"{self.exchange.world_size}, Grams every {self._every} windows, smoothing {config.smoothing:g}; the "
             f"first window averages. {self._covered.describe()}"
         )
 
@@ -334,7 +340,7 @@ class MixedSession(Stays):
 
     @property
     def _takes_grams(self) -> bool:
-        return self._renews or self.record.windows % self.config.gram_every == 0
+        return self._renews or self.record.windows % self._every == 0
 
     def _note_frozen(self, frozen: list[str]) -> None:
         """A window begins with these parameters frozen. Where that has changed, blocks come back that have an old Gram
@@ -380,7 +386,7 @@ class MixedSession(Stays):
 
     def _generator(self) -> torch.Generator:
         """The rule's source of randomness: one for all windows between two Grams, also where a run is resumed there."""
-        return self.record.generator(self.record.windows - (self.record.windows - 1) % self.config.gram_every)
+        return self.record.generator(self.record.windows - (self.record.windows - 1) % self._every)
 
     @torch.no_grad()
     def _end_micro_step(self) -> None:
@@ -419,7 +425,8 @@ class MixedSession(Stays):
         if not self.window.micro_steps:
             return
         assert self._decided is not None
-        if self._takes_grams:
+        took = self._takes_grams
+        if took:
             self.estimate.finish(self.window.target_tokens)
             self._renews = False
         gram, weights = (each.read() for each in self._decided)
@@ -431,8 +438,10 @@ class MixedSession(Stays):
                 present=tuple(self.window.fed),
                 target_tokens=tuple(self.window.target_tokens),
                 nonfinite=(),
+                fresh=self._fresh,
             )
         )
+        self._fresh = took
         self._start_window()
 
 

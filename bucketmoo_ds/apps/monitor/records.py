@@ -39,6 +39,7 @@ class StepDetail(TypedDict, total=False):
     weights: for each language, its weight in every block `[B]`. cosine: `[B][K][K]`. conflict: the share of
     conflicting pairs by block `[B]`. near_zero: languages with a nearly zero row `[B]`. descends: whether every
     present language descends `[B]`. combined_norm, mean_norm: of the combined gradient and of the mean row `[B]`.
+    fresh: whether the weights were solved with new Grams, without which there is no more to say of a window.
     """
 
     weights: dict[str, list[float | None]]
@@ -48,6 +49,7 @@ class StepDetail(TypedDict, total=False):
     descends: list[bool | None]
     combined_norm: list[float | None]
     mean_norm: list[float | None]
+    fresh: bool
 
 
 class StepRecord(StepDetail):

@@ -156,6 +156,8 @@ class _Loop:
             rank=self.rank,
             affinity="window" if zero.exchanged == table.ONCE_A_WINDOW else "micro_step",
         )
+        if self.moo is not None and self.config.mode != "mixed":
+            self._batches.sampler.follow(self.moo)
         self._table = LanguageTable(self.config.languages)
         self._language_column = dataset.with_format(None)["language"]
 
@@ -282,7 +284,8 @@ class _Loop:
         if self.moo is not None and self.moo.last is not None:
             last = self.moo.last
             record["nonfinite"] = [list(pair) for pair in last.nonfinite]
-            if not last.nonfinite:
+            record["fresh"] = last.fresh
+            if not last.nonfinite and (last.fresh or self.config.mode == "mixed"):
                 record |= conflict_statistics(last.gram, last.mask, last.weights).detail(names)
         return record
 

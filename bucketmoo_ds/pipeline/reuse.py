@@ -1,0 +1,79 @@
+"""Weights that are used for several windows: solved in one, with its Grams, and taken over by `gram_every` - 1 more.
+
+Between, no Gram is taken or exchanged. What is known of a language is its weight in units of an equal share of those
+that took part when it was solved, so that it means the same beside others; one that comes in between gets its even
+share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.errors import ConfigError
+
+
+class Reuse:
+    """The latest solved weights, on the host, alike on all ranks.
+
+    Args:
+        config: the settings.
+        every: R, the windows from one solve to the next.
+    """
+
+    def __init__(self, config: BucketMOOConfig, every: int) -> None:
+        self._languages = list(config.languages)
+        self._every = every
+        self._used = 0  # windows that have used them
+        self._present: list[int] = []  # when they were solved
+        self._gram = self._shares = torch.empty(0, dtype=torch.float64)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next window is to be solved."""
+        return not self._present or self._used >= self._every
+
+    def take(self, gram: Tensor, weights: Tensor, present: Sequence[int]) -> None:
+        """Takes what a window has solved, `[B, K, K]` and `[B, K]`."""
+        if self._every > 1:
+            self._gram, self._shares, self._present = gram, weights * len(present), list(present)
+            self._used = 1
+
+    def use(self) -> None:
+        """A window has used them that has not solved anything."""
+        self._used += 1
+
+    def decided(self, present: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages present."""
+        here, known = (torch.zeros(len(self._languages), dtype=torch.bool) for _ in range(2))
+        here[list(present)], known[self._present] = True, True
+        shares = torch.where(here, torch.where(known, self._shares, 1.0), 0.0)
+        return torch.where(here & here.unsqueeze(1), self._gram, 0.0), shares / len(present)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns them as plain JSON values, under the name "weights"; nothing where each window is solved."""
+        if not self._present:
+            return {}
+        kept = {"gram": self._gram.tolist(), "shares": self._shares.tolist()}
+        return {"weights": {"languages": self._languages, "present": self._present, "used": self._used, **kept}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken; without any there, the next window is solved.
+
+        Raises:
+            ConfigError: they are of other languages.
+        """
+        self._present, saved = [], state.get("weights")
+        if saved is None or self._every == 1:
+            return
+        if saved["languages"] != self._languages:
+            raise ConfigError(
+                f"the checkpoint has {SECTION}.languages = {saved['languages']}, here {self._languages}: weights that "
+                "are in use need the same languages in the same order"
+            )
+        self._present, self._used = list(saved["present"]), int(saved["used"])
+        self._gram, self._shares = (torch.tensor(saved[name], dtype=torch.float64) for name in ("gram", "shares"))
