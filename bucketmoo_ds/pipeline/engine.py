@@ -276,7 +276,7 @@ class BucketMOO:
             self.record.note_one_half(self.window.of_one_half)
         resolution = Resolution(
             window=self.windows,
-            gram=decided.gram / gradient_scale**2,
+            gram=decided.gram / gradient_scale**2 if self.resolver.fresh else decided.gram,
             weights=decided.weights,
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
@@ -284,7 +284,7 @@ class BucketMOO:
             fresh=self.resolver.fresh,
         )
         self._move(resolution)
-        self.resolver.close_window(decided)
+        self.resolver.close_window(resolution)
         self.record.add(resolution)
         self._start_window()
         return resolution

@@ -23,6 +23,7 @@ from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.data.batch import Row
 from bucketmoo_ds.pipeline.halves import Folding, shown
 from bucketmoo_ds.pipeline.memory import Memory
+from bucketmoo_ds.pipeline.resolution import Resolution
 from bucketmoo_ds.pipeline.reuse import Reuse
 from bucketmoo_ds.pipeline.window import Window
 from bucketmoo_ds.plan.blocks import BlockPlan
@@ -177,13 +178,13 @@ class Resolver:
         ]
         return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
 
-    def close_window(self, decided: Decided) -> None:
+    def close_window(self, resolution: Resolution) -> None:
         """Keeps what was decided, unless its rows were not finite."""
         if not self.fresh:
             self.reuse.use()
-        elif not decided.nonfinite:
+        elif not resolution.nonfinite:
             self.memory.commit()
-            self.reuse.take(decided.gram, decided.weights, self._window.present)
+            self.reuse.take(resolution.gram, resolution.weights, resolution.present)
 
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""

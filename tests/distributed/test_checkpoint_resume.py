@@ -14,10 +14,10 @@ RUNS: list[dict[str, Any]] = [
     {"seed": seed, "stage": stage, "micro_steps": micro_steps, "dtype": dtype, "offload": offload, "moo": moo}
     for seed, stage, micro_steps, dtype, offload, moo in (
         (21, 2, 2, "fp32", False, {"aggregator": "pcgrad", "seed": 5}),
-        (22, 1, 2, "fp32", False, {"aggregator": "pcgrad", "granularity": "layer"}),
+        (22, 1, 2, "fp32", False, {"aggregator": "gradvac", "granularity": "layer", "weight_smoothing": 0.5}),
         (23, 2, 1, "bf16", True, {"aggregator": "mgda"}),
         (24, 2, 3, "bf16", False, {"aggregator": "cagrad", "granularity": "model"}),
-        (25, 3, 2, "fp32", False, {"aggregator": "pcgrad", "seed": 5}),
+        (25, 3, 2, "fp32", False, {"aggregator": "gradvac", "seed": 5, "gram_every": 3}),
         (26, 3, 1, "bf16", False, {"aggregator": "cagrad"}),
         (27, 3, 2, "fp16", True, {"aggregator": "mgda", "granularity": "layer"}),
     )

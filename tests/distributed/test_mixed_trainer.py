@@ -21,7 +21,7 @@ TYPES = {
     "zero3": "DeepSpeedEngine",
 }
 UPGRAD = {"aggregator": "upgrad", "granularity": "layer"}
-PCGRAD = {"aggregator": "pcgrad", "granularity": "layer"}  # its random orders are in the checkpoint
+GRADVAC = {"aggregator": "gradvac", "granularity": "layer", "weight_smoothing": 0.5}  # orders and a state to keep
 RULES: dict[str, dict[str, Any]] = {
     "mean": {"moo": {"aggregator": "mean", "weighting": "token"}},
     "mixed": {"moo": UPGRAD},
@@ -40,7 +40,7 @@ CASES: dict[Key, Case] = {
     (2, "zero1 told"): {"wrapper": "zero1", **WINDOW, "sampler": {"affinity": "micro_step"}},
     **{
         (2, f"{wrapper} {mode} resumed"): {
-            "what": "resumed", "wrapper": wrapper, "moo": PCGRAD, "mode": mode, "sharded": mode == "mixed"
+            "what": "resumed", "wrapper": wrapper, "moo": GRADVAC, "mode": mode, "sharded": mode == "mixed"
         }
         for wrapper in ("ddp", "zero2", "fsdp2") for mode in ("placed", "mixed")
     },
@@ -51,7 +51,7 @@ EVENT = _DRAW.choice(["on_substep_end", "on_pre_optimizer_step", "on_step_begin"
 BY = {"rank": _DRAW.randrange(2), "window": _DRAW.randrange(2), "event": EVENT}
 ENDED = [(2, f"{wrapper} ended") for wrapper in ("ddp", "zero2", "fsdp2")]
 MODE = _DRAW.choice(["placed", "mixed"])
-HOW = {"what": "ended", "moo": PCGRAD, "mode": MODE, "by": BY, "sharded": True}  # torch cannot load SGD's whole state
+HOW = {"what": "ended", "moo": GRADVAC, "mode": MODE, "by": BY, "sharded": True}  # torch cannot load SGD's whole state
 CASES |= {key: {"wrapper": key[1].split()[0], **HOW} for key in ENDED}
 CASES = {key: case | {"seed": SEED} for key, case in CASES.items()}
 MEASURE = [key for key in CASES if key[1] in ("ddp plain", *(f"ddp {rule}" for rule in RULES))]

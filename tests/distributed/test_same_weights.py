@@ -46,22 +46,24 @@ class Setting(NamedTuple):
     granularity: str
     world_size: int
     micro_steps: int
+    gram_every: int = 1
 
     @property
     def slots(self) -> int:
         return self.world_size * self.micro_steps
 
     def __str__(self) -> str:
-        return f"{self.granularity}, W = {self.world_size}, M = {self.micro_steps}"
+        return f"{self.granularity}, W = {self.world_size}, M = {self.micro_steps}, R = {self.gram_every}"
 
 
 # Two exchanges a window, which is deferred; and one, which FSDP2 streams, and the others where blocks lie in buckets.
+# All languages are in each window where weights are used for several.
 SETTINGS = [
     Setting("parameter", 2, 2),
-    Setting("layer", 2, 2),
+    Setting("layer", 2, 2, gram_every=3),
     Setting("model", 2, 2),
     Setting("parameter", 2, 1),
-    Setting("layer", 4, 1),
+    Setting("layer", 4, 1, gram_every=3),
 ]
 
 # One, drawn anew in every run; all in the nightly list.
@@ -88,7 +90,8 @@ def results(request: pytest.FixtureRequest) -> Iterator[Results]:
         if not keys:
             continue
         cases = [
-            {"wrapper": name, "granularity": each.granularity, "slots": each.slots, "seed": SEED}
+            {"wrapper": name, "granularity": each.granularity, "slots": each.slots, "gram_every": each.gram_every}
+            | {"seed": SEED}
             for each, name in keys
         ]
         found |= dict(zip(keys, launch.run("train_each_wrapper.py", world_size, cases, timeout=300), strict=True))

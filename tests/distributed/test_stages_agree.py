@@ -18,9 +18,10 @@ BUCKET_SIZES = {0: 10**9, 1: 700, 2: 1500, 3: 1}
 GRANULARITIES = ("parameter", "layer", "model")
 CASES: list[dict[str, Any]] = [
     {"stage": stage, "granularity": granularity, "bucket_size": size, "aggregator": "mgda"}
+    | {"gram_every": 3 if granularity == "layer" else 1}
     for granularity, (stage, size) in itertools.product(GRANULARITIES, BUCKET_SIZES.items())
 ]
-MEAN = {"stage": 1, "granularity": "model", "bucket_size": 700, "aggregator": "mean"}
+MEAN = {"stage": 1, "granularity": "model", "bucket_size": 700, "aggregator": "mean", "gram_every": 1}
 
 
 @pytest.fixture(

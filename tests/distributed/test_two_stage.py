@@ -65,7 +65,7 @@ def only_replicas() -> dict[str, Case]:
 def drawn() -> dict[str, Case]:
     draw = random.Random(SEED)
     found: dict[str, Case] = {}
-    for index in range(2):
+    for index in range(1):
         micro_steps = draw.choice((1, 2, 3))
         found[f"drawn{index}"] = {
             "micro_steps": micro_steps,
@@ -145,7 +145,7 @@ def drawn_names() -> set[str]:
     found = {name for pair in SAME_BITS for name in pair}
     found |= {f"{draw.choice(('nodes', 'replicas'))}-{name}" for name in (*either(), *drawn())}
     for kind, alone in (("nodes", only_nodes()), ("replicas", only_replicas())):
-        found |= {f"{kind}-{name}" for name in draw.sample(list(alone), len(alone) // 2)}
+        found |= {f"{kind}-{name}" for name in draw.sample(list(alone), len(alone) // 3)}
     return found
 
 

@@ -44,12 +44,13 @@ class Batch(NamedTuple):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), self.labels[:, 1:].flatten())
 
 
-def run(*, wrapper: str, granularity: str, slots: int, seed: int) -> dict[str, Any]:
+def run(*, wrapper: str, granularity: str, slots: int, gram_every: int, seed: int) -> dict[str, Any]:
     """Trains.
 
     Args:
         wrapper: a name of the table, or `reference`.
         slots: micro-batches of a window, over all ranks.
+        gram_every: see `BucketMOOConfig`.
 
     Returns:
         the parameters by name, whole, before and after training; of all windows the Grams `[STEPS, B, K, K]` and the
@@ -58,7 +59,7 @@ def run(*, wrapper: str, granularity: str, slots: int, seed: int) -> dict[str, A
     torch.manual_seed(seed)
     model = make_model()
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
-    config = bucketmoo_ds.BucketMOOConfig(languages=LANGUAGES, granularity=granularity)
+    config = bucketmoo_ds.BucketMOOConfig(languages=LANGUAGES, granularity=granularity, gram_every=gram_every)
     kind = {"deepspeed": UnderDeepSpeed, "reference": InFloat64}.get(wrapper, UnderTorch)
     training = kind(wrapper, model, config, slots // worker.WORLD_SIZE)
     decided: list[Decided] = []
@@ -176,6 +177,8 @@ class InFloat64:
         self.aggregator = create_aggregator(config)
         sizes = [Parameter(name, each.numel()) for name, each in model.named_parameters()]
         self.blocks = blocks_of(plan_blocks(sizes, 10**9, config.granularity))
+        self.every, self.windows = config.gram_every, 0
+        self.solved: dict[str, Tensor] = {}
 
     def window(self, batches: Sequence[Batch]) -> Decided:
         micro_gradients = []
@@ -184,9 +187,13 @@ class InFloat64:
             gradient = {name: each.grad for name, each in self.model.named_parameters()}
             micro_gradients.append(reference.MicroGradient(batch.language, batch.target_tokens, gradient))
             self.model.zero_grad()
-        combined, weights = reference.resolve_window(
-            micro_gradients, self.blocks, micro_steps=len(batches), aggregator=self.aggregator
-        )
+        combined, weights = {}, {}
+        for block, names in self.blocks.items():
+            solves = self.windows % self.every == 0  # else the same languages are there
+            rule = self.aggregator if solves else lambda gram, block=block: self.solved[block]
+            found = reference.resolve_window(micro_gradients, {block: names}, micro_steps=len(batches), aggregator=rule)
+            combined, weights = combined | found[0], weights | found[1]
+        self.windows, self.solved = self.windows + 1, weights
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.sub_(combined[name], alpha=LEARNING_RATE)

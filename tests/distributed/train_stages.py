@@ -16,7 +16,9 @@ LEARNING_RATE = 0.05
 STEPS, MICRO_STEPS = 10, 2
 
 
-def run(*, seed: int, stage: int, granularity: str, bucket_size: int, aggregator: str) -> dict[str, Any]:
+def run(
+    *, seed: int, stage: int, granularity: str, bucket_size: int, aggregator: str, gram_every: int
+) -> dict[str, Any]:
     """A rank keeps its language for a window, as ZeRO-1 needs it.
 
     Returns:
@@ -24,7 +26,7 @@ def run(*, seed: int, stage: int, granularity: str, bucket_size: int, aggregator
     """
     torch.manual_seed(seed)
     model = toy.ToyLM(small=True)
-    moo = {"granularity": granularity, "aggregator": aggregator}
+    moo = {"granularity": granularity, "aggregator": aggregator, "gram_every": gram_every}
     config = settings(stage, micro_steps=MICRO_STEPS, moo=moo)
     config["zero_optimization"] |= {"reduce_bucket_size": bucket_size, "stage3_param_persistence_threshold": 100}
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)

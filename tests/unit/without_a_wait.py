@@ -107,7 +107,7 @@ def test_the_host_waits_once_a_window(
 ) -> None:
     monkeypatch.setattr(engine, "TOGETHER", 3 * NUMEL)
     micro_steps = 1 if mode == "streaming" else 2
-    scaling = {"normalize": "unit", "rescale": "mean"} if mode == "streaming" else {}
+    scaling = {"normalize": "unit", "rescale": "mean", "weight_smoothing": 0.5} if mode == "streaming" else {}
     with FakeDevice() as device:
         moo = make(Echo(8), micro_steps, aggregator=aggregator, mode=mode, granularity=granularity, **scaling)
         run_window(moo, micro_steps)
@@ -127,6 +127,17 @@ def test_rows_are_kept_without_a_wait(row_storage: str) -> None:
         assert (device.reads, device.pageable, Event.waits) == ({}, 0, 0)
         moo.finish()
         assert (device.reads, device.pageable, Event.waits) == ({}, 0, 1)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_windows_that_solve_nothing_wait_once(micro_steps: int) -> None:
+    with FakeDevice() as device:
+        moo = make(Echo(2), micro_steps, aggregator="mgda", gram_every=2)
+        for window in range(3):
+            run_window(moo, micro_steps)
+            assert (device.reads, device.pageable, Event.waits) == ({}, 0, window)
+            assert moo.finish().fresh == (window != 1)
+        assert (device.reads, device.pageable, Event.waits) == ({}, 0, 3)
 
 
 def test_a_read_is_seen() -> None:

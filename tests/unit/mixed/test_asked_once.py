@@ -40,15 +40,17 @@ class Model(nn.Module):
 def test_the_rule_is_asked_once_a_gram() -> None:
     print(f"seed {SEED}")
     generator = torch.Generator().manual_seed(SEED)
-    config = bm.BucketMOOConfig(languages=LANGUAGES, aggregator="counted", gram_every=EVERY, granularity="model")
+    config = bm.BucketMOOConfig(
+        languages=LANGUAGES, aggregator="counted", gram_every=EVERY, granularity="model", weight_smoothing=0.5
+    )
 
-    def window(session: MixedSession, model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    def window(session: MixedSession, model: nn.Module, x: Tensor) -> tuple[Tensor, int, bool]:
         before = len(asked)
         model(x, language=torch.arange(6) % 3, target_tokens=torch.tensor([2, 2, 2])).backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         model.zero_grad()
         assert session.last is not None
-        return session.last.weights, len(asked) - before
+        return session.last.weights, len(asked) - before, session.last.fresh
 
     def made() -> tuple[Model, MixedSession]:
         torch.manual_seed(SEED)
@@ -62,11 +64,15 @@ def test_the_rule_is_asked_once_a_gram() -> None:
         if number == 5:
             state = {"model": {name: each.clone() for name, each in model.state_dict().items()}, **session.state_dict()}
         found.append(window(session, model, x))
-    weights, counts = zip(*found, strict=True)
+    weights, counts, fresh = zip(*found, strict=True)
     assert counts == (1, 1, 0, 0, 1, 0, 0, 1)  # Grams are taken in windows 0, 3 and 6
+    assert [number for number, each in enumerate(fresh) if each] == [1, 4, 7]
     assert weights[1].equal(weights[3]) and not weights[3].equal(weights[4])
 
     resumed, again = made()
     resumed.load_state_dict(state.pop("model"))
     again.load_state_dict(state)
-    assert all(window(again, resumed, x)[0].equal(weights[5 + place]) for place, x in enumerate(batches[5:]))
+    for place, x in enumerate(batches[5:]):
+        weights_again, _, fresh_again = window(again, resumed, x)
+        assert weights_again.equal(weights[5 + place])  # averaged over windows as well, from the same on
+        assert fresh_again == fresh[5 + place]
