@@ -27,6 +27,7 @@ class Reuse:
 
     def __init__(self, config: BucketMOOConfig, every: int) -> None:
         self._languages = list(config.languages)
+        self._probe = config.probe
         self._every = every
         self._used = 0  # windows that have used them
         self._present: list[int] = []  # when they were solved
@@ -40,7 +41,7 @@ class Reuse:
     def take(self, gram: Tensor, weights: Tensor, present: Sequence[int]) -> None:
         """Takes what a window has solved, `[B, K, K]` and `[B, K]`."""
         if self._every > 1:
-            self._gram, self._shares, self._present = gram, weights * len(present), list(present)
+            self._gram, self._shares, self._present = gram, weights * len(self._trained(present)), list(present)
             self._used = 1
 
     def use(self) -> None:
@@ -49,10 +50,13 @@ class Reuse:
 
     def decided(self, present: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages present."""
-        here, known = (torch.zeros(len(self._languages), dtype=torch.bool) for _ in range(2))
-        here[list(present)], known[self._present] = True, True
-        shares = torch.where(here, torch.where(known, self._shares, 1.0), 0.0)
-        return torch.where(here & here.unsqueeze(1), self._gram, 0.0), shares / len(present)
+        here, trained, known = (torch.zeros(len(self._languages), dtype=torch.bool) for _ in range(3))
+        here[list(present)], trained[self._trained(present)], known[self._present] = True, True, True
+        shares = torch.where(trained, torch.where(known, self._shares, 1.0), 0.0)
+        return torch.where(here & here.unsqueeze(1), self._gram, 0.0), shares / len(self._trained(present))
+
+    def _trained(self, present: Sequence[int]) -> list[int]:
+        return [language for language in present if language != self._probe]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns them as plain JSON values, under the name "weights"; nothing where each window is solved."""

@@ -12,13 +12,13 @@ from halves_by_rule import halves_by_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unit.simulated_ranks import SimulatedExchange
 from unit.test_engine import config, drive, plan, simulate, slot_of, table
 
 from bucketmoo_ds import aggregate
 from bucketmoo_ds.aggregate.nearest import nearest_semidefinite
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.pipeline.halves import Folding, shown
 from bucketmoo_ds.pipeline.window import Window
@@ -213,13 +213,15 @@ def test_a_half_that_is_not_finite_names_its_language_and_bucket() -> None:
         assert len({bucket for _, bucket in names}) == 1
 
 
+def test_one_rank_that_adds_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r'gram = "cross": one rank that adds up .* leave once_a_window out'):
+        drive(Exchange(), [table([[(0, 9)], [(0, 5)]], SEED)], config(gram="cross"), plan(), once_a_window=True)
+
+
 def test_an_abandoned_window_leaves_no_half_behind() -> None:
     settings, window = config(gram="cross"), table([[(0, 9)], [(0, 5)], [(1, 7)], [(1, 3)]], SEED)
-    straight = drive(Exchange(), [window], settings, plan())
     moo = BucketMOO(settings, plan(), Exchange(), lambda *_: None, micro_steps=lambda: 4, once_a_window=False)
     moo.begin_micro_step(slot_of(window[0][0], 4), False)
     moo.abandon()
     assert moo.window.rows == []
     assert moo.window.half_tokens == [[0, 0]] * 4
-    assert straight.moo.counters["windows"] == 1
-    assert isinstance(SimulatedExchange(0, 1), Exchange)
