@@ -138,8 +138,8 @@ class BucketMOO:
             )
         if config.gram == "cross" and once_a_window and not apart and exchange.world_size == 1:
             raise ConfigError(
-                f'{SECTION}.gram = "cross": one rank that adds up its micro-steps has no two halves of a language; leave '
-                "once_a_window out, so that rows are kept in every micro-step, or leave gram out"
+                f'{SECTION}.gram = "cross": one rank that adds up its micro-steps has no two halves of a language; '
+                "leave once_a_window out, so that rows are kept in every micro-step, or leave gram out"
             )
         self.backend = ops.choose_backend(config.backend, device)
         self.window = Window(
