@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weighting": ("language", "token"),
     "normalize": ("none", "l2", "loss", "loss_l2"),
     "rescale": ("none", "mean"),
+    "gram": ("plain", "cross"),
     "mode": ("auto", "streaming", "deferred", "mixed"),
     "exchange": ("auto", "flat", "two_stage"),
     "row_storage": ("float32", "bfloat16", "host"),
@@ -75,6 +76,9 @@ class BucketMOOConfig:
             tuned for averaging stays meaningful. `none`, the default, keeps the norm that the method gives.
         weight_smoothing: the share in [0, 1) that the moving average of each language's weight in a block keeps when
             new ones come (CR-MOGM). 0, the default, takes them as the rule gives them.
+        gram: what stands on a Gram's diagonal. `plain`: the squared lengths of the rows, which noise makes longer.
+            `cross`: products of two halves of a language's micro-batches, which noise does not; twice the rows in
+            memory where they are kept. Mode `mixed` always has the latter.
         mode: `streaming` resolves each bucket as it arrives and keeps nothing; `deferred` keeps the rows of the
             window and resolves all blocks at the boundary; `auto` streams where that is possible. `mixed`:
             micro-batches mix languages, and weights come from Grams of earlier windows (`bucketmoo_ds.mixed`).
@@ -93,6 +97,9 @@ class BucketMOOConfig:
         language_key: the entry of a batch that names its language; it is taken off before the model sees the batch.
         shift_labels: whether the model predicts `labels[..., 1:]`, for counting targets. `None`, or `auto`, asks the
             model: encoder-decoders, masked language models and token classifiers do not, all others do.
+        schedule: how the sampling of languages moves: `{"adapt": "doge"}`, with `probe`, a language that steers it and
+            is not trained on, `rate` = 0.1, `clip` = 1.0 and `mix` = 0.05 (`bucketmoo_ds/data/mixture.py`). Empty, the
+            default, leaves shares as the sampler has them.
         seed: seeds everything random in a method (PCGrad's orders), alike on all ranks.
 
     Raises:
@@ -109,6 +116,7 @@ class BucketMOOConfig:
     normalize: str = "none"
     rescale: str = "none"
     weight_smoothing: float = 0.0
+    gram: str = "plain"
     mode: str = "auto"
     gram_every: int | str = "auto"
     smoothing: float = 0.9
@@ -118,6 +126,7 @@ class BucketMOOConfig:
     backend: str = "auto"
     language_key: str = "language"
     shift_labels: bool | None = None
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -146,6 +155,7 @@ class BucketMOOConfig:
         _expect_windows("gram_every", self.gram_every)
         for name in ("smoothing", "weight_smoothing"):
             _expect_share(name, getattr(self, name))
+        object.__setattr__(self, "schedule", _schedule(self.schedule, self.languages, self.mode))
         if not self.language_key:
             raise ConfigError(f'{SECTION}.language_key = "": expected the name of an entry of a batch')
         for name, known in CHOICES.items():
@@ -154,6 +164,12 @@ class BucketMOOConfig:
                 raise ConfigError(
                     f'{SECTION}.{name} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}'
                 )
+
+    @property
+    def probe(self) -> int | None:
+        """The index of the language that steers the sampling and is not trained on, if there is one."""
+        name = self.schedule.get("probe")
+        return None if name is None else self.languages.index(name)
 
     @classmethod
     def from_section(cls, section: object) -> BucketMOOConfig | None:
@@ -280,6 +296,41 @@ def _languages(value: object) -> tuple[str, ...]:
 
 def _preference(value: Any, languages: Sequence[str]) -> tuple[float, ...]:
     return (1.0,) * len(languages) if value == () else by_language(f"{SECTION}.preference", value, languages)
+
+
+_ADAPT: dict[str, Any] = {"adapt": None, "probe": None, "rate": 0.1, "clip": 1.0, "mix": 0.05}
+
+
+def _schedule(value: object, languages: tuple[str, ...], mode: str) -> dict[str, Any]:
+    """Returns the settings of a mixture, whole, or nothing."""
+    _expect("schedule", value, Mapping, 'an object, such as {"adapt": "doge"}')
+    given = {str(name): each for name, each in dict(value).items()}  # type: ignore[call-overload]
+    for name in given:
+        if name not in _ADAPT:
+            hint = did_you_mean(name, list(_ADAPT))
+            raise ConfigError(f"{SECTION}.schedule.{name}: unknown setting{hint} (known: {', '.join(_ADAPT)})")
+    if not given:
+        return {}
+    whole = _ADAPT | given
+    if whole["adapt"] != "doge":
+        raise ConfigError(f'{SECTION}.schedule.adapt = {whole["adapt"]!r}: expected "doge"; or leave schedule out')
+    if whole["probe"] is not None and whole["probe"] not in languages:
+        hint = did_you_mean(str(whole["probe"]), languages)
+        raise ConfigError(f"{SECTION}.schedule.probe = {whole['probe']!r}: expected one of the languages{hint}")
+    if whole["probe"] is not None and len(languages) < 3:
+        raise ConfigError(f"{SECTION}.schedule.probe: {len(languages)} languages; expected two or more beside it")
+    for name, most in (("rate", float("inf")), ("clip", float("inf")), ("mix", 1.0)):
+        _expect(f"schedule.{name}", whole[name], int | float, "a number")
+        if isinstance(whole[name], bool) or not 0 < whole[name] <= most:
+            raise ConfigError(
+                f"{SECTION}.schedule.{name} = {whole[name]!r}: expected a number above 0" + ", at most 1" * (most == 1)
+            )
+    if mode == "mixed":
+        raise ConfigError(
+            f'{SECTION}.schedule.adapt: not in mode "mixed", whose batches are not of LanguageBatchSampler\'s making; '
+            "leave the mode or schedule out"
+        )
+    return whole
 
 
 def _expect(name: str, value: object, kind: Any, expected: str) -> None:

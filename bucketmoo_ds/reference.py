@@ -28,12 +28,14 @@ class MicroGradient:
         target_tokens: `n_b`, the tokens that its loss is a mean over.
         gradient: by parameter name, `g_b`: the gradient of the mean loss divided by M, as frameworks hand it over.
         loss: the mean loss, where something asks for it.
+        half: of the language's micro-batches, for `gram="cross"`.
     """
 
     language: int
     target_tokens: int
     gradient: Mapping[str, Tensor]
     loss: float = math.nan
+    half: int = 0
 
 
 def resolve_window(
@@ -46,6 +48,7 @@ def resolve_window(
     normalize: str = "none",
     rescale: str = "none",
     preference: Sequence[float] | None = None,
+    gram: str = "plain",
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Resolves the conflicts of one window.
@@ -55,7 +58,7 @@ def resolve_window(
         blocks: names of the parameters of each block.
         micro_steps: M.
         aggregator: the rule from a Gram to weights, one of this package or a function.
-        weighting, normalize, rescale: as in `BucketMOOConfig`.
+        weighting, normalize, rescale, gram: as in `BucketMOOConfig`.
         preference: of each language.
         seed: for aggregators with random orders.
 
@@ -68,13 +71,13 @@ def resolve_window(
         tokens[micro.language] = tokens.get(micro.language, 0) + micro.target_tokens
     present = sorted(language for language, count in tokens.items() if count > 0)
 
-    def row(language: int, name: str) -> Tensor:
-        """Gradient of the mean loss per target token of one language over the window."""
+    def row(language: int, name: str, halves: Sequence[int] = (0, 1)) -> Tensor:
+        """Gradient of the mean loss per target token of one language over the window, or what one half is of it."""
         parts = [
             (micro.target_tokens / tokens[language]) * micro_steps * micro.gradient[name].to(torch.float64)
             for micro in micro_gradients
-            if micro.language == language and micro.target_tokens > 0
-        ]
+            if micro.language == language and micro.target_tokens > 0 and micro.half in halves
+        ] or [torch.zeros_like(micro_gradients[0].gradient[name], dtype=torch.float64)]
         mean = torch.stack(parts).sum(dim=0)
         if weighting == "token":
             mean = mean * len(present) * tokens[language] / sum(tokens.values())
@@ -91,7 +94,14 @@ def resolve_window(
     weights_of: dict[str, Tensor] = {}
     for block, names in blocks.items():
         rows = torch.stack([torch.cat([row(language, name).flatten() for name in names]) for language in present])
-        weights = _weights(rows, aggregator, normalize, rescale, preferred, losses, seed)
+        squares = [float(each @ each) for each in rows]
+        for index, language in enumerate(present if gram == "cross" else ()):
+            of = [micro for micro in micro_gradients if micro.language == language]
+            fed = [sum(micro.target_tokens for micro in of if micro.half == half) for half in (0, 1)]
+            if all(fed):
+                parts = [torch.cat([row(language, name, (half,)).flatten() for name in names]) for half in (0, 1)]
+                squares[index] = float(parts[0] @ parts[1]) * sum(fed) ** 2 / math.prod(fed)
+        weights = _weights(rows, squares, aggregator, normalize, rescale, preferred, losses, seed)
         flat = weights @ rows
         sizes = [micro_gradients[0].gradient[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):
@@ -102,6 +112,7 @@ def resolve_window(
 
 def _weights(
     rows: Tensor,
+    squares: Sequence[float],
     aggregator: Aggregator | Rule,
     normalize: str,
     rescale: str,
@@ -109,7 +120,8 @@ def _weights(
     losses: Sequence[float],
     seed: int,
 ) -> Tensor:
-    """Returns the weights `[K]` of a block's rows `[K, S]`: docs/theory.md, section 4."""
+    """Returns the weights `[K]` of a block's rows `[K, S]`: docs/theory.md, section 4. `squares` are their squared
+    lengths, without noise where those are known."""
     count = len(rows)
     average = torch.tensor([each / math.fsum(preferred) for each in preferred], dtype=torch.float64)
     if count == 1 or not bool(torch.isfinite(rows @ rows.T).all()):
@@ -128,7 +140,11 @@ def _weights(
     scaled = rows * scale.unsqueeze(1)
     longest = float(scaled.norm(dim=1).max()) or 1.0
     scaled = scaled / longest
-    weights = scale * _rule(aggregator, average * count, losses, seed)(scaled @ scaled.T)
+    seen = _semidefinite(rows @ rows.T, squares)
+    shown = scaled @ scaled.T + (seen - rows @ rows.T) * scale.outer(scale) / longest**2
+    weights = scale * _rule(aggregator, average * count, losses, seed)(shown)
+    if not torch.equal(seen, rows @ rows.T):
+        weights = _no_longer_than_meant(weights, rows, seen)
 
     if rescale == "mean":
         length = float((weights @ rows).norm())
@@ -136,6 +152,27 @@ def _weights(
         if length > 1e-6 * parts:  # else it has cancelled to rounding
             weights = weights * float((average @ rows).norm()) / length
     return weights
+
+
+def _semidefinite(gram: Tensor, squares: Sequence[float]) -> Tensor:
+    """Returns the Gram with these squared lengths on its diagonal, and where it is not semidefinite then, the nearest
+    that is, in units of the rows' lengths."""
+    crossed = gram - torch.diag(gram.diagonal()) + torch.diag(torch.tensor(squares, dtype=torch.float64))
+    if torch.allclose(crossed, gram, rtol=1e-14, atol=0.0):
+        return gram
+    units = gram.diagonal().sqrt()
+    units[units == 0.0] = 1.0
+    values, vectors = torch.linalg.eigh(crossed / units.outer(units))
+    return (vectors * values.clamp(min=0.0)) @ vectors.T * units.outer(units)
+
+
+def _no_longer_than_meant(weights: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+    """Returns the weights, scaled down where noise makes the combined row longer than the longest row, and longer in
+    units of that than the Gram that the rule saw says."""
+    length, longest = float((weights @ rows).norm()), float(rows.norm(dim=1).max())
+    meant, longest_seen = (max(float(each), 0.0) ** 0.5 for each in (weights @ seen @ weights, seen.diagonal().max()))
+    limit = longest * max(1.0, meant / longest_seen if longest_seen else 1.0)
+    return weights * limit / length if length > limit else weights
 
 
 def _rule(aggregator: Aggregator | Rule, preferred: Tensor, losses: Sequence[float], seed: int) -> Rule:

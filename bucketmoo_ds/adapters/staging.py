@@ -9,13 +9,14 @@ from torch import Tensor
 
 from bucketmoo_ds.adapters.micro_step import MicroStep
 from bucketmoo_ds.adapters.release import Release
+from bucketmoo_ds.data.batch import Row
 from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.plan.blocks import BlockPlan
 from bucketmoo_ds.plan.layout import Layout
 
 
 class Staging:
-    """Flat buffers of the buckets of one micro-step or, where a rank adds up micro-steps, of one language of a window.
+    """Flat buffers of the buckets of one micro-step or, where a rank adds up micro-steps, of one row of a window.
 
     Args:
         plan: the buckets.
@@ -107,7 +108,7 @@ class Staging:
 
 class Gathering:
     """The gradients of a rank, from parameters to buckets that are handed to the pipeline: each micro-step's, or where
-    the rank adds up its micro-steps the window's, each language's apart.
+    the rank adds up its micro-steps the window's, each row's apart.
 
     Args:
         micro: where the run stands.
@@ -131,7 +132,7 @@ class Gathering:
         self._make_staging = functools.partial(Staging, moo.plan, layout, moo.exchange.world_size, dtype, device)
         self._release = Release(len(moo.plan.buckets), moo.exchange, self._leave)
         self._staging = self._make_staging()
-        self._sums: dict[int, Staging] = {}
+        self._sums: dict[Row, Staging] = {}
         self._part = 0
 
     def start_window(self) -> None:
@@ -148,15 +149,15 @@ class Gathering:
             self._staging.start_window()
             self._leaves = True
             return
-        language = micro.slot.language
+        row = micro.slot.row
         if micro.first:
             self._sums.clear()
-        if language not in self._sums:
-            self._sums[language] = self._make_staging()
-        self._staging = self._sums[language]
+        if row not in self._sums:
+            self._sums[row] = self._make_staging()
+        self._staging = self._sums[row]
         self._staging.start_micro_step()
-        mine = window.languages_of(micro.moo.exchange.rank)
-        self._leaves = micro.boundary and window.parts == 1 and mine in ([], [language])
+        mine = window.rows_of(micro.moo.exchange.rank)
+        self._leaves = micro.boundary and window.parts == 1 and mine in ([], [row])
 
     def add(self, parameter: int, gradient: Tensor) -> None:
         """Takes the gradient of a parameter of the plan; complete buckets leave when it is their turn.
@@ -181,20 +182,20 @@ class Gathering:
         if self._leaves:
             self._release.finish()
         elif self._micro.boundary:
-            self._leave_by_language()
+            self._leave_by_row()
         return contributed
 
     def has_come(self, parameter: int) -> bool:
         """Whether a gradient of the parameter has come in this micro-step."""
         return self._staging.has_come(parameter)
 
-    def _leave_by_language(self) -> None:
-        """Exchanges one language after the other; a rank that has fewer of them than others goes on with zeros."""
+    def _leave_by_row(self) -> None:
+        """Exchanges one row after the other; a rank that has fewer of them than others goes on with zeros."""
         window = self._micro.moo.window
-        languages = window.languages_of(self._micro.moo.exchange.rank)
+        rows = window.rows_of(self._micro.moo.exchange.rank)
         for self._part in range(window.parts):
-            mine = self._part < len(languages)
-            self._staging = self._sums[languages[self._part]] if mine else self._make_staging()
+            mine = self._part < len(rows)
+            self._staging = self._sums[rows[self._part]] if mine else self._make_staging()
             self._release.start()
             self._release.finish()
         self._part = 0

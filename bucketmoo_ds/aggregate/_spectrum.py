@@ -12,7 +12,7 @@ from bucketmoo_ds.aggregate._definite import RIDGE, ridged_cholesky
 SWEEPS = 3
 
 
-def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
+def spectrum(gram: Tensor, more_sweeps: int = 0) -> tuple[Tensor, Tensor]:
     """Returns the eigenvalues and eigenvectors of Grams.
 
     The columns of a Cholesky factor are rotated in pairs, each pair such that its product becomes 0, K / 2 disjoint
@@ -22,6 +22,7 @@ def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         gram: `[B, K, K]` float64, the longest row about 1.
+        more_sweeps: for matrices whose eigenvalues lie close together, beside what Grams take.
 
     Returns:
         values: `[B, K]`, in no order; with an odd K one more, below 0.
@@ -33,7 +34,7 @@ def spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
     half = (factor.shape[-1] + 1) // 2
     # Columns first and blocks last, so that all entries of a product lie side by side. Pairs are i and i + half.
     columns = torch.nn.functional.pad(factor, (0, 2 * half - factor.shape[-1])).permute(2, 1, 0).contiguous()
-    for _ in range((2 * half - 1) * (SWEEPS + (half - 1).bit_length())):
+    for _ in range((2 * half - 1) * (SWEEPS + more_sweeps + (half - 1).bit_length())):
         left, right = columns.chunk(2)
         product, difference = _summed(left * right), _summed(right.square() - left.square())
         scale = difference.abs() + (difference.square() + 4.0 * product.square()).sqrt()

@@ -32,6 +32,7 @@ def solve(
     rescale: str = "none",
     preference: Tensor | None = None,
     losses: Tensor | None = None,
+    noisy: Tensor | None = None,
     weight_smoothing: float = 0.0,
     state: State | None = None,
     generator: torch.Generator,
@@ -55,6 +56,11 @@ def solve(
             its mean over the languages of the mask, the rule sees the rows `D g` (their Gram is `D G D`), and the
             weights are D times its own: `mean` becomes the weighted mean of the rows.
         losses: `[K]`, each language's mean loss, where `normalize` or the rule asks for it.
+        noisy: `[B, K, K]` float64, the Gram of the rows as they are, where `gram` has been freed of their noise.
+            Lengths are measured by it: what `normalize` and `rescale` go by, and that the combined row is no longer
+            than the longest row, or than the rule makes it in units of that. A rule that balances lengths (a projection
+            adds the more of a row the shorter that is) could otherwise take a long step of the noise that it is not
+            shown. Convex combinations are never touched.
         weight_smoothing: see `smoothed`.
         state: what is kept of these blocks from window to window, as `first_state` with the blocks in front; its
             entries are replaced by the new ones. Left out, it is that of a first window.
@@ -75,7 +81,9 @@ def solve(
         raise ConfigError(f"losses: missing; {needs} needs a number for each language")
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)
     gram = torch.where(pairs, gram, 0.0)
-    finite = gram.isfinite().flatten(1).all(-1)
+    as_it_is = gram if noisy is None else torch.where(pairs, noisy, 0.0)
+    entries = gram if noisy is None else gram + as_it_is
+    finite = entries.isfinite().flatten(1).all(-1)
     if losses is not None:
         losses = torch.where(mask, losses, 1.0)
         finite = finite & losses.isfinite().all(-1)
@@ -85,6 +93,7 @@ def solve(
     # numbers draws as many whatever the data. In place of blocks without a choice stand orthogonal rows, soon solved.
     easy = torch.eye(mask.shape[-1], dtype=gram.dtype, device=gram.device)
     shown, counted = torch.where(hard[:, None, None], gram, easy), mask | ~hard.unsqueeze(-1)
+    measured = shown if noisy is None else torch.where(hard[:, None, None], as_it_is, easy)
     if aggregator.uses_losses:
         assert losses is not None
         aggregator = aggregator.with_losses(losses, mean_one(counted, preference))
@@ -96,21 +105,22 @@ def solve(
         }
     own = {name: each for name, each in state.items() if name != WEIGHTS}
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
-    shown = _of_size_one(shown)
-    scale = factors(shown, counted, normalize, losses, preference)
+    scale = factors(_of_size_one(measured), counted, normalize, losses, preference)
     if scale is None:
-        result, new = aggregator.step(shown, counted, own, generator)
+        result, new = aggregator.step(_of_size_one(shown), counted, own, generator)
     else:
-        scaled = _of_size_one(shown * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        scaled = _of_size_one(_of_size_one(shown) * scale.unsqueeze(-1) * scale.unsqueeze(-2))
         result, new = aggregator.step(scaled, counted, own, generator)
         result = result * scale
+    if noisy is not None:
+        result = _no_longer_than_meant(result, shown, measured)
     if weight_smoothing:
         even = averaging(counted, preference)
         result, new[WEIGHTS] = smoothed(result, counted, even, state[WEIGHTS], weight_smoothing)
     for name, each in new.items():
         state[name] = torch.where(_changing(hard, mask, each.ndim), each, state[name])
     if rescale == "mean":
-        result = _to_norm_of_mean(result, shown, averaging(counted, preference))
+        result = _to_norm_of_mean(result, measured, averaging(counted, preference))
     return torch.where(hard.unsqueeze(-1), result, averaging(mask, preference))
 
 
@@ -232,6 +242,17 @@ def _tensor(name: str, value: Tensor | Sequence[Any], dtype: torch.dtype) -> Ten
         return torch.as_tensor(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}: expected a tensor, or nested lists of equal length") from error
+
+
+def _no_longer_than_meant(weights: Tensor, gram: Tensor, measured: Tensor) -> Tensor:
+    """Returns the weights, scaled down where the combined row is longer than the longest row, and longer in units of
+    that than by the Gram that the rule saw."""
+    seen, longest = (
+        each.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).clamp(min=0.0).sqrt() for each in (gram, measured)
+    )
+    meant, got = _norm(weights, gram), _norm(weights, measured)
+    limit = longest * (meant / torch.where(seen > 0.0, seen, 1.0)).clamp(min=1.0)
+    return weights * torch.where(got > limit, limit / torch.where(got > 0.0, got, 1.0), 1.0)
 
 
 def _to_norm_of_mean(weights: Tensor, gram: Tensor, mean: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Setup:
         buckets: how many the gradient is reduced in.
         blocks: how many it is resolved in, a block counting once for each bucket that it lies in; 0: one a bucket.
         exchange: `auto`, `flat` or `two_stage`, as in `BucketMOOConfig`.
+        gram: `plain` or `cross`, as there: with the latter a language has two rows, of two halves of its micro-batches.
 
     Raises:
         ConfigError: a value out of range, or settings that do not fit together; the message names them.
@@ -63,13 +64,14 @@ class Setup:
     buckets: int = 32
     blocks: int = 0
     exchange: str = "auto"
+    gram: str = "plain"
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "blocks"):
             value, least = getattr(self, name), int(name in _COUNTS)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} = {value!r}: expected a whole number, {least} or more")
-        known = {"dtype": tuple(WIRE_BYTES), "exchange": CHOICES["exchange"]}
+        known = {"dtype": tuple(WIRE_BYTES), "exchange": CHOICES["exchange"], "gram": CHOICES["gram"]}
         for name, names in known.items():
             value = getattr(self, name)
             if value not in names:
@@ -125,6 +127,17 @@ class Setup:
     def places(self, exchange: str) -> int:
         """Returns how many places for languages a window has: ranks, or nodes in two stages, in each exchange."""
         return self.exchanges * (self.nodes if exchange == "two_stage" else self.world_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows that all languages have."""
+        return self.languages * (2 if self.gram == "cross" else 1)
+
+    def rows_of_a_window(self, exchange: str) -> int:
+        """Returns how many rows a window has at the most. Where a rank keeps its languages apart until the boundary, it
+        has its micro-steps for their halves, too."""
+        apart = self.adapter.exchanged == table.ONCE_A_WINDOW
+        return min(self.rows, self.places(exchange) * (self.micro_steps if apart else 1))
 
     @property
     def shard(self) -> int:
@@ -248,7 +261,7 @@ def forecast(setup: Setup) -> Forecast:
         plain=Traffic(_plain(setup) * setup.exchanges),
         flat=_ours(setup, "flat", _all_to_all(setup)),
         two_stage=_ours(setup, "two_stage", _two_stage(setup)) if setup.several_nodes else None,
-        memory=_memory(setup, min(setup.languages, setup.places(exchange))),
+        memory=_memory(setup, setup.rows_of_a_window(exchange)),
         warnings=tuple(_warnings(setup, exchange)),
     )
 
@@ -289,7 +302,8 @@ def _two_stage(setup: Setup) -> Sent:
 
 def _ours(setup: Setup, exchange: str, gradients: Sent) -> Traffic:
     languages = min(setup.languages, setup.places(exchange))
-    return Traffic(gradients * setup.exchanges, _combined(setup), _grams(setup, languages))
+    rows = setup.rows_of_a_window(exchange) if setup.gram == "cross" else languages
+    return Traffic(gradients * setup.exchanges, _combined(setup), _grams(setup, rows, languages))
 
 
 def _combined(setup: Setup) -> Sent:
@@ -303,15 +317,15 @@ def _combined(setup: Setup) -> Sent:
     return Sent(0, 0)
 
 
-def _grams(setup: Setup, languages: int) -> Sent:
+def _grams(setup: Setup, rows: int, languages: int) -> Sent:
     """While streaming all ranks are told all Grams. Deferred, each rank is told those of its blocks, and tells them,
     summed, with the weights."""
     blocks, everyone = setup.blocks or setup.buckets, [range(setup.world_size)]
     if setup.exchanges == 1:
-        return _ring(setup, everyone, blocks * languages**2 * GRAM_BYTES)
+        return _ring(setup, everyone, blocks * rows**2 * GRAM_BYTES)
     a_rank = -(-blocks // setup.world_size) * GRAM_BYTES
     elsewhere = setup.world_size - setup.ranks_per_node
-    told = Sent((setup.world_size - 1) * a_rank * languages**2, elsewhere * a_rank * languages**2)
+    told = Sent((setup.world_size - 1) * a_rank * rows**2, elsewhere * a_rank * rows**2)
     return told + _ring(setup, everyone, a_rank * languages * (languages + 1))
 
 
@@ -330,11 +344,12 @@ def _same_shard(setup: Setup) -> list[range]:
 
 
 def _memory(setup: Setup, present: int) -> dict[str, Memory]:
-    """The rows of all languages stay once they have come; those of one bucket at a time are combined on the device.
+    """The rows of all languages, two each where Grams are crossed, stay once they have come; those of one bucket at a
+    time are combined on the device.
 
     Buffers of the exchange, one or two buckets, come on top.
     """
-    rows = {storage: setup.languages * setup.shard * size for storage, size in ROW_BYTES.items()}
+    rows = {storage: setup.rows * setup.shard * size for storage, size in ROW_BYTES.items()}
     one_bucket = present * -(-setup.shard // setup.buckets) * ROW_BYTES["float32"]
     memory = {
         "float32": Memory(rows["float32"]),
@@ -361,12 +376,17 @@ def _warnings(setup: Setup, exchange: str) -> list[str]:
             f"a window covers {places} of {languages} languages, in turn, and does not see their conflicts with the "
             f"others: {_more_places(setup, places // setup.exchanges)}"
         )
+    elif setup.gram == "cross" and setup.rows_of_a_window(exchange) < setup.rows:
+        found.append(
+            'gram = "cross": a language that has one place in a window has no second half, and its noise stays on the '
+            f"diagonal of its Gram: {_more_places(setup, places // setup.exchanges, setup.rows)}"
+        )
     return found
 
 
-def _more_places(setup: Setup, places: int) -> str:
-    """How all languages find one of so many places in a micro-step."""
-    steps = max(-(-setup.languages // places), setup.micro_steps)
+def _more_places(setup: Setup, places: int, wanted: int = 0) -> str:
+    """How all languages, or so many halves of them, find one of so many places in a micro-step."""
+    steps = max(-(-(wanted or setup.languages) // places), setup.micro_steps)
     if setup.exchanges == setup.micro_steps:
         return f"use micro_steps = {steps}"
     return f"exchange in every micro-step (without once_a_window, ZeRO-2 for 0 or 1), with micro_steps = {steps}"

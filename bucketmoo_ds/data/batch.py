@@ -37,6 +37,8 @@ from bucketmoo_ds.transfer import ToHost
 
 T = TypeVar("T")
 
+Row = tuple[int, int]  # a language, and which half of its micro-batches
+
 TOKENS_KEY = "target_tokens"
 DIVISOR_KEY = "loss_divisor"
 IGNORED_LABEL = -100
@@ -61,12 +63,20 @@ class Slot:
         target_tokens: tokens that its loss is a mean over.
         scale: `s_b`, such that the sum of `s_b g_b` over the language's micro-batches is `N_l row_l`.
         loss: the sum of its target tokens' losses, where the settings ask for it; a number on any device.
+        half: of the language's micro-batches of the window, where Grams are taken across two halves. It follows from
+            the slots of all ranks, and is not sent.
     """
 
     language: int
     target_tokens: int
     scale: float
     loss: Tensor | None = dataclasses.field(default=None, compare=False)
+    half: int = 0
+
+    @property
+    def row(self) -> Row:
+        """The stored row that it counts for."""
+        return self.language, self.half
 
     def to_numbers(self) -> list[int]:
         """Returns the slot as 64-bit numbers, to be sent to other ranks."""

@@ -123,6 +123,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
             epoch_end=epoch_end,
             repeat=repeat,
             ranks_per_node=ranks_per_node,
+            adapt=config.schedule if config is not None and config.enabled else None,
         )
         if rank is not None and not 0 <= rank < world_size:
             raise ConfigError(f"rank = {rank}: expected 0 to {world_size - 1}, as world_size = {world_size}")
@@ -193,6 +194,27 @@ class LanguageBatchSampler(Sampler[list[int]]):
         """
         self._start = self._drawn = self._position(epoch, window)
 
+    def follow(self, run: Any) -> None:
+        """Lets a run move how often languages are sampled, where `config.schedule` says so. The run's own checkpoints
+        then hold what it has moved; one that was loaded before counts.
+
+        Args:
+            run: the session, DeepSpeed engine or pipeline that the batches are for.
+
+        Raises:
+            ConfigError: this sampler, or the run, was made without `schedule.adapt`.
+        """
+        moo = getattr(run, "moo", run)
+        mixture = self.schedule.mixture
+        if mixture is None and not moo.config.schedule:
+            return
+        if mixture is None or self.schedule.adapt != moo.config.schedule:
+            raise ConfigError(
+                f"bucket_moo.schedule = {moo.config.schedule}, but the sampler was made with {self.schedule.adapt}: "
+                "give it the same config"
+            )
+        moo.steer(mixture)
+
     def set_epoch(self, epoch: int) -> None:
         """Moves to the beginning of an epoch. A position that `seek` set within this same epoch is kept, since trainers
         call `set_epoch` after resuming."""
@@ -260,7 +282,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
 
     def _window_batches(self, epoch: int, window: int) -> Iterator[list[int]]:
         """Yields the rows of this sampler's micro-batches of a window; a language's batches go to its slots in turn."""
-        taken = self.schedule.taken(window).tolist()
+        taken = self.schedule.taken(window, epoch).tolist()
         for languages in self.schedule.table(epoch, window).tolist():
             for rank, language in enumerate(languages):
                 if self.rank in (None, rank):
@@ -291,6 +313,8 @@ class LanguageBatchSampler(Sampler[list[int]]):
         again = [f"{name} {rounds:.1f} times" for name, rounds in schedule.rounds.items() if rounds > 1]
         if again:
             text += f"; come round again: {', '.join(again)}"
+        if schedule.adapt is not None:
+            text += f"; shares move ({schedule.adapt['adapt']})"
         show_by_default()
         if alone <= QUIET * windows:
             logger.info(text)

@@ -38,6 +38,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from bucketmoo_ds.data import shares
+from bucketmoo_ds.data.mixture import Mixture
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 
 Rounds: TypeAlias = int | Literal["auto"]
@@ -48,9 +50,6 @@ EPOCH_ENDS = ("longest", "shortest")
 
 # Rule 3, while the same languages have data. Measured, not proven: 1.7 at most over random shares, 2 to 100 languages.
 MAX_LAG = 2.0
-
-# Random streams that must not overlap: the first word of a spawn key.
-_ROUNDING, _PLACES, _SAMPLES = range(3)
 
 
 class LanguageSchedule:
@@ -72,8 +71,11 @@ class LanguageSchedule:
         repeat: rounds of a language in an epoch, at most, rule 5: a number, or one for each name (1 for the others).
             `"auto"` is as many as it takes to last as long as the others.
         ranks_per_node: L, ranks that train on one language in a micro-step: 0 to L-1, L to 2L-1, and so on.
+        adapt: the settings of a `Mixture` that moves the shares (`BucketMOOConfig.schedule`); `None` for shares that
+            stay. `repeat` then says nothing, and `rounds` and `tail` are those of the shares at the start.
 
     Attributes:
+        mixture: moves the shares, or `None`.
         languages, sizes, world_size, micro_steps, micro_batch_size, temperature, seed, affinity, epoch_end, repeat,
         ranks_per_node: the arguments, checked.
 
@@ -95,6 +97,7 @@ class LanguageSchedule:
         epoch_end: str = "longest",
         repeat: Repeat = 1,
         ranks_per_node: int = 1,
+        adapt: Mapping[str, Any] | None = None,
     ) -> None:
         self.languages = tuple(languages)
         self.sizes = tuple(int(size) for size in sizes)
@@ -119,6 +122,15 @@ class LanguageSchedule:
         self._unit = self.ranks_per_node * (self.micro_steps if affinity == "window" else 1)
         self._units = self._units_of_a_round()
         self._taken = self._spread()
+        self.adapt = dict(adapt) if adapt else None
+        self.mixture: Mixture | None = None
+        if self.adapt is not None:
+            if self.repeat not in (1, "auto"):
+                raise ConfigError(
+                    f'repeat = {self.repeat!r}: with schedule.adapt = "{self.adapt["adapt"]}" a language comes round '
+                    "as often as it is drawn; leave repeat out"
+                )
+            self.mixture = Mixture(self.languages, self._weights(), self.places, self.seed, self.adapt)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -156,16 +168,22 @@ class LanguageSchedule:
         """
         if not 0 <= window < self.windows_per_epoch:
             raise IndexError(f"window {window}: an epoch has windows 0 to {self.windows_per_epoch - 1}")
-        counts = self._taken[window + 1] - self._taken[window]
+        if self.mixture is not None:
+            return self._placed(self.mixture.counts(epoch, window), epoch, window)
+        return self._placed(self._taken[window + 1] - self._taken[window], epoch, window)
+
+    def _placed(self, counts: NDArray[np.integer], epoch: int, window: int) -> NDArray[np.int64]:
         places = np.repeat(np.arange(len(self.languages)), counts)
         nodes = self.world_size // self.ranks_per_node
-        by_node = _generator(self.seed, _PLACES, epoch, window).permutation(places).reshape(-1, nodes)
+        by_node = shares.generator(self.seed, shares.PLACES, epoch, window).permutation(places).reshape(-1, nodes)
         by_rank = by_node.repeat(self.ranks_per_node, axis=1)
         return np.tile(by_rank, (self.micro_steps, 1)) if self.affinity == "window" else by_rank
 
-    def taken(self, window: int) -> NDArray[np.int64]:
-        """Returns how many micro-batches of each language an epoch takes before this window, `[K]`."""
-        return self._taken[window].astype(np.int64) * self._unit
+    def taken(self, window: int, epoch: int = 0) -> NDArray[np.int64]:
+        """Returns how many micro-batches of each language an epoch takes before this window, `[K]`; where nothing moves
+        the shares, as many in every epoch."""
+        before = self._taken[window] if self.mixture is None else self.mixture.before(epoch, window)
+        return before.astype(np.int64) * self._unit
 
     def place_in_round(self, language: int, taken: int) -> tuple[int, int]:
         """Returns the round that a language's micro-batch belongs to, and which of that round it is; both from 0.
@@ -178,8 +196,8 @@ class LanguageSchedule:
     def sample_order(self, epoch: int, language: int, round: int = 0) -> NDArray[np.int64]:
         """Returns the order in which a round takes a language's samples, a permutation of `0..n_l - 1`. What a round
         does not fill its full units with comes first in the next one, if that is an odd one."""
-        stream = (_SAMPLES, epoch, language, *((round,) if round else ()))
-        order = _generator(self.seed, *stream).permutation(self.sizes[language])
+        stream = (shares.SAMPLES, epoch, language, *((round,) if round else ()))
+        order = shares.generator(self.seed, *stream).permutation(self.sizes[language])
         if round % 2 == 0:
             return order
         used = int(self._units[language]) * self._unit * self.micro_batch_size
@@ -201,6 +219,7 @@ class LanguageSchedule:
             "epoch_end": self.epoch_end,
             "repeat": self.repeat,
             "ranks_per_node": self.ranks_per_node,
+            "adapt": self.adapt,
         }
 
     def fingerprint(self) -> str:
@@ -211,16 +230,14 @@ class LanguageSchedule:
         """
         digest = hashlib.blake2b(json.dumps(self.settings(), sort_keys=True).encode(), digest_size=16)
         digest.update(self._taken.astype("<i8").tobytes())
-        digest.update(self.table(0, 0).astype("<i8").tobytes())
-        digest.update(_generator(self.seed, _SAMPLES, 0, 0).permutation(64).astype("<i8").tobytes())
+        digest.update(self._placed(self._taken[1], 0, 0).astype("<i8").tobytes())
+        digest.update(shares.generator(self.seed, shares.SAMPLES, 0, 0).permutation(64).astype("<i8").tobytes())
         return digest.hexdigest()
 
     def _spread(self) -> NDArray[np.integer]:
         """Returns how many units of each language the epoch takes before each window, `[windows + 1, K]`."""
         slots = self.places
-        # Rounded, so that no last bit of a machine's `pow` decides who is rounded up.
-        weights = (np.array(self.sizes) / max(self.sizes)) ** (1 / self.temperature)
-        weights = np.maximum(np.round(weights, 12), 1e-12)
+        weights = self._weights()
         remaining = _with_rounds(self._units, self._limits() * self._units, weights, slots)
         windows = int(remaining.sum()) // slots
         if windows == 0:
@@ -229,7 +246,7 @@ class LanguageSchedule:
                 f"{self._unit_samples}, and a window takes {slots} (world_size = {self.world_size}, micro_steps = "
                 f"{self.micro_steps}); use more samples, or a smaller micro_batch_size or micro_steps"
             )
-        rng = _generator(self.seed, _ROUNDING)
+        rng = shares.generator(self.seed, shares.ROUNDING)
         taken = np.zeros((windows + 1, len(remaining)), dtype=np.int32 if remaining.sum() < 2**31 else np.int64)
         active = np.zeros(len(remaining), dtype=bool)
         for window in range(windows):
@@ -238,22 +255,24 @@ class LanguageSchedule:
                 if self.epoch_end == "shortest" and not active.all():
                     return taken[: window + 1].copy()
                 share = np.zeros(len(remaining))
-                share[active] = _shares(weights[active], slots)
-                whole, fraction = _split(share)
+                share[active] = shares.of_places(weights[active], slots)
+                whole, fraction = shares.split(share)
                 rounded_up = slots - int(whole.sum())
                 credit = np.zeros(len(remaining))
             counts = whole.copy()
             if rounded_up:
-                credit += fraction
-                claim = np.where(fraction > 0, credit + rng.random(len(credit)), -np.inf)
-                chosen = np.argpartition(-claim, rounded_up - 1)[:rounded_up]
-                counts[chosen] += 1
-                credit[chosen] -= 1
+                counts[shares.rounded_up(fraction, rounded_up, credit, rng.random(len(credit)))] += 1
             if (counts > remaining).any():
                 counts = _within(counts, remaining, share)
             remaining -= counts
             taken[window + 1] = taken[window] + counts
         return taken
+
+    def _weights(self) -> NDArray[np.float64]:
+        """Returns what shares are proportional to, `[K]`."""
+        # Rounded, so that no last bit of a machine's `pow` decides who is rounded up.
+        weights = (np.array(self.sizes) / max(self.sizes)) ** (1 / self.temperature)
+        return np.maximum(np.round(weights, 12), 1e-12)
 
     def _limits(self) -> NDArray[np.float64]:
         """Returns how often each language may come round in an epoch."""
@@ -289,39 +308,13 @@ def _with_rounds(
     taken = np.zeros(len(units))
     active = np.ones(len(units), dtype=bool)
     while (first := taken < units * (1 - 1e-9)).any() and (limits > units).any():
-        share = _shares(weights[active], slots)
+        share = shares.of_places(weights[active], slots)
         last_first = np.max(((units - taken)[active] / share)[first[active]])
         until_limit = (limits - taken)[active] / share
         windows = min(last_first, until_limit.min())
         taken[active] += windows * share
         active[active] = until_limit > windows * (1 + 1e-12)
     return np.clip(np.ceil(taken - 1e-6), units, limits).astype(np.int64)
-
-
-def _shares(weights: NDArray[np.float64], slots: int) -> NDArray[np.float64]:
-    """Returns what each language with data is due in a window (rule 2), `[K]`, summing to `slots`.
-
-    Languages that would lie beyond the limit of 1 are set to it, and the rest is divided among the others, until none
-    lies beyond (water filling).
-    """
-    share = np.ones(len(weights))
-    free = np.ones(len(weights), dtype=bool)
-    is_beyond = np.less if slots >= len(weights) else np.greater
-    while free.any():
-        share[free] = weights[free] * (slots - np.count_nonzero(~free)) / weights[free].sum()
-        beyond = free & is_beyond(share, 1.0)
-        if not beyond.any():
-            break
-        share[beyond] = 1.0
-        free &= ~beyond
-    return share
-
-
-def _split(share: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Returns the whole part and the fraction of shares; one within 1e-9 of a whole number counts as that number."""
-    whole = np.floor(share + 1e-9)
-    fraction = np.where(share - whole > 1e-9, share - whole, 0.0)
-    return whole.astype(np.int64), fraction
 
 
 def _within(
@@ -336,10 +329,6 @@ def _within(
     while counts.sum() < places:
         counts[np.where(counts < remaining, share - counts, -np.inf).argmax()] += 1
     return counts
-
-
-def _generator(seed: int, *stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
 def _whole(name: str, value: object, least: int, otherwise: str = "") -> int:

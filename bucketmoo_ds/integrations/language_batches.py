@@ -54,6 +54,7 @@ def placed_loader(
         seed=args.data_seed if args.data_seed is not None else args.seed,
         **{"affinity": _affinity(trainer, config), **options},
     )
+    trainer._moo_placed = sampler
     if hasattr(dataset, "remove_columns"):
         dataset = trainer._remove_unused_columns(dataset, description="training")
     else:

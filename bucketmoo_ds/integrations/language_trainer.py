@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 from bucketmoo_ds.adapters import mixed
 from bucketmoo_ds.adapters.session import Session
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.data.sampler import LanguageBatchSampler
 from bucketmoo_ds.errors import BucketMOOError
 from bucketmoo_ds.integrations import trainer_refusals as refusals
 from bucketmoo_ds.integrations.fused_head import unfuse
@@ -69,6 +70,7 @@ class LanguageTrainerMixin(_Behind):
     ) -> None:
         self._moo_config = moo if moo is not None and moo.enabled else None
         self._moo_session: Session | mixed.MixedSession | None = None
+        self._moo_placed: LanguageBatchSampler | None = None  # of the loader, where we made it
         self._moo_listener: TokenLosses | None = None
         self._moo_evaluated: LanguageLog | None = None
         self._moo_pending: dict[str, float] = {}  # of the log that comes
@@ -253,6 +255,8 @@ class LanguageTrainerMixin(_Behind):
                 f"Trainer has built {type(trainer.model_wrapped).__name__}, whose gradients nobody resolves: its "
                 f"DeepSpeed JSON has lost the section {SECTION}, or another package has replaced the engine"
             )
+        if self._moo_placed is not None and self._moo_mode == "placed":
+            self._moo_placed.follow(self.moo)
         if self._moo_session is not None and self._moo_resumes is not None:
             states = checkpoint.load(self._moo_resumes, self._moo_config)
             if states is not None:

@@ -58,6 +58,8 @@ def prepare(accelerator: Any, *objects: Any, config: BucketMOOConfig) -> tuple[A
     prepared = accelerator.prepare(*objects)
     model = prepared[index]
     session = model.moo if plugin is not None else _register(accelerator, model, config)
+    if sampler is not None:
+        sampler.follow(session)
     # DeepSpeed's own checkpoint, which save_state writes, holds the session's.
     accelerator.register_for_checkpointing(_Position(session, sampler, saves_session=plugin is None))
     return (*prepared, session)

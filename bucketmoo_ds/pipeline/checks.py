@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bucketmoo_ds.config import SECTION
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.batch import Slot
-from bucketmoo_ds.errors import LanguageError
+from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.pipeline.window import Window
 
 
@@ -24,18 +24,30 @@ def check_languages(window: Window, slots: Sequence[Slot], languages: Sequence[s
         )
 
 
-def check_present(window: Window) -> None:
-    """Raises `LanguageError` at the boundary of a window without a target token."""
-    if not window.present:
-        raise LanguageError("no language fed a target token to this window: there is nothing to resolve")
+def check_present(window: Window, config: BucketMOOConfig) -> None:
+    """Raises `LanguageError` at the boundary of a window without a target token to train on."""
+    if not window.trained:
+        alone = f" beside the probe, {config.languages[config.probe]}" if config.probe in window.present else ""
+        raise LanguageError(f"no language fed a target token to this window{alone}: there is nothing to resolve")
+
+
+def check_steers(follows: bool, config: BucketMOOConfig) -> None:
+    """Raises `ConfigError` where sampling is to move, and no sampler follows."""
+    if config.schedule and not follows:
+        raise ConfigError(
+            f'{SECTION}.schedule.adapt = "{config.schedule["adapt"]}": no LanguageBatchSampler follows this run, so '
+            "nothing would move; make one with this config and call sampler.follow(session) (or the DeepSpeed engine) "
+            "before training. Batches of a sampler of your own cannot follow: leave schedule out"
+        )
 
 
 def check_parts(window: Window, mode: str) -> None:
     """Raises `LanguageError` where streaming was asked for and a rank has several languages to exchange."""
     if mode == "streaming" and window.parts > 1:
         raise LanguageError(
-            f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, whose parts are '
-            'then exchanged one after the other; keep one language (LanguageBatchSampler(affinity="window")), or use '
+            f'{SECTION}.mode = "streaming": a rank went from one language to another within a window, or from one half '
+            f'of it to the other ({SECTION}.gram = "cross"), whose parts are then exchanged one after the other; keep '
+            'one language (LanguageBatchSampler(affinity="window")), on several ranks where Grams are crossed, or use '
             '"auto"'
         )
 

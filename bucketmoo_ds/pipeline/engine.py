@@ -23,8 +23,8 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Container, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Container, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from bucketmoo_ds.comm.agreement import Contributions, check_equal, digest, tell
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.comm.streams import SideStream
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
-from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.data.batch import Row, Slot
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.pipeline import checks
 from bucketmoo_ds.pipeline.memory import NO_MEMORY
@@ -46,6 +46,14 @@ from bucketmoo_ds.plan.blocks import BlockPlan, Segments
 from bucketmoo_ds.plan.choices import choose_gram_every, choose_streaming, named
 
 Sink = Callable[[int, Tensor], None]
+
+
+class Steered(Protocol):
+    """How often languages are sampled; see `bucketmoo_ds.data.mixture`."""
+
+    def move(self, gram: Sequence[Sequence[float]], present: Sequence[int], noisy: Collection[int]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 # Elements. While streaming, buckets that have fewer together are resolved together: a collective of their Grams costs
 # about as much time as exchanging so many.
@@ -71,10 +79,10 @@ class _Held(NamedTuple):
 class _Arriving(NamedTuple):
     """What the slices of a bucket are in a micro-step."""
 
-    fed: list[tuple[int, int, float]]  # language, place among the slices and scale of each that holds a gradient
+    fed: list[tuple[Row, int, float]]  # row, place among the slices and scale of each that holds a gradient
     targets: list[int]  # of each slice, its row among those present; -1 where it holds no gradient
     scales: list[float]  # of each slice, in units of its row
-    one_each: bool  # whether they are the rows: each language comes from one rank, in the units of its row
+    one_each: bool  # whether they are the rows: each comes from one rank, in the units of its row
 
 
 class BucketMOO:
@@ -128,8 +136,21 @@ class BucketMOO:
             raise ConfigError(
                 f'{SECTION}.exchange = "two_stage": the ranks do not form nodes of equally many; use "auto"'
             )
+        if config.gram == "cross" and once_a_window and not apart and exchange.world_size == 1:
+            raise ConfigError(
+                f'{SECTION}.gram = "cross": one rank that adds up its micro-steps has no two halves of a language; '
+                "leave once_a_window out, so that rows are kept in every micro-step, or leave gram out"
+            )
         self.backend = ops.choose_backend(config.backend, device)
-        self.window = Window(len(config.languages), config.weighting, once_a_window, apart)
+        self.window = Window(
+            len(config.languages),
+            config.weighting,
+            once_a_window,
+            apart,
+            probe=config.probe,
+            crossed=config.gram == "cross",
+            together=exchange.ranks_per_node if self._goes_by_node else 1,
+        )
         self._device = torch.device(device)
         self.resolver = Resolver(config, plan, exchange, self.window, self.backend, self._device)
         self.record = Record(config, plan, speaks=exchange.rank == 0)
@@ -144,6 +165,8 @@ class BucketMOO:
         settings = {**config.to_json(), "backend": self.backend, "once_a_window": once_a_window}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._streams = self.streaming
+        self._mixture: Steered | None = None
+        self._saved_mixture: dict[str, Any] | None = None
         self._start_window()
 
     def check_ranks(self) -> None:
@@ -157,6 +180,13 @@ class BucketMOO:
             struct.pack("<qq", self._fingerprint, self.micro_steps),
             "ranks disagree about the settings, the trained parameters or how they are wrapped: run one script on all",
         )
+
+    def steer(self, mixture: Steered) -> None:
+        """Moves a mixture with the Grams of every window from now on, and keeps it in the checkpoint."""
+        self._mixture = mixture
+        if self._saved_mixture is not None:
+            mixture.load_state_dict(self._saved_mixture)
+            self._saved_mixture = None
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
 
@@ -183,6 +213,7 @@ class BucketMOO:
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
         self.resolver.add_loss(mine)
         slots = [Slot.from_numbers(numbers) for numbers in told]
+        checks.check_steers(self._mixture is not None, self.config)
         self._side.follow()
         checks.check_languages(self.window, slots, self.config.languages)
         if not self.in_window:
@@ -191,7 +222,7 @@ class BucketMOO:
         self._check_nodes()
         self._boundary = boundary
         if boundary:
-            checks.check_present(self.window)
+            checks.check_present(self.window, self.config)
             checks.check_parts(self.window, self.config.mode)
             self._streams = self._streams and self.window.parts == 1
         parts = range(self.window.parts)
@@ -247,6 +278,8 @@ class BucketMOO:
                 self._resolve_rows()
             decided = self.resolver.decided() if self.resolver.fresh else self._decided_before()
         self._side.join()
+        if self.resolver.fresh:
+            self.record.note_one_half(self.window.of_one_half)
         resolution = Resolution(
             window=self.windows,
             gram=decided.gram / gradient_scale**2 if self.resolver.fresh else decided.gram,
@@ -257,6 +290,7 @@ class BucketMOO:
             fresh=self.resolver.fresh,
             losses=decided.losses,
         )
+        self._move(resolution)
         self.resolver.close_window(resolution)
         self.record.add(resolution)
         self._start_window()
@@ -309,7 +343,8 @@ class BucketMOO:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain JSON values; alike on all ranks."""
-        return self.record.state_dict() | self.resolver.memory.state_dict() | self.resolver.reuse.state_dict()
+        mixture = {} if self._mixture is None else {"mixture": self._mixture.state_dict()}
+        return self.record.state_dict() | self.resolver.memory.state_dict() | self.resolver.reuse.state_dict() | mixture
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
@@ -322,6 +357,9 @@ class BucketMOO:
         if not self.resolver.memory.load_state_dict(state):
             self.record.warn(NO_MEMORY.format(self.config.aggregator))
         self.resolver.start_window()
+        self._saved_mixture = state.get("mixture")
+        if self._mixture is not None and self._saved_mixture is not None:
+            self.steer(self._mixture)
 
     def describe(self) -> str:
         """Returns the line that is logged at start-up."""
@@ -331,10 +369,16 @@ class BucketMOO:
             f"({len(self.plan.blocks)} blocks in {len(self.plan.buckets)} buckets), "
             f"{len(config.languages)} languages ({named(config)}), "
             f"world size {self.exchange.world_size}, {self.micro_steps} micro-steps a window, "
-            f"{'streaming' if self.streaming else 'deferred'}, "
+            f"{'streaming' if self.streaming else 'deferred'}{self._crossed}, "
             f"{self._exchange_name}, "
             f"backend {self.backend}{self._gram_every}"
         )
+
+    @property
+    def _crossed(self) -> str:
+        if self.config.gram != "cross":
+            return ""
+        return ", Grams across halves" + (" (twice the rows in memory)" if not self.streaming else "")
 
     @property
     def _gram_every(self) -> str:
@@ -357,6 +401,16 @@ class BucketMOO:
         if self._goes_by_node:
             how = f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
         return f"exchange {how} {'once a window' if self.window.once_a_window else 'every micro-step'}"
+
+    def _move(self, resolution: Resolution) -> None:
+        """Moves the mixture by a window's rows, each language's mean per token."""
+        if self._mixture is None or not resolution.fresh or resolution.nonfinite:
+            return
+        units = torch.zeros(len(self.config.languages), dtype=torch.float64)
+        units[resolution.present,] = 1.0 / torch.tensor(self.window.units(), dtype=torch.float64)
+        gram = resolution.gram.sum(0) * units.outer(units)
+        noisy = self.window.of_one_half if self.config.gram == "cross" else resolution.present
+        self._mixture.move(gram.tolist(), resolution.present, noisy)
 
     # --- how it is done -----------------------------------------------------------------------------------------
 
@@ -406,12 +460,12 @@ class BucketMOO:
         if pending.last:
             self._complete.add(bucket)
         if pending.last and self._store.is_float32_on_device and self.resolver.fresh:
-            receiving = {language for language, _, _ in arriving.fed}
-            claim = self._store.claim(bucket, self.window.present, receiving, slices[0])
+            receiving = {row for row, _, _ in arriving.fed}
+            claim = self._store.claim(bucket, self.window.rows, receiving, slices[0])
             self._grams[bucket] = self._accumulate_gram(bucket, *claim, slices, arriving)
             return
-        for language, place, scale in arriving.fed:
-            self._store.add(bucket, language, slices[place], scale)
+        for row, place, scale in arriving.fed:
+            self._store.add(bucket, row, slices[place], scale)
         if pending.last and self.resolver.fresh:
             self._grams[bucket] = self._gram(bucket, self._rows(bucket))
 
@@ -419,16 +473,16 @@ class BucketMOO:
         """Of the slots that exchange this part, by rank or by node."""
         window = self.window
         slots = self._by_node[part] or window.sources(part)
-        row_of = {language: row for row, language in enumerate(window.present)}
+        place_of = {row: place for place, row in enumerate(window.rows)}
         targets, scales, fed = [-1] * len(slots), [0.0] * len(slots), []
         for place, slot in enumerate(slots):
             if slot.target_tokens > 0:
-                targets[place] = row_of[slot.language]
-                scales[place] = slot.scale / window.reference_scale(slot.language)
-                fed.append((slot.language, place, scales[place]))
+                targets[place] = place_of[slot.row]
+                scales[place] = slot.scale / window.reference_scale(slot.row)
+                fed.append((slot.row, place, scales[place]))
         fed.sort()
         rows = [targets[place] for _, place, _ in fed]
-        one_each = rows == list(range(len(window.present))) and all(scale == 1.0 for _, _, scale in fed)
+        one_each = rows == list(range(len(window.rows))) and all(scale == 1.0 for _, _, scale in fed)
         return _Arriving(fed, targets, scales, one_each)
 
     def _stream(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
@@ -436,7 +490,7 @@ class BucketMOO:
             rows = [slices[place] for _, place, _ in arriving.fed]  # no copy
             gram = self._gram(bucket, rows)
         else:
-            rows = list(slices.new_empty((len(self.window.present), slices.shape[1]), dtype=torch.float32).unbind())
+            rows = list(slices.new_empty((len(self.window.rows), slices.shape[1]), dtype=torch.float32).unbind())
             gram = self._accumulate_gram(bucket, rows, [True] * len(rows), slices, arriving)
         self._held.append(_Held(bucket, rows, gram))
         if sum(self.plan.buckets[each.bucket].numel for each in self._held) >= TOGETHER:
@@ -456,12 +510,12 @@ class BucketMOO:
 
     def _resolve_rows(self) -> None:
         """Resolves the stored rows of all buckets at once."""
-        buckets, present = range(len(self.plan.buckets)), self.window.present
+        buckets, of = range(len(self.plan.buckets)), self.window.rows
         if self.resolver.fresh:
             partial = torch.cat([self._grams[bucket] for bucket in buckets])
             weights = self.resolver.resolve_all(partial, self.record.generator())
         else:
-            weights = self.resolver.reused(present, [1.0] * len(present))
+            weights = self.resolver.reused(of, [1.0] * len(of))
         for bucket, of_bucket in zip(buckets, weights.split(list(map(len, self._cells))), strict=True):
             rows = self._rows(bucket)
             if not self.resolver.fresh:
@@ -470,27 +524,27 @@ class BucketMOO:
 
     def _add_up(self, bucket: int, slices: Tensor, arriving: _Arriving) -> None:
         """Adds up what has come with the weights of an earlier window."""
-        languages, places, scales = zip(*arriving.fed, strict=True)
+        of, places, scales = zip(*arriving.fed, strict=True)
         if self._weights is None:
-            self._weights = self.resolver.reused(languages, scales)
+            self._weights = self.resolver.reused(of, scales)
         rows = [slices[place] for place in places]
         self._largest[bucket] = _largest(rows)
         first = sum(map(len, self._cells[:bucket]))
         self._combine(bucket, rows, self._weights[first : first + len(self._cells[bucket])])
 
     def _decided_before(self) -> Decided:
-        streamed = [language for language, _, _ in self._of_part[0].fed]
+        streamed = [row for row, _, _ in self._of_part[0].fed]
         largest = torch.stack([self._largest[bucket] for bucket in range(len(self.plan.buckets))])
-        return self.resolver.decided_before(largest, streamed if self._streams else self.window.present)
+        return self.resolver.decided_before(largest, streamed if self._streams else self.window.rows)
 
     def _rows(self, bucket: int) -> list[Tensor]:
-        """The stored rows of the present languages, on the device."""
-        return [row.to(self._device, non_blocking=True) for row in self._store.rows(bucket, self.window.present)]
+        """The stored rows of the window, on the device."""
+        return [row.to(self._device, non_blocking=True) for row in self._store.rows(bucket, self.window.rows)]
 
     def _accumulate_gram(
         self, bucket: int, rows: list[Tensor], fresh: list[bool], slices: Tensor, arriving: _Arriving
     ) -> Tensor:
-        """Adds the last gradients of the window to the rows of the present languages; returns the partial Grams."""
+        """Adds the last gradients of the window to its rows; returns the partial Grams."""
         segments = self._segments[bucket]
         return ops.accumulate_gram(
             rows,

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import aggregate, ops
+from bucketmoo_ds.aggregate.nearest import nearest_semidefinite
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.pipeline.memory import Memory
@@ -136,7 +137,7 @@ class GramEstimate:
         gram, noisy = (kept[:-1] / torch.where(kept[-1] > 0, kept[-1], 1.0) for kept in (self._kept, self._kept_noisy))
         gram = torch.where(torch.eye(self._count, dtype=torch.bool, device=self._device), noisy, gram)
         known = self._kept_noisy[-1].diagonal() > 0
-        return positive_semidefinite((gram + gram.mT) / 2), known
+        return nearest_semidefinite((gram + gram.mT) / 2), known
 
     def weights(self, gram: Tensor, known: Tensor, present: Sequence[int], generator: torch.Generator) -> Tensor:
         """Returns `[B, K]` float64, the weights of the languages present; those without an estimate get their share in
@@ -185,11 +186,3 @@ class GramEstimate:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self._device)
-
-
-def positive_semidefinite(gram: Tensor) -> Tensor:
-    """Returns the nearest positive semidefinite matrices, in Frobenius' norm, to symmetric ones `[B, K, K]`."""
-    finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
-    projected = (vectors * values.clamp(min=0.0).unsqueeze(-2)) @ vectors.mT
-    return torch.where(finite, projected, gram)

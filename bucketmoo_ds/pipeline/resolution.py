@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Resolution:
 
     Args:
         window: number of the window, from 0.
-        gram: `[B, K, K]` float64, of the rows as the aggregator saw them (means per target token).
+        gram: `[B, K, K]` float64, of the rows as the aggregator saw them (means per target token); with `gram: cross`
+            freed of noise on its diagonal.
         weights: `[B, K]` float64: the combined gradient of block b is the sum of `weights[b, l] row_l`.
         present: the languages that took part.
         target_tokens: tokens that each of the K languages fed to the window.
@@ -71,6 +73,7 @@ class Record:
         self.windows = 0
         self.counters: collections.Counter[str] = collections.Counter()
         self.last: Resolution | None = None
+        self._said_one_half = False
 
     def add(self, resolution: Resolution) -> None:
         """Closes a window."""
@@ -89,6 +92,19 @@ class Record:
         self.counters["flat_micro_steps"] += 1
         if self.counters["flat_micro_steps"] == 1:
             self.warn(advice)
+
+    def note_one_half(self, languages: Sequence[int]) -> None:
+        """Counts the languages of a window whose micro-batches make no two halves, and says so the first time."""
+        for language in languages:
+            self.counters[f"one_half.{self._config.languages[language]}"] += 1
+        if languages and not self._said_one_half:
+            self._said_one_half = True
+            names = ", ".join(self._config.languages[language] for language in languages)
+            self.warn(
+                f'{SECTION}.gram = "cross": {names} had one micro-batch only, so that noise stays on the diagonal '
+                "of the Gram there; take more micro-steps (gradient_accumulation_steps) or ranks, or fewer languages "
+                "in a window"
+            )
 
     def warn(self, text: str) -> None:
         """Writes a warning that names the window."""

@@ -23,7 +23,8 @@ from torch import Tensor
 from bucketmoo_ds import aggregate, ops
 from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
-from bucketmoo_ds.data.batch import Slot
+from bucketmoo_ds.data.batch import Row, Slot
+from bucketmoo_ds.pipeline.halves import Folding, shown
 from bucketmoo_ds.pipeline.memory import Memory
 from bucketmoo_ds.pipeline.resolution import Resolution
 from bucketmoo_ds.pipeline.reuse import Reuse
@@ -95,6 +96,7 @@ class Resolver:
         self._coefficients: Tensor | None = None
         self._summed_losses = torch.zeros(len(self._config.languages), dtype=torch.float64, device=self._device)
         self._losses: Tensor | None = None
+        self._folding: Folding | None = None
         self.memory.forget()
         self.fresh = self.reuse.due
 
@@ -108,13 +110,13 @@ class Resolver:
         """Decides the weights of some blocks that have one cell each, on every rank.
 
         Args:
-            partial: `[C, K', K']` float64, this rank's part of the Grams of the stored rows of the K' present
-                languages.
+            partial: `[C, R, R]` float64, this rank's part of the Grams of the stored rows: of the K' present languages,
+                or of their halves.
             cells: the numbers of the C cells.
             generator: see `aggregate.solve`.
 
         Returns:
-            `[C, K']` float64: what the stored rows of each cell are multiplied by.
+            `[C, R]` float64: what the stored rows of each cell are multiplied by.
         """
         blocks = [self._plan.cell_block[cell] for cell in cells]
         told = _summed(self._exchange.all_gather_grams(self._with_losses(partial)))
@@ -122,7 +124,7 @@ class Resolver:
         self.memory.take(blocks, self._window.present, state)
         self._blocks += blocks
         self._decided.append((gram, weights))
-        return weights * self.coefficients
+        return self._of_rows(weights)
 
     def resolve_all(self, partial: Tensor, generator: torch.Generator) -> Tensor:
         """Decides the weights of all blocks, each on the rank that it belongs to; see `resolve_some`."""
@@ -144,52 +146,74 @@ class Resolver:
         self.memory.take(range(blocks), self._window.present, dict(zip(own_state, state, strict=True)))
         self._blocks += range(blocks)
         self._decided.append((gram, weights))
-        return (weights * self.coefficients)[self._cell_block]
+        return self._of_rows(weights)[self._cell_block]
+
+    def _of_rows(self, weights: Tensor) -> Tensor:
+        """Returns what the stored rows are multiplied by, `[B, R]`: both halves of a language alike."""
+        folding = self.folding
+        each = weights if folding is None else weights.index_select(1, folding.language)
+        return each * self.coefficients
+
+    @property
+    def folding(self) -> Folding | None:
+        """How the Grams of halves become those of languages, where they are crossed."""
+        if self._folding is None and self._config.gram == "cross":
+            window = self._window
+            self._folding = Folding.of(window.rows, window.present, window.half_tokens, self._device)
+        return self._folding
 
     @property
     def coefficients(self) -> Tensor:
-        """`[K']` float64 on the device: see `Window.coefficients`."""
+        """`[R]` float64 on the device: see `Window.coefficients`."""
         if self._coefficients is None:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
 
     def _with_losses(self, grams: Tensor) -> Tensor:
-        """Appends the losses of the K' present languages, as what is exchanged with Grams `[B, ..., K', K']`."""
+        """Appends the losses of the K' present languages, as what is exchanged with Grams `[B, ..., R, R]`."""
         if not self._needs_losses:
             return grams
         present = to_device(self._window.present, torch.int64, self._device)
-        losses = torch.diag_embed(self._summed_losses.index_select(0, present))
-        return torch.cat([grams, losses.expand(1, *grams.shape[1:])])
+        losses = grams.new_zeros(grams.shape[-1])
+        losses[self._first_rows()] = self._summed_losses.index_select(0, present)
+        return torch.cat([grams, torch.diag_embed(losses).expand(1, *grams.shape[1:])])
 
     def _take_losses(self, summed: Tensor) -> Tensor:
         """Takes what `_with_losses` has appended, summed over the ranks, off again; returns the Grams."""
         if not self._needs_losses:
             return summed
         tokens = [self._window.target_tokens[language] for language in self._window.present]
-        self._losses = summed[-1].diagonal() / to_device(tokens, torch.float64, self._device)
+        losses = summed[-1].diagonal().index_select(0, self._first_rows())
+        self._losses = losses / to_device(tokens, torch.float64, self._device)
         return summed[:-1]
 
-    def reused(self, languages: Sequence[int], scales: Sequence[float]) -> Tensor:
-        """Returns `[C, P]` float64, what gradients of some languages, given in units of `scales` of their rows, are
-        multiplied by in each cell, where the weights are those of an earlier window."""
-        weights = self.reuse.decided(self._takes_part())[1][list(self._plan.cell_block)]
-        factor = dict(zip(self._window.present, self._window.coefficients(), strict=True))
-        units = [factor[language] * scale for language, scale in zip(languages, scales, strict=True)]
-        return to_device(weights[:, list(languages)] * torch.tensor(units), torch.float64, self._device)
+    def _first_rows(self) -> Tensor:
+        """`[K']` on the device: the first of the stored rows of each present language."""
+        languages = [language for language, _ in self._window.rows]
+        return to_device([languages.index(each) for each in self._window.present], torch.int64, self._device)
 
-    def decided_before(self, largest: Tensor, languages: Sequence[int]) -> Decided:
+    def reused(self, rows: Sequence[Row], scales: Sequence[float]) -> Tensor:
+        """Returns `[C, P]` float64, what gradients of some rows, given in units of `scales` of them, are multiplied by
+        in each cell, where the weights are those of an earlier window."""
+        weights = self._before()[1][list(self._plan.cell_block)]
+        factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
+        units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
+        of_rows = weights[:, [language for language, _ in rows]]
+        return to_device(of_rows * torch.tensor(units), torch.float64, self._device)
+
+    def decided_before(self, largest: Tensor, rows: Sequence[Row]) -> Decided:
         """Returns what was decided in an earlier window. The host waits here, as `decided` does.
 
         Args:
             largest: `[buckets, P]`, the largest absolute value of each gradient, or row, of this rank's shards.
-            languages: theirs.
+            rows: whose.
         """
         told = ToHost(self._exchange.all_gather_grams(largest.double())).read()
         named = [
-            (self._config.languages[languages[place]], self._plan.buckets[bucket].name)
+            (self._config.languages[rows[place][0]], self._plan.buckets[bucket].name)
             for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
         ]
-        return Decided(*self.reuse.decided(self._takes_part()), tuple(dict.fromkeys(named)))
+        return Decided(*self._before(), tuple(dict.fromkeys(named)))
 
     def close_window(self, resolution: Resolution) -> None:
         """Keeps what was decided, unless its rows were not finite."""
@@ -197,7 +221,7 @@ class Resolver:
             self.reuse.use()
         elif not resolution.nonfinite:
             self.memory.commit()
-            self.reuse.take(resolution.gram, resolution.weights, resolution.mask)
+            self.reuse.take(resolution.gram, resolution.weights, self._takes_part())
 
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
@@ -226,25 +250,38 @@ class Resolver:
         preferred = self._config.preferred(self._window.present)
         state = self.memory.of(blocks, self._window.present)
         gram = self._take_losses(summed) * torch.outer(self.coefficients, self.coefficients)
+        noisy, folding = None, self.folding
+        if folding is not None:
+            crossed, noisy = folding.fold(gram)
+            gram = shown(crossed, noisy)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
-                torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device),
+                self._mask(blocks),
                 self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 preference=None if preferred is None else to_device(preferred, torch.float64, self._device),
                 losses=self._losses,
+                noisy=noisy,
                 weight_smoothing=self._config.weight_smoothing,
                 state=state,
                 generator=generator,
             )
         return gram, weights, state
 
+    def _before(self) -> tuple[Tensor, Tensor]:
+        """Returns the Grams and weights of an earlier window, for this one's languages."""
+        return self.reuse.decided(self._takes_part(), self._window.present)
+
+    def _mask(self, blocks: Sequence[int]) -> Tensor:
+        """`[B', K']` bool on the device: which of the languages present take part on these blocks."""
+        return to_device(self._takes_part()[list(blocks)][:, self._window.present], torch.bool, self._device)
+
     def _takes_part(self) -> Tensor:
         """`[B, K]` bool on the host: which languages take part in this window, block by block."""
         mask = torch.zeros(len(self._plan.blocks), len(self._config.languages), dtype=torch.bool)
-        mask[:, self._window.present] = True
+        mask[:, self._window.trained] = True  # without a probe, which steers the sampling and is no objective
         return mask
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
@@ -258,7 +295,9 @@ class Resolver:
         suspects = ~finite[list(self._plan.cell_block)]
         if self._partial is not None and self._plan.spans_buckets:  # each rank knows in part which bucket it is
             present = self._window.present
-            own = ~self._partial.diagonal(dim1=1, dim2=2).isfinite()
+            own = ~self._partial.diagonal(dim1=1, dim2=2).isfinite().cpu()
+            of = torch.tensor([language for language, _ in self._window.rows])
+            own = torch.stack([own[:, of == language].any(1) for language in present], 1)
             told = torch.tensor(self._exchange.gather_numbers(own.flatten().tolist())).any(0).view(-1, len(present))
             narrowed = suspects.clone()
             narrowed[:, present] &= told

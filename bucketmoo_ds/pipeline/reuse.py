@@ -47,13 +47,14 @@ class Reuse:
         """A window has used them that has not solved anything."""
         self._used += 1
 
-    def decided(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages that take
-        part in a window that has not solved anything, `[B, K]` bool."""
+    def decided(self, mask: Tensor, present: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the Grams `[B, K, K]` that weights come from, of the languages present, and the weights `[B, K]` of
+        those that take part in a window that has not solved anything, `[B, K]` bool."""
         assert self._known is not None
         shares = torch.where(mask, torch.where(self._known, self._shares, 1.0), 0.0)
-        gram = torch.where(mask.unsqueeze(1) & mask.unsqueeze(2), self._gram, 0.0)
-        return gram, shares * self._even(mask)
+        here = torch.zeros(len(self._languages), dtype=torch.bool)
+        here[list(present)] = True
+        return torch.where(here & here.unsqueeze(1), self._gram, 0.0), shares * self._even(mask)
 
     def _even(self, mask: Tensor) -> Tensor:
         """Returns what averaging gives to each language of a block, by preference, `[B, K]`."""

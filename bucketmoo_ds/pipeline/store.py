@@ -1,4 +1,5 @@
-"""The row store: for every bucket, the rows of the languages that this window has seen so far, `[K, S]`."""
+"""The row store: for every bucket, the rows of the languages that this window has seen so far, `[K, S]`; two a language
+where Grams are crossed (`pipeline/halves.py`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bucketmoo_ds.data.batch import Row
 from bucketmoo_ds.transfer import pinned
 
 
@@ -32,17 +34,17 @@ class RowStore:
     def __init__(self, storage: str = "float32") -> None:
         self._dtype = torch.bfloat16 if storage == "bfloat16" else torch.float32
         self._on_host = storage == "host"
-        self._rows: dict[tuple[int, int], Tensor] = {}
-        self._filled: set[tuple[int, int]] = set()
+        self._rows: dict[tuple[int, Row], Tensor] = {}
+        self._filled: set[tuple[int, Row]] = set()
 
     @property
     def is_float32_on_device(self) -> bool:
         """Whether the rows are as kernels add gradients to them, so that `claim` may be used."""
         return self._dtype == torch.float32 and not self._on_host
 
-    def add(self, bucket: int, language: int, gradient: Tensor, scale: float) -> None:
+    def add(self, bucket: int, of: Row, gradient: Tensor, scale: float) -> None:
         """Adds `scale * gradient` (`[S]`, any floating dtype) to a row."""
-        key = (bucket, language)
+        key = (bucket, of)
         row, fresh = self._row(key, gradient), key not in self._filled
         self._filled.add(key)
         here = row if row.device == gradient.device else torch.empty_like(row, device=gradient.device)
@@ -57,27 +59,27 @@ class RowStore:
         if here is not row:
             row.copy_(here, non_blocking=True)
 
-    def claim(self, bucket: int, languages: list[int], receiving: Collection[int], like: Tensor) -> Claim:
-        """Hands the rows of the languages to a caller who now adds a gradient `like` this one to each of `receiving`.
+    def claim(self, bucket: int, rows: list[Row], receiving: Collection[Row], like: Tensor) -> Claim:
+        """Hands rows to a caller who now adds a gradient `like` this one to each of `receiving`.
 
         Raises:
-            KeyError: a language that receives nothing has not been added in this window.
+            KeyError: one that receives nothing has not been added to in this window.
         """
-        fresh = [language in receiving and (bucket, language) not in self._filled for language in languages]
-        for language in receiving:
-            key = (bucket, language)
+        fresh = [row in receiving and (bucket, row) not in self._filled for row in rows]
+        for row in receiving:
+            key = (bucket, row)
             self._filled.add(key)
             self._row(key, like)
-        return Claim(self.rows(bucket, languages), fresh)
+        return Claim(self.rows(bucket, rows), fresh)
 
-    def rows(self, bucket: int, languages: list[int]) -> list[Tensor]:
-        """Returns the rows `[S]` of the languages where they are stored; each must have been added in this window."""
-        missing = [language for language in languages if (bucket, language) not in self._filled]
+    def rows(self, bucket: int, rows: list[Row]) -> list[Tensor]:
+        """Returns rows `[S]` where they are stored; each must have been added to in this window."""
+        missing = [row for row in rows if (bucket, row) not in self._filled]
         if missing:
-            raise KeyError(f"bucket {bucket} has no row of language {missing[0]} in this window")
-        return [self._rows[bucket, language] for language in languages]
+            raise KeyError(f"bucket {bucket} has no row of language {missing[0][0]} in this window")
+        return [self._rows[bucket, row] for row in rows]
 
-    def _row(self, key: tuple[int, int], like: Tensor) -> Tensor:
+    def _row(self, key: tuple[int, Row], like: Tensor) -> Tensor:
         if key not in self._rows:
             away = self._on_host and like.device.type != "cpu"
             self._rows[key] = (

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import toy
 import toy_models
 import worker
+from halves_by_rule import halves_by_rule
 from torch import Tensor
 
 import bucketmoo_ds
@@ -52,6 +53,7 @@ class Case:
         model: a key of `MODELS`.
         checkpoint: see `toy_models.with_checkpoints`.
         forwards: forward passes before a backward, whose loss is the mean over all their target tokens.
+        alike: whether all micro-batches of a language hold the same sequences, in all windows: no noise is in them.
         no_sync: whether all micro-steps but the last run as under `Accelerator.accumulate`.
         cpu_adam: DeepSpeed's own Adam for offload; updates are then not compared.
         zero: entries of the JSON's `zero_optimization`.
@@ -91,6 +93,7 @@ class Case:
     used_adapters: list[int] | None = None
     checkpoint: str = "none"
     forwards: int = 1
+    alike: bool = False
     no_sync: bool = False
     cpu_adam: bool = False
     zero: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -165,6 +168,8 @@ class Case:
 
     def batches(self, language: int, generator: torch.Generator, *, empty: bool) -> list[dict[str, Any]]:
         """What the forward passes of a micro-step are given."""
+        if self.alike:
+            generator = torch.Generator().manual_seed(self.seed + language)
         extra = {"adapter": self.used_adapters[worker.RANK]} if self.used_adapters else {}
         return [
             toy.micro_batch(language, generator, ragged=self.ragged, empty=empty) | extra for _ in range(self.forwards)
@@ -297,7 +302,7 @@ def compare_window(
     """
     everyone: list[Any] = [None] * worker.WORLD_SIZE
     dist.all_gather_object(everyone, micro_gradients)
-    micros = [micro for rank in everyone for micro in rank]
+    micros = with_halves(case, everyone)
     plan, last = engine.moo.plan, engine.moo.last
     blocks = blocks_of(plan)
     expected, weights = reference.resolve_window(
@@ -309,6 +314,7 @@ def compare_window(
         normalize=case.normalize,
         rescale=case.rescale,
         preference=engine.moo.config.preferred(range(case.languages)),
+        gram=engine.moo.config.gram,
         seed=random_order_seed(case.seed, window),
     )
     errors = {"gradient": 0.0, "relative": 0.0, "weights": 0.0, "norm": 0.0}
@@ -330,6 +336,18 @@ def compare_window(
     if not case.cpu_adam:
         errors["update"] = update_error(case, engine, before=before, expected=expected, after=after, norm=norm)
     return errors
+
+
+def with_halves(case: Case, ranks: list[list[reference.MicroGradient]]) -> list[reference.MicroGradient]:
+    """The micro-batches of all ranks with their halves, which say nothing where Grams are plain."""
+    steps = list(zip(*ranks, strict=True))
+    slots = [[(micro.language, micro.target_tokens) for micro in step] for step in steps]
+    halves = halves_by_rule(slots, sticks=case.stage < 2, apart=True)
+    return [
+        dataclasses.replace(micro, half=half)
+        for step, of_step in zip(steps, halves, strict=True)
+        for micro, half in zip(step, of_step, strict=True)
+    ]
 
 
 def update_error(

@@ -129,6 +129,10 @@ def features() -> Iterator[tuple[Key, Case]]:
     for index, (name, extra) in enumerate(FEATURES_OF_3.items()):
         for world_size in (2, 3 + index % 2):
             yield (world_size, f"zero3-{name}"), {"stage": 3, "micro_steps": 1 + index % 2, "languages": 2} | extra
+    # Where noise leaves a Gram nearly singular, weights would answer to rounding.
+    cross: Case = {"languages": 2, "alike": True, "moo": {"gram": "cross"}}
+    for stage in (1, 2):
+        yield (2, f"zero{stage}-cross"), {"stage": stage, "micro_steps": 3, "affinity": "micro_step"} | cross
     for stage in STAGES:
         yield (4, f"zero{stage}-nodes"), {"stage": stage} | NODES
 

@@ -25,7 +25,13 @@ def test_without_a_device_it_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("results/*.json"))
 
 
-@pytest.mark.parametrize("part", some([("build",), ("once",), ("resolve",), ("window",), ("fsdp2",)], 1))
+@pytest.mark.parametrize(
+    "part",
+    [
+        *some([("once",), ("resolve",), ("window",)], 1),
+        *(pytest.param(part, marks=pytest.mark.nightly) for part in ("build", "fsdp2")),  # the longest
+    ],
+)
 def test_a_part_runs_on_the_cpu(part: str, tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "gpu_check.py"
     command = [sys.executable, str(script), part, "--device", "cpu", "--out", str(tmp_path)]

@@ -103,7 +103,7 @@ def objective(gram: Tensor, weights: Tensor) -> Tensor:
     return (weights * times(gram, weights)).sum(-1)
 
 
-@settings(deadline=None, max_examples=examples(30))
+@settings(deadline=None, max_examples=examples(12))
 @given(rows=rows(least=1, most=12), max_weight=caps)
 def test_the_answer_is_optimal(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows)
@@ -127,7 +127,7 @@ def test_at_most_one_major_step_more_than_rows(compiled: Compiled, kind: str, co
             assert int(solves.max()) == 0, "a closed form"
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(least=1, most=16), max_weight=caps, seed=seeds)
 def test_a_port_equals_the_reference(port: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
@@ -140,7 +140,7 @@ def test_a_port_equals_the_reference(port: Solver, rows: Tensor, max_weight: flo
     assert float(((objective(gram, ours) - objective(gram, expected)).abs() / sizes(gram)).max()) <= GAP
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(kinds=("random", "common direction"), least=1, most=12), max_weight=caps)
 def test_no_larger_square_than_quadprog_s(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows)
@@ -157,7 +157,7 @@ def test_no_larger_square_than_quadprog_s(solver: Solver, rows: Tensor, max_weig
     assert float(excess.min()) >= -1e-9
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(4))
 @given(rows=rows(least=2, most=8))
 def test_no_larger_square_than_torchjd_s(solver: Solver, rows: Tensor) -> None:
     gram = gram_of(rows)
@@ -166,7 +166,7 @@ def test_no_larger_square_than_torchjd_s(solver: Solver, rows: Tensor) -> None:
     assert float(((objective(gram, weights) - objective(gram, peer)) / sizes(gram)).max()) <= GAP
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(kinds=UNIQUE, least=1, most=12))
 def test_every_language_descends(solver: Solver, rows: Tensor) -> None:
     gram = gram_of(rows)
@@ -180,7 +180,7 @@ def test_every_language_descends(solver: Solver, rows: Tensor) -> None:
     assert float((least / parts).min()) >= -1
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(least=1, most=12), max_weight=caps, seed=seeds)
 def test_the_order_of_the_rows_does_not_matter(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
@@ -190,7 +190,7 @@ def test_the_order_of_the_rows_does_not_matter(solver: Solver, rows: Tensor, max
     assert combined_error(rows[:, order], straight[:, order], permuted) <= SAME
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(kinds=UNIQUE, least=1, most=12), max_weight=caps, seed=seeds)
 def test_the_scale_of_a_block_does_not_matter(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
@@ -204,7 +204,7 @@ def test_the_scale_of_a_block_does_not_matter(solver: Solver, rows: Tensor, max_
     assert combined_error(rows, scaled, expected) <= 1e-9  # rounding times the condition of the cosines
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(least=1, most=12), max_weight=caps, seed=seeds)
 def test_a_mask_equals_leaving_rows_out(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     gram = gram_of(rows)
@@ -227,7 +227,7 @@ def test_a_mask_equals_leaving_rows_out(solver: Solver, rows: Tensor, max_weight
         assert combined_error(rows[block : block + 1, left], weights[block : block + 1, left], alone) <= SAME
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(kinds=UNIQUE, least=1, most=6), max_weight=caps, seed=seeds)
 def test_equal_rows_share_evenly(solver: Solver, rows: Tensor, max_weight: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -242,7 +242,7 @@ def test_equal_rows_share_evenly(solver: Solver, rows: Tensor, max_weight: float
             torch.testing.assert_close(equal, equal.mean(-1, keepdim=True).expand_as(equal), rtol=1e-6, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(8))
 @given(rows=rows(least=2, most=12), max_weight=caps)
 def test_a_gram_summed_in_float32_is_solved_as_it_is(solver: Solver, rows: Tensor, max_weight: float) -> None:
     gram = gram_of(rows.float()).double()
@@ -250,7 +250,9 @@ def test_a_gram_summed_in_float32_is_solved_as_it_is(solver: Solver, rows: Tenso
     check(gram, solver(gram, everything(gram), max_weight)[0], max_weight)
 
 
-@pytest.mark.parametrize(("count", "rank"), NOISY)
+@pytest.mark.parametrize(
+    ("count", "rank"), [pytest.param(*sizes, marks=pytest.mark.nightly if sizes[0] > 32 else ()) for sizes in NOISY]
+)
 def test_a_gram_that_rounding_left_indefinite_is_solved_as_it_is(solver: Solver, count: int, rank: int) -> None:
     seed = torch.seed() % 2**32
     print(f"seed {seed}")
@@ -306,7 +308,7 @@ def test_a_gram_that_is_not_finite_gives_uniform_weights(
     assert torch.equal(weights[::2], expected[::2])
 
 
-@settings(deadline=None, max_examples=examples(20))
+@settings(deadline=None, max_examples=examples(8))
 @given(seed=seeds, max_weight=caps)
 def test_two_rows_have_a_closed_form(solver: Solver, seed: int, max_weight: float) -> None:
     rows = make_rows("random", 20, 2, torch.Generator().manual_seed(seed))

@@ -79,6 +79,7 @@ def test_warns_where_languages_share_nodes(capsys: pytest.CaptureFixture[str]) -
         (("--micro-steps", "4", "--once-a-window"), ["once a window", "all micro-steps", '=8, affinity="window")']),
         (("--micro-steps", "12"), ["8 of 12 micro-steps; --json has all."]),
         (("--per-node", "1"), ["16 of 64 nodes; --json has all.", "every rank is a node of its own"]),
+        (("--gram", "cross"), ["rows on a rank, two a language (gram: cross):", '"gram": "cross"']),
         (("--exchange", "flat"), ['use exchange = "auto"', 'section: "exchange": "flat"']),
     ],
 )

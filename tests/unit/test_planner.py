@@ -402,6 +402,19 @@ def test_memory_of_the_rows() -> None:
     assert "streaming" in make(micro_steps=2, once_a_window=True).memory
 
 
+def test_crossed_grams_have_two_rows_a_language() -> None:
+    plain, crossed = (make(languages=4, micro_steps=2, gram=gram) for gram in ("plain", "cross"))
+    for storage in ("float32", "bfloat16"):
+        assert crossed.memory[storage].device == 2 * plain.memory[storage].device
+    # 8 ranks, 2 micro-steps: 8 rows go out, Grams and weights of 4 languages come back.
+    assert plain.flat.grams.total * (64 + 20) == crossed.flat.grams.total * (16 + 20)
+    assert crossed.warnings == ()
+    few, same = (make(languages=4, gram=gram, world_size=4, ranks_per_node=4) for gram in ("cross", "plain"))
+    assert few.memory["streaming"].device == same.memory["streaming"].device
+    assert "no second half" in few.warnings[0]
+    assert "use micro_steps = 2" in few.warnings[0]
+
+
 def test_on_the_device_only_a_windows_languages_but_kept_are_all() -> None:
     found = make(languages=20, world_size=4, ranks_per_node=4, parameters=4000, buckets=10)
     assert found.memory["float32"].device == 20 * 1000 * 4

@@ -88,7 +88,7 @@ def test_rows_are_what_the_definition_says(case: tuple) -> None:
                 gradients = [sums.get(slot.language, zeros) for sums, slot in zip(local_sums, sources, strict=True)]
             for gradient, source in zip(gradients, sources, strict=True):
                 if source.target_tokens > 0:
-                    scaled = source.scale / window.reference_scale(source.language) * gradient
+                    scaled = source.scale / window.reference_scale(source.row) * gradient
                     stored[source.language] = stored.get(source.language, 0) + scaled
     expected = row_by_definition(tokens, languages, sums, weighting)
     assert window.present == sorted(expected)
@@ -104,7 +104,7 @@ def test_parts_are_as_many_as_the_rank_with_the_most_languages_has() -> None:
     assert window.parts == 1
     window.add([Slot(1, 2, 2.0), Slot(1, 3, 3.0), Slot(2, 0, 0.0)])
     window.add([Slot(0, 4, 4.0), Slot(2, 0, 0.0), Slot(0, 5, 5.0)])
-    assert [window.languages_of(rank) for rank in range(3)] == [[0, 1], [1], [0]]
+    assert [[language for language, _ in window.rows_of(rank)] for rank in range(3)] == [[0, 1], [1], [0]]
     assert window.parts == 2
     assert [slot.target_tokens for slot in window.sources(0)] == [1, 1, 5]
     assert [slot.target_tokens for slot in window.sources(1)] == [2, 0, 0]
@@ -119,7 +119,7 @@ def test_equal_micro_batches_are_added_without_any_factor(tokens: int, slots: li
     window = Window(3, "language", once_a_window=False)
     for row in slots:
         window.add([Slot(language, tokens, float(len(slots) * tokens)) for language in row])
-        assert all(slot.scale / window.reference_scale(slot.language) == 1.0 for slot in window.sources())
+        assert all(slot.scale / window.reference_scale(slot.row) == 1.0 for slot in window.sources())
 
 
 def test_absent_languages_are_left_out() -> None:

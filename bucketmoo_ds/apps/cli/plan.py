@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--buckets", default="32", help="that the gradient is reduced in (default 32)")
     parser.add_argument("--blocks", help="that it is resolved in (default: one a bucket)")
     parser.add_argument("--exchange", default="auto", help="auto (default), flat or two_stage")
+    parser.add_argument("--gram", default="plain", help="plain (default) or cross: two rows a language")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
             buckets=_whole("--buckets", options.buckets),
             blocks=0 if options.blocks is None else _whole("--blocks", options.blocks),
             exchange=options.exchange,
+            gram=options.gram,
         )
     )
     if found.setup.framework == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
@@ -94,7 +96,7 @@ def _parts(found: Forecast) -> Iterator[str | Table]:
     yield READ
     if setup.adapter.combined == "owners":
         yield AT_MOST
-    yield "\nMemory of the rows on a rank:"
+    yield f"\nMemory of the rows on a rank{', two a language (gram: cross)' * (setup.gram == 'cross')}:"
     yield _memory_table(found)
     yield ""
     yield from (f"WARNING: {text}" for text in found.warnings)
@@ -162,7 +164,7 @@ def _memory_table(found: Forecast) -> Table:
 
 def _settings(found: Forecast) -> Iterator[str]:
     setup = found.setup
-    section: dict[str, Any] = {"exchange": found.exchange}
+    section: dict[str, Any] = {"exchange": found.exchange} | ({"gram": "cross"} if setup.gram == "cross" else {})
     arguments = ['affinity="window"'] if setup.exchanges < setup.micro_steps else []
     if found.exchange == "two_stage":
         section["ranks_per_node"] = setup.ranks_per_node

@@ -156,6 +156,8 @@ class _Loop:
             rank=self.rank,
             affinity="window" if zero.exchanged == table.ONCE_A_WINDOW else "micro_step",
         )
+        if self.moo is not None and self.config.mode != "mixed":
+            self._batches.sampler.follow(self.moo)
         self._table = LanguageTable(self.config.languages)
         self._language_column = dataset.with_format(None)["language"]
 

@@ -18,7 +18,11 @@ from bucketmoo_ds.aggregate import State, create, solve, weights
 from bucketmoo_ds.errors import ConfigError
 
 seeds = st.integers(0, 2**32 - 1)
-RULES: dict[str, dict[str, Any]] = {"anchor": {"primary": [1, 0], "tau": 0.5, "beta": 0.75}, "gradvac": {"beta": 0.25}}
+RULES: dict[str, dict[str, Any]] = {
+    "anchor": {"primary": [1, 0], "tau": 0.5, "beta": 0.75},
+    "gradvac": {"beta": 0.25},
+    "sdmgrad": {"regularization": 0.1, "steps": 3},
+}
 
 
 def first(rule: Any, blocks: int, languages: int) -> State:

@@ -31,7 +31,7 @@ def generator() -> torch.Generator:
             for kind in KINDS
             for sizes in ((2, 0.6), (3, 1.0), (8, 1.0), (8, 0.3), (17, 1.0), (24, 0.1))
         ],
-        6,
+        3,
     ),
 )
 def test_the_answer_is_optimal_and_that_of_the_reference(
@@ -49,7 +49,7 @@ def test_the_answer_is_optimal_and_that_of_the_reference(
 
 # The interpreter takes minutes for the largest.
 @pytest.mark.parametrize(
-    ("count", "rank"), [pytest.param(*sizes, marks=pytest.mark.nightly if sizes[0] > 32 else ()) for sizes in NOISY]
+    ("count", "rank"), [pytest.param(*sizes, marks=pytest.mark.nightly if sizes[0] > 8 else ()) for sizes in NOISY]
 )
 def test_a_gram_that_rounding_left_indefinite_is_solved_as_it_is(
     generator: torch.Generator, count: int, rank: int
