@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def resolve_window(
     normalize: str = "none",
     rescale: str = "none",
     seed: int = 0,
+    left_out: Mapping[str, Collection[int]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Resolves the conflicts of one window.
 
@@ -54,6 +55,7 @@ def resolve_window(
         aggregator: the rule from a Gram to weights, one of this package or a function.
         weighting, normalize, rescale: as in `BucketMOOConfig`.
         seed: for aggregators with random orders.
+        left_out: by block name, the languages that are no objectives there.
 
     Returns:
         By parameter name, the combined gradient (float64); and by block name, the weights `[K']` of the K' languages
@@ -80,7 +82,10 @@ def resolve_window(
     weights_of: dict[str, Tensor] = {}
     for block, names in blocks.items():
         rows = torch.stack([torch.cat([row(language, name).flatten() for name in names]) for language in present])
-        weights = _weights(rows, aggregator, normalize, rescale, seed)
+        counting = [place for place, each in enumerate(present) if each not in (left_out or {}).get(block, ())]
+        weights = torch.zeros(len(present), dtype=torch.float64)
+        if counting:
+            weights[counting] = _weights(rows[counting], aggregator, normalize, rescale, seed)
         flat = weights @ rows
         sizes = [micro_gradients[0].gradient[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):

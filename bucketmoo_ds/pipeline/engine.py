@@ -232,6 +232,7 @@ class BucketMOO:
         Raises:
             DisagreementError: on every rank, if the ranks had gradients of different parameters.
             BucketMOOError: a bucket was not resolved.
+            ConfigError: on every rank, see `checks.check_left_out`.
         """
         self.check_contributions()
         self._check_complete(self._resolved if self._streams else self._grams)
@@ -241,6 +242,7 @@ class BucketMOO:
                 self._resolve_rows()
             decided = self.resolver.decided()
         self._side.join()
+        checks.check_left_out(decided.gram, self.plan, self.config.languages)
         resolution = Resolution(
             window=self.windows,
             gram=decided.gram / gradient_scale**2,
@@ -248,6 +250,7 @@ class BucketMOO:
             present=tuple(self.window.present),
             target_tokens=tuple(self.window.target_tokens),
             nonfinite=decided.nonfinite,
+            left_out=self.plan.left_out,
         )
         self.record.add(resolution)
         self._start_window()

@@ -19,7 +19,7 @@ from bucketmoo_ds.plan.blocks import BlockPlan
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """What was decided in one window. `B` blocks, `K` languages; entries of absent languages are 0.
+    """What was decided in one window. `B` blocks, `K` languages; entries of absent and left out languages are 0.
 
     Args:
         window: number of the window, from 0.
@@ -28,6 +28,7 @@ class Resolution:
         present: the languages that took part.
         target_tokens: tokens that each of the K languages fed to the window.
         nonfinite: (language, bucket) names whose row was not finite; not empty means that the step is skipped.
+        left_out: see `BlockPlan.left_out`.
     """
 
     window: int
@@ -36,12 +37,15 @@ class Resolution:
     present: tuple[int, ...]
     target_tokens: tuple[int, ...]
     nonfinite: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[int, ...], ...] = ()
 
     @property
     def mask(self) -> Tensor:
-        """`[B, K]` bool: which languages took part."""
+        """`[B, K]` bool: which languages took part, block by block."""
         mask = torch.zeros(self.weights.shape, dtype=torch.bool)
         mask[:, list(self.present)] = True
+        for block, unused in enumerate(self.left_out):
+            mask[block, list(unused)] = False
         return mask
 
 

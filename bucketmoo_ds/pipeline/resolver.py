@@ -64,6 +64,7 @@ class Resolver:
         self._window = window
         self._backend = backend
         self._device = device
+        self._counting = plan.counting(len(config.languages))
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -141,13 +142,22 @@ class Resolver:
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
-                torch.ones(gram.shape[:2], dtype=torch.bool, device=gram.device),
+                self._mask(blocks),
                 self.aggregator.at(self._config.languages, self._window.present, blocks),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
                 generator=generator,
             )
         return gram, weights
+
+    def _mask(self, blocks: Sequence[int]) -> Tensor:
+        """`[B', K']` bool on the device: which of the languages present count on these blocks. Numbers beyond the last
+        block fill up what is dealt to the ranks; nobody reads their weights."""
+        present = self._window.present
+        if self._counting is None:
+            return torch.ones(len(blocks), len(present), dtype=torch.bool, device=self._device)
+        rows = torch.tensor(blocks).clamp(max=len(self._plan.blocks) - 1)
+        return to_device(self._counting[rows][:, present], torch.bool, self._device)
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.

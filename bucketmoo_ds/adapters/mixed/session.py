@@ -32,10 +32,11 @@ from bucketmoo_ds.data.batch import Passage
 from bucketmoo_ds.data.row_tracker import MixedBatch, MixedSlot, RowTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
+from bucketmoo_ds.pipeline.checks import check_left_out
 from bucketmoo_ds.pipeline.estimate import GramEstimate
 from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
-from bucketmoo_ds.plan.blocks import plan_blocks
+from bucketmoo_ds.plan.blocks import granularity_of, plan_blocks
 from bucketmoo_ds.transfer import ToHost, to_device
 
 
@@ -70,7 +71,7 @@ class MixedSession(Stays):
         self.config = config
         self.exchange = exchange
         # A bucket is a block of granularity `bucket` here, and nothing else.
-        self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, config.granularity)
+        self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, granularity_of(config))
         self.record = Record(config, self.plan, speaks=exchange.rank == 0)
         self._model = model
         self._micro_steps = micro_steps
@@ -118,7 +119,8 @@ class MixedSession(Stays):
         """Makes what lies where gradients are."""
         config, blocks = self.config, len(self.plan.blocks)
         backend = ops.choose_backend(config.backend, device)
-        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device)
+        counting = self.plan.counting(self._count)
+        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device, counting)
         self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
         self.taps = [
             torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
@@ -412,6 +414,7 @@ class MixedSession(Stays):
 
         Raises:
             BucketMOOError: see `check_finished`.
+            ConfigError: on every rank, see `checks.check_left_out`.
         """
         self.check_finished()
         if not self.window.micro_steps:
@@ -420,6 +423,8 @@ class MixedSession(Stays):
         if self._takes_grams:
             self.estimate.finish(self.window.target_tokens)
             self._renews = False
+            if self.plan.left_out:
+                check_left_out(ToHost(self.estimate.gram()[0]).read(), self.plan, self.config.languages)
         gram, weights = (each.read() for each in self._decided)
         self.record.add(
             Resolution(
@@ -429,6 +434,7 @@ class MixedSession(Stays):
                 present=tuple(self.window.fed),
                 target_tokens=tuple(self.window.target_tokens),
                 nonfinite=(),
+                left_out=self.plan.left_out,
             )
         )
         self._start_window()
