@@ -2,8 +2,8 @@
 languages (docs/theory.md, section 5; Hu & Yu, Leveraging Variable Sparsity to Refine Pareto Stationarity, ICLR 2025).
 
 Who uses what is told, by patterns of parameters' names. The blocks of another granularity are first cut by who uses
-their parameters; then those on a cycle of the graph that joins blocks to languages are merged. Two blocks that share two
-languages are on one: what all languages share becomes one block, and what belongs to one language stays apart.
+their parameters; then those on a cycle of the graph that joins blocks to languages are merged. Two blocks that share
+two languages are on one: what all languages share becomes one block, and what belongs to one language stays apart.
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ def test_an_unknown_granularity_says_what_was_meant() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_blocks([Parameter("w", 5)], 10, "buckets")
     assert str(caught.value) == (
-        'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model", "refined"; '
-        'did you mean "bucket"?'
+        'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model", '
+        '"refined"; did you mean "bucket"?'
     )
 
 

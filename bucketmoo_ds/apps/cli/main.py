@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "fine-tune a model as a YAML or JSON file says",
     "report": "write the report of a run",
     "plan": "show what a cluster sends and keeps, and which node trains on which language",
+    "simulate": "compare rules and granularities where the Pareto front is known",
     "bench": "measure the kernels on this machine",
     "doctor": "show what is installed, what will run, and what is missing",
 }
