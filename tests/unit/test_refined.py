@@ -106,6 +106,19 @@ def test_refined_stationary_points_are_pareto_stationary(users: list[frozenset[i
     assert min_norm_squared(used.flatten(1)) <= 1e-13
 
 
+@settings(deadline=None, max_examples=examples(30))
+@given(count=st.integers(2, 5), cuts=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_a_pareto_stationary_point_is_stationary_on_every_block(count: int, cuts: int, seed: int) -> None:
+    """Of all blocks, where every language uses all."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, 12, generator=generator, dtype=torch.float64)
+    weights = torch.rand(count, generator=generator, dtype=torch.float64) + 0.05
+    rows[0] = -(weights[1:] @ rows[1:]) / weights[0]
+    assert min_norm_squared(rows) <= 1e-13  # of the longest row's: a few roundings of 2^-53, squared or not
+    for block in rows.tensor_split(cuts, dim=1):
+        assert min_norm_squared(block) <= 1e-13
+
+
 def test_with_a_cycle_they_need_not_be() -> None:
     """Two blocks that both languages use: each is stationary, the whole is not; merged it is not either."""
     one, other = torch.tensor([[1.0, 1.0], [-1.0, -2.0]], dtype=torch.float64)

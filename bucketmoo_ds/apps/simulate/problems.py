@@ -105,8 +105,8 @@ def conflict(seed: int) -> Problem:
         sizes=(1, 1),
         losses=losses,
         front=front.expand(len(starts), -1, -1),
-        steps=500,
-        rate=0.06,
+        steps=300,
+        rate=0.1,
         adam=True,
     )
 
@@ -130,7 +130,7 @@ def quadratics(seed: int) -> Problem:
         centres=centres,
         starts=2.0 * torch.randn(count, dimensions, generator=generator, dtype=torch.float64),
         sizes=(3,) * 4,
-        steps=250,
+        steps=150,
         rate=0.1,
     )
 
@@ -146,8 +146,8 @@ def counterexample(seed: int) -> Problem:
         centres=centres.expand(len(starts), 2, 2),
         starts=starts,
         sizes=(1, 1),
-        steps=200,
-        rate=0.1,
+        steps=120,
+        rate=0.15,
     )
 
 
@@ -169,7 +169,7 @@ def structured(seed: int) -> Problem:
         centres=centres.expand(len(starts), 2, 6),
         starts=starts,
         sizes=(2, 2, 2),
-        steps=200,
+        steps=120,
         rate=0.2,
         used_by={"x.1": [OBJECTIVES[0]], "x.2": [OBJECTIVES[1]]},
     )
