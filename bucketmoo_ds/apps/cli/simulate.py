@@ -20,7 +20,7 @@ from bucketmoo_ds.apps.simulate.problems import GRANULARITIES, PROBLEMS, RULES, 
 from bucketmoo_ds.apps.simulate.run import blocks_of, descend, short
 from bucketmoo_ds.errors import ConfigError
 
-FRONT = 40  # points of a front that are written
+FRONT = 30  # points of a front that are written
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
                 "name": each.name,
                 "summary": each.summary,
                 "distance": short(each.distance(each.losses(each.starts))),
-                "front": short(each.front[:, :: math.ceil(each.front.shape[1] / FRONT)]),
+                "front": short(each.outline(FRONT)),
             }
             for each in problems
         ],

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from bucketmoo_ds.apps.monitor.plots import COLORS, DPI, STYLE
 from bucketmoo_ds.apps.simulate.problems import OBJECTIVES
 
-INCHES = (2.4, 2.2)  # of a panel
+INCHES = (2.3, 2.1)  # of a panel
 
 
 def plot(result: Mapping[str, Any], name: str) -> bytes:

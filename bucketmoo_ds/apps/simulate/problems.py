@@ -60,6 +60,13 @@ class Problem:
         """Elements of a bucket: the numbers lie in two."""
         return -(-sum(self.sizes) // 2)
 
+    def outline(self, points: int) -> Tensor:
+        """Returns so many points of each front, evenly along it, `[N, points, 2]`."""
+        lengths = (self.front[:, 1:] - self.front[:, :-1]).norm(dim=-1).cumsum(1)
+        wanted = lengths[:, -1:] * torch.linspace(0.0, 1.0, points, dtype=torch.float64)
+        places = torch.searchsorted(lengths, wanted).unsqueeze(-1).expand(-1, -1, 2)
+        return self.front.gather(1, places)
+
     def distance(self, losses: Tensor) -> Tensor:
         """Returns how far points `[N, 2]` of the space of losses are from the front, `[N]`."""
         start, end = self.front[:, :-1], self.front[:, 1:]
