@@ -29,13 +29,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bucketmoo_ds as bm
-from bucketmoo_ds import aggregate
 from bucketmoo_ds.apps.bench import provenance
 from bucketmoo_ds.apps.corpus import evaluate
 from bucketmoo_ds.apps.corpus.packing import pad
 from bucketmoo_ds.apps.corpus.sources import SEEN_LANGUAGES
 from bucketmoo_ds.apps.quickstart import prepare
 from bucketmoo_ds.apps.quickstart.settings import QuickstartSettings
+from bucketmoo_ds.apps.study import controls  # noqa: F401 - registers "late"
 from bucketmoo_ds.apps.training.loop import _optimizer as adamw
 from bucketmoo_ds.apps.training.models import load_model
 from bucketmoo_ds.apps.training.settings import ModelSettings, TrainingSettings
@@ -79,27 +79,6 @@ def arms(every: list[int]) -> list[Arm]:
 
 # What it costs that a micro-batch is small, so that few sequences meet in it; made last.
 SMALL = [Arm(rule=rule, mode="mixed", gram_every=8, micro_batches=4) for rule in RULES]
-
-
-@aggregate.register("late")
-@dataclasses.dataclass(frozen=True)
-class Late(aggregate.Aggregator):
-    """The weights that a rule gives for the Grams of the window before; in the first window, averaging's."""
-
-    rule: str
-    before: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, compare=False)
-
-    def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """See `Aggregator.weights`. A language that was not there in the window before counts as in averaging."""
-        known = mask & self.before.get("mask", torch.zeros_like(mask))
-        even = mask / mask.sum(-1, keepdim=True)
-        found = even
-        if bool(known.any()):
-            both = known.unsqueeze(-1) & known.unsqueeze(-2)
-            solved = aggregate.create(self.rule).weights(torch.where(both, self.before["gram"], 0.0), known, generator)
-            found = torch.where(known, solved * (known.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)), even)
-        self.before.update(gram=gram.clone(), mask=mask.clone())
-        return found
 
 
 def main() -> None:

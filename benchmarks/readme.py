@@ -28,6 +28,8 @@ from bucketmoo_ds.apps.bench.provenance import headline
 from bucketmoo_ds.apps.monitor.comparison import compare
 from bucketmoo_ds.apps.monitor.tables import to_markdown
 from bucketmoo_ds.apps.simulate import table as simulate_table
+from bucketmoo_ds.apps.study import tables as study_tables
+from bucketmoo_ds.apps.study.runner import Runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,7 +164,7 @@ def rules(result: dict[str, Any]) -> str:
 
 
 # What stands under a name: the page, the file of the result, and how it is rendered.
-SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "step": ("README.md", "step-cpu.json", step_table.summary),
     "quickstart": ("README.md", "quickstart-cpu.json", quickstart),
     "step-all": ("docs/benchmarks.md", "step-cpu.json", step_table.render),
@@ -189,6 +191,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "rules": ("docs/theory.md", "rules.json", rules),
     "simulate": ("docs/theory.md", "simulate.json", simulate_table.to_markdown),
+    "study": ("docs/study.md", "study.jsonl", lambda records: study_tables.markdown(Runs(records))),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 
@@ -201,13 +204,18 @@ def rendered(page: str, text: str) -> str:
         path = RESULTS / file
         # A machine that nobody had yet, a GPU say, has no file.
         found_there = path.exists()
-        made = render(json.loads(path.read_text(encoding="utf-8"))) if found_there else f"No `{file}` is committed yet."
+        made = render(_read(path)) if found_there else f"No `{file}` is committed yet."
         section = f"<!-- results: {name} -->\n\n{made.strip()}\n\n<!-- end: {name} -->"
         pattern = rf"<!-- results: {name} -->.*?<!-- end: {name} -->"
         text, found = re.subn(pattern, lambda _, section=section: section, text, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"{page}: expected one section {name!r}, found {found}")
     return text
+
+
+def _read(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ COMMANDS = {
     "quickstart": "compare averaging with bucket MOO on real text, in minutes",
     "train": "fine-tune a model as a YAML or JSON file says",
     "report": "write the report of a run",
+    "study": "compare rules with tuned controls over many small paired runs",
     "plan": "show what a cluster sends and keeps, and which node trains on which language",
     "simulate": "compare rules and granularities where the Pareto front is known",
     "bench": "measure the kernels on this machine",

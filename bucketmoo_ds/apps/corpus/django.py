@@ -10,12 +10,11 @@ Much less and much choppier than `gnome`: 6 to 31 kB a language, sentences of a 
 import importlib.metadata
 import importlib.util
 import struct
-import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once, run_command
+from bucketmoo_ds.apps.corpus import wheels
+from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once
 from bucketmoo_ds.apps.corpus.pages import ENGLISH, Corpus, Page, check_languages
 
 PACKAGE = "Django"
@@ -24,8 +23,6 @@ LICENCE = "BSD-3-Clause"
 # Characters of the English message, so that the choice is the same in every language.
 MIN_MESSAGE_CHARACTERS = 25
 MESSAGES_A_PAGE = 16
-
-_DOWNLOAD_TIMEOUT = 300  # seconds; the wheel has 8 MB
 
 
 def fetch(cache: Path) -> Path:
@@ -40,19 +37,7 @@ def fetch(cache: Path) -> Path:
     installed = importlib.util.find_spec("django")
     if installed is not None and installed.origin is not None:
         return Path(installed.origin).parent.parent
-    return fetch_once(cache / "django", _download_and_unpack)
-
-
-def _download_and_unpack(folder: Path) -> None:
-    work = folder.with_name("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--timeout=30", "--retries=2", f"--dest={work}"]
-    run_command("pip download", [*pip, "download", *options, PACKAGE], _DOWNLOAD_TIMEOUT)
-    wheels = list(work.glob("*.whl"))
-    if len(wheels) != 1:
-        raise CorpusUnavailable(f"{PACKAGE}: pip download left {[w.name for w in wheels]}, expected one wheel")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extractall(folder)
+    return fetch_once(cache / "django", lambda folder: wheels.unpack([PACKAGE], folder))
 
 
 def version(root: Path) -> str:

@@ -13,8 +13,9 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once, require_programs, run_command
-from bucketmoo_ds.apps.corpus.pages import ENGLISH, Corpus, Page, check_languages
+from bucketmoo_ds.apps.corpus import debian
+from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once
+from bucketmoo_ds.apps.corpus.pages import ENGLISH, Corpus, check_languages, translated
 
 PACKAGE = "gnome-user-docs"
 LICENCE = "CC-BY-SA-3.0"
@@ -23,17 +24,8 @@ _ENGLISH_LOCALE = "C"
 _HELP = Path("usr/share/help")
 _VERSION_FILE = "version.json"
 
-# Seconds. A cold `apt-get update` moves about 10 MB, the package is 8.5 MB.
-_UPDATE_TIMEOUT = 300
-_DOWNLOAD_TIMEOUT = 300
-_UNPACK_TIMEOUT = 120
-
 # Some derivatives of Debian move the translations to other packages; a handful of locales is not this corpus.
 _MIN_LOCALES = 20
-
-# UTF-8 bytes. Below it are labels ("Note", "Bluetooth") and key names, not prose. Bytes, not characters, so that
-# Chinese, Korean and Japanese, short in characters, do not lose whole sentences.
-MIN_PARAGRAPH_BYTES = 20
 
 # Mallard elements that hold one run of prose, and those whose content is no prose of the page: `info` has credits,
 # licence and link titles, `comment` is the editors' own, `screen` and `code` blocks are the same in every language.
@@ -58,59 +50,12 @@ def fetch(cache: Path) -> Path:
 
 
 def _download_and_unpack(folder: Path) -> None:
-    require_programs("apt-get", "dpkg-deb")
-    work = folder.with_name("apt")
-    for part in ("lists/partial", "archives/partial", "state"):
-        (work / part).mkdir(parents=True)
-    config = work / "apt.conf"
-    config.write_text(_APT_CONFIG.format(work=work), encoding="utf-8")
-    apt = ["apt-get", "-c", str(config), "--quiet", "--yes"]
-    env = {"LC_ALL": "C.UTF-8"}
-    update_problem = ""
-    try:
-        run_command("apt-get update", [*apt, "update"], _UPDATE_TIMEOUT, env=env)
-    except CorpusUnavailable as problem:
-        # A third-party source that is down fails the update; the package may be there all the same.
-        update_problem = f"; before that {problem}"
-    try:
-        run_command("apt-get download", [*apt, "download", PACKAGE], _DOWNLOAD_TIMEOUT, cwd=work, env=env)
-    except CorpusUnavailable as problem:
-        raise CorpusUnavailable(f"{PACKAGE}: {problem}{update_problem}") from problem
-
-    archives = sorted(work.glob(f"{PACKAGE}_*.deb"))
-    if len(archives) != 1:
-        raise CorpusUnavailable(f"{PACKAGE}: apt-get download left {[a.name for a in archives]}, expected one .deb")
-    run_command("dpkg-deb -x", ["dpkg-deb", "-x", str(archives[0]), str(folder)], _UNPACK_TIMEOUT)
-    found = run_command("dpkg-deb -f", ["dpkg-deb", "-f", str(archives[0]), "Version"], _UNPACK_TIMEOUT).strip()
+    found = debian.unpack([PACKAGE], folder)[PACKAGE]
     (folder / _VERSION_FILE).write_text(json.dumps({"package": PACKAGE, "version": found}), encoding="utf-8")
     if (count := len(locales(folder))) < _MIN_LOCALES:
         raise CorpusUnavailable(
             f"{PACKAGE} {found} has {count} locales here, expected at least {_MIN_LOCALES}, as Debian's has"
         )
-
-
-# Dropping to the user _apt, as apt does under root, would lock it out of a cache below /root. The hooks of the system
-# (clean-up, refresh of software centres) write to the system, so they are cleared.
-_APT_CONFIG = """\
-Dir::State "{work}/state";
-Dir::State::lists "{work}/lists";
-Dir::State::status "/var/lib/dpkg/status";
-Dir::Cache "{work}";
-Dir::Cache::archives "{work}/archives";
-Dir::Cache::pkgcache "";
-Dir::Cache::srcpkgcache "";
-Dir::Log "{work}";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-Acquire::Retries "2";
-Acquire::http::Timeout "30";
-Acquire::https::Timeout "30";
-APT::Update::Error-Mode "any";
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear Acquire::IndexTargets::deb::DEP-11;
-"""
 
 
 def version(root: Path) -> str:
@@ -132,33 +77,19 @@ def read(root: Path, languages: Sequence[str] | None = None) -> Corpus:
         languages: locale names, default all. English is always read and returned too, first.
 
     Returns:
-        Pages sorted by id. Page ids are `<book>/<name>`, the same in all languages. Whitespace is folded; paragraphs
-        shorter than `MIN_PARAGRAPH_BYTES`, and in a translation those equal to an English one, are dropped, and pages
-        left empty with them.
+        Pages sorted by id. Page ids are `<book>/<name>`, the same in all languages. Whitespace is folded; see
+        `pages.translated` for what is left out.
 
     Raises:
         ConfigError: a language is not in the package.
     """
     available = locales(root)
     check_languages(languages, available, PACKAGE)
-    # Short English paragraphs count too: a short label in English is still no translation.
-    original = {paragraph for _, paragraphs in _read_locale(root, ENGLISH) for paragraph in paragraphs}
-    wanted = dict.fromkeys([ENGLISH, *(available if languages is None else languages)])
-    corpus: Corpus = {}
-    for language in wanted:
-        corpus[language] = [
-            Page(page_id, language, kept)
-            for page_id, paragraphs in _read_locale(root, language)
-            if (
-                kept := tuple(
-                    paragraph
-                    for paragraph in paragraphs
-                    if len(paragraph.encode()) >= MIN_PARAGRAPH_BYTES
-                    and (language == ENGLISH or paragraph not in original)
-                )
-            )
-        ]
-    return corpus
+    original = dict(_read_locale(root, ENGLISH))
+    return {
+        language: translated(language, _read_locale(root, language), original)
+        for language in dict.fromkeys([ENGLISH, *(available if languages is None else languages)])
+    }
 
 
 def _read_locale(root: Path, language: str) -> Iterator[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ translation of it away from training.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bucketmoo_ds.errors import ConfigError, did_you_mean
@@ -34,6 +34,27 @@ class Page:
 
 
 Corpus = dict[str, list[Page]]
+
+# UTF-8 bytes. Below it are labels ("Note", "Bluetooth") and key names, not prose. Bytes, not characters, so that
+# Chinese, Korean and Japanese, short in characters, do not lose whole sentences.
+MIN_PARAGRAPH_BYTES = 20
+
+
+def translated(
+    language: str, pages: Iterable[tuple[str, Sequence[str]]], original: Mapping[str, Sequence[str]]
+) -> list[Page]:
+    """Returns the pages (id, paragraphs) of one language without what is no prose of it.
+
+    Paragraphs shorter than `MIN_PARAGRAPH_BYTES` are dropped, in a translation also those that the English `original`
+    has, which a translator has not come to yet; and pages that are left empty.
+    """
+    # Short English paragraphs count too: a short label in English is still no translation.
+    english = set() if language == ENGLISH else {each for paragraphs in original.values() for each in paragraphs}
+    return [
+        Page(page_id, language, kept)
+        for page_id, paragraphs in pages
+        if (kept := tuple(p for p in paragraphs if len(p.encode()) >= MIN_PARAGRAPH_BYTES and p not in english))
+    ]
 
 
 @dataclass(frozen=True, slots=True)

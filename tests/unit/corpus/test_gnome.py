@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from draw import SEED
 
-from bucketmoo_ds.apps.corpus import gnome, pages, sources, tokenizer
+from bucketmoo_ds.apps.corpus import debian, gnome, pages, sources, tokenizer
 from bucketmoo_ds.apps.corpus.fetching import CorpusUnavailable, fetch_once, run_command
 from bucketmoo_ds.errors import ConfigError
 
@@ -141,8 +141,8 @@ def real_root(request: pytest.FixtureRequest) -> Path:
     """The package, from pytest's cache or fetched; skips, with the reason, where it cannot be fetched."""
     with pytest.MonkeyPatch.context() as patch:
         # Shorter than the test's own limit, so that a network that hangs is a skip.
-        patch.setattr(gnome, "_UPDATE_TIMEOUT", 45)
-        patch.setattr(gnome, "_DOWNLOAD_TIMEOUT", 45)
+        patch.setattr(debian, "_UPDATE_TIMEOUT", 45)
+        patch.setattr(debian, "_DOWNLOAD_TIMEOUT", 45)
         try:
             return gnome.fetch(Path(request.config.cache.mkdir("corpus")))
         except CorpusUnavailable as problem:
