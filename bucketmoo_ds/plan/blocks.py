@@ -263,6 +263,8 @@ def granularity(name: str) -> Callable[[Label], Label]:
     """
 
     def decorate(label: Label) -> Label:
+        if name == refined.NAME:
+            raise ValueError(f'granularity("{name}"): the name is that of a granularity with options; choose another')
         known = GRANULARITIES.setdefault(name, label)
         if (known.__module__, known.__qualname__) != (label.__module__, label.__qualname__):
             raise ValueError(f'granularity("{name}"): the name already belongs to {known.__qualname__}; choose another')
