@@ -27,6 +27,7 @@ from bucketmoo_ds.apps.bench import table
 from bucketmoo_ds.apps.bench.provenance import headline
 from bucketmoo_ds.apps.monitor.comparison import compare
 from bucketmoo_ds.apps.monitor.tables import to_markdown
+from bucketmoo_ds.apps.simulate import table as simulate_table
 from bucketmoo_ds.apps.study import tables as study_tables
 from bucketmoo_ds.apps.study.runner import Runs
 
@@ -189,6 +190,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "deepspeed-tests": ("docs/compatibility.md", "deepspeed-tests.json", deepspeed_tests),
     "faults": ("docs/faults.md", "faults-cpu.json", faults),
     "rules": ("docs/theory.md", "rules.json", rules),
+    "simulate": ("docs/theory.md", "simulate.json", simulate_table.to_markdown),
     "study": ("docs/study.md", "study.jsonl", lambda records: study_tables.markdown(Runs(records))),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }

@@ -14,6 +14,7 @@ from bucketmoo_ds.patches import when_imported
 
 if TYPE_CHECKING:
     from bucketmoo_ds.adapters.deepspeed import initialize
+    from bucketmoo_ds.adapters.probe import probe_dependencies
     from bucketmoo_ds.aggregate import weights
     from bucketmoo_ds.config import BucketMOOConfig
     from bucketmoo_ds.data.sampler import LanguageBatchSampler
@@ -31,6 +32,7 @@ _PUBLIC = {
     "LanguageTrainerMixin": "bucketmoo_ds.integrations.language_trainer",
     "Trainer": "bucketmoo_ds.integrations.trainer",
     "prepare": "bucketmoo_ds.integrations.prepare",
+    "probe_dependencies": "bucketmoo_ds.adapters.probe",
     "weights": "bucketmoo_ds.aggregate",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "initialize",
     "prepare",
+    "probe_dependencies",
     "weights",
 ]
 

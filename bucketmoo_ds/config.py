@@ -61,8 +61,10 @@ class BucketMOOConfig:
         enabled: `False` leaves the framework exactly as it is.
         aggregator: the rule from a Gram to weights, one that `bucketmoo_ds.aggregate.names()` lists, or `torchjd:NAME`.
         aggregator_options: options of that rule, such as `{"c": 0.4}` for `cagrad`.
-        granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer`, `model`, or a
+        granularity: the block on which a conflict is resolved: `bucket`, `parameter`, `layer`, `model`, `refined`, or a
             registered one.
+        granularity_options: of `refined`: `used_by`, which languages use the parameters of a pattern, as in
+            `{"used_by": {"adapters.de.*": ["de"]}}`, and `base`, whose blocks are cut and merged (`layer`).
         weighting: `language`: a row is the gradient of the mean loss per target token of its language. `token`: the
             same row times its share of the window's tokens and the number of languages present, so that `mean` is
             the average over all tokens whatever the counts.
@@ -111,6 +113,7 @@ class BucketMOOConfig:
     aggregator: str = "mgda"
     aggregator_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     granularity: str = "bucket"
+    granularity_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weighting: str = "language"
     preference: Mapping[str, float] | Sequence[float] = ()
     normalize: str = "none"
@@ -137,15 +140,15 @@ class BucketMOOConfig:
                 )
         object.__setattr__(self, "languages", _languages(self.languages))
         object.__setattr__(self, "preference", _preference(self.preference, self.languages))
-        if isinstance(self.aggregator_options, Mapping):
-            object.__setattr__(self, "aggregator_options", dict(self.aggregator_options))
+        for name in ("aggregator_options", "granularity_options"):
+            _expect(name, getattr(self, name), Mapping, "an object of option names and values")
+            object.__setattr__(self, name, dict(getattr(self, name)))
         if self.shift_labels == "auto":
             object.__setattr__(self, "shift_labels", None)
         _expect("enabled", self.enabled, bool, "true or false")
         _expect("shift_labels", self.shift_labels, bool | None, 'true, false or "auto"')
         for name in ("aggregator", "granularity", "backend", *CHOICES):
             _expect(name, getattr(self, name), str, "a name in quotes")
-        _expect("aggregator_options", self.aggregator_options, Mapping, "an object of option names and values")
         _expect("language_key", self.language_key, str, "the name of an entry of a batch")
         for name in ("seed", "ranks_per_node"):
             value = getattr(self, name)

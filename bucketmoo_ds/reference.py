@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def resolve_window(
     preference: Sequence[float] | None = None,
     gram: str = "plain",
     seed: int = 0,
+    left_out: Mapping[str, Collection[int]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Resolves the conflicts of one window.
 
@@ -61,6 +62,7 @@ def resolve_window(
         weighting, normalize, rescale, gram: as in `BucketMOOConfig`.
         preference: of each language.
         seed: for aggregators with random orders.
+        left_out: by block name, the languages that are no objectives there.
 
     Returns:
         By parameter name, the combined gradient (float64); and by block name, the weights `[K']` of the K' languages
@@ -101,7 +103,13 @@ def resolve_window(
             if all(fed):
                 parts = [torch.cat([row(language, name, (half,)).flatten() for name in names]) for half in (0, 1)]
                 squares[index] = float(parts[0] @ parts[1]) * sum(fed) ** 2 / math.prod(fed)
-        weights = _weights(rows, squares, aggregator, normalize, rescale, preferred, losses, seed)
+        counting = [place for place, each in enumerate(present) if each not in (left_out or {}).get(block, ())]
+        weights = torch.zeros(len(present), dtype=torch.float64)
+        if counting:
+            shown, measured, liked, lost = ([of[place] for place in counting] for of in (rows, squares, preferred, losses))
+            weights[counting] = _weights(
+                torch.stack(shown), measured, aggregator, normalize, rescale, liked, lost, seed
+            )
         flat = weights @ rows
         sizes = [micro_gradients[0].gradient[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):

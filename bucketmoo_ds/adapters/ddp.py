@@ -28,7 +28,7 @@ from bucketmoo_ds.adapters.whole import Registered, check_taken
 from bucketmoo_ds.comm.exchange import Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, LanguageError
-from bucketmoo_ds.plan.blocks import Run, Segments, plan_buckets
+from bucketmoo_ds.plan.blocks import Run, Segments, granularity_of, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
 
 CommHook = Callable[[Session, dist.GradBucket], Future[Tensor]]
@@ -154,7 +154,7 @@ class DDPAdapter(Registered, Sharded):
         self._delays = model.static_graph  # in its first backward
         group: Any = model.process_group
         buckets = [sorted(run.parameter for run in runs) for runs in self._runs]
-        plan = plan_buckets(self._sizes, buckets, config.granularity)
+        plan = plan_buckets(self._sizes, buckets, granularity_of(config))
         Sharded.__init__(self, plan, create_exchange(config, group))
         self._reduces, self._joins = True, False
         self._used: set[int] = set()

@@ -30,8 +30,9 @@ from bucketmoo_ds.adapters.sharded import Sharded, stream_of
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, granularity_of, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
+from bucketmoo_ds.plan.refined import Refined
 
 CommHook = Callable[..., None]
 
@@ -92,7 +93,7 @@ def comm_hook(
     trained = [unit for unit in units if any(unit.trained)]
     _refuse(root, trained)
     _refuse_unmanaged(root, trained)
-    plan = _plan(root, trained, config.granularity)
+    plan = _plan(root, trained, granularity_of(config))
     group: Any = trained[0].module.process_group
     exchange = create_exchange(config, group)
     adapter = FSDP1Adapter(root, units, trained, plan, exchange)
@@ -233,7 +234,7 @@ def _refuse_unmanaged(model: FullyShardedDataParallel, units: Sequence[_Unit]) -
         )
 
 
-def _plan(model: FullyShardedDataParallel, units: Sequence[_Unit], granularity: str) -> BlockPlan:
+def _plan(model: FullyShardedDataParallel, units: Sequence[_Unit], granularity: str | Refined) -> BlockPlan:
     """The plan over the trained parameters in the order of the model without wrappers."""
     modules = {module: (position, prefix) for position, (prefix, module) in enumerate(model.named_modules())}
     found = [

@@ -32,8 +32,9 @@ from bucketmoo_ds.adapters.sharded import Sharded, stream_of
 from bucketmoo_ds.comm.exchange import Exchange, Received
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
-from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, plain_name, plan_buckets
+from bucketmoo_ds.plan.blocks import BlockPlan, Parameter, Run, Segments, granularity_of, plain_name, plan_buckets
 from bucketmoo_ds.plan.choices import create_exchange
+from bucketmoo_ds.plan.refined import Refined
 
 
 def register(
@@ -74,7 +75,7 @@ def register(
     groups = _groups(root)[::-1]  # as backward delivers them
     mesh = _common_mesh(groups)
     exchange, replicas = _exchange(mesh, config)
-    plan = _plan(root, groups, config.granularity)
+    plan = _plan(root, groups, granularity_of(config))
     adapter = FSDP2Adapter(root, groups, plan, exchange, replicas)
     adapter.make_pipeline(config, micro_steps, once_a_window, torch.device(mesh.device_type))
     session = Session(model, config, adapter, on_nonfinite)
@@ -288,7 +289,7 @@ def _exchange(mesh: DeviceMesh, config: BucketMOOConfig) -> tuple[Exchange, dist
     return create_exchange(config, group), mesh.get_group(0)
 
 
-def _plan(model: Any, groups: Sequence[_Group], granularity: str) -> BlockPlan:
+def _plan(model: Any, groups: Sequence[_Group], granularity: str | Refined) -> BlockPlan:
     named = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
     trained = {id(each): Parameter(plain_name(name), each.numel()) for name, each in named}
     index = {identity: position for position, identity in enumerate(trained)}

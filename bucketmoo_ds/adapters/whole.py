@@ -23,7 +23,7 @@ from bucketmoo_ds.comm.exchange import Exchange
 from bucketmoo_ds.config import BucketMOOConfig
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 from bucketmoo_ds.pipeline.engine import BucketMOO
-from bucketmoo_ds.plan.blocks import Parameter, plain_name, plan_blocks
+from bucketmoo_ds.plan.blocks import Parameter, granularity_of, plain_name, plan_blocks
 from bucketmoo_ds.plan.layout import Consecutive
 
 BUCKET_BYTES = 25 * 2**20  # DDP's own default, so that blocks are the same
@@ -160,7 +160,7 @@ class Whole(Registered):
         self._deliveries = Deliveries()
         self.moo = BucketMOO(
             config,
-            plan_blocks(self._sizes, bucket_size, config.granularity),
+            plan_blocks(self._sizes, bucket_size, granularity_of(config)),
             exchange,
             self._deliver,
             micro_steps=micro_steps,

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.data.batch import Slot
 from bucketmoo_ds.errors import ConfigError, LanguageError
 from bucketmoo_ds.pipeline.window import Window
+from bucketmoo_ds.plan import refined
+from bucketmoo_ds.plan.blocks import BlockPlan
 
 
 def check_languages(window: Window, slots: Sequence[Slot], languages: Sequence[str]) -> None:
@@ -49,6 +53,29 @@ def check_parts(window: Window, mode: str) -> None:
             f'of it to the other ({SECTION}.gram = "cross"), whose parts are then exchanged one after the other; keep '
             'one language (LanguageBatchSampler(affinity="window")), on several ranks where Grams are crossed, or use '
             '"auto"'
+        )
+
+
+def check_left_out(gram: Tensor, plan: BlockPlan, languages: Sequence[str]) -> None:
+    """Raises `ConfigError` where a language that was left out of a block has a gradient there, which weight 0 drops.
+
+    Args:
+        gram: `[B, K, K]` on the host, alike on all ranks, summed over them.
+        plan: says who is left out.
+        languages: the K names.
+    """
+    counting = plan.counting(len(languages))
+    if counting is None:
+        return
+    squares = gram.diagonal(dim1=1, dim2=2)
+    found = (~counting & (squares > 0) & squares.isfinite()).nonzero().tolist()
+    if found:
+        block, language = found[0]
+        raise ConfigError(
+            f'{refined.USED_BY}: language "{languages[language]}" has a gradient on block "{plan.blocks[block]}", '
+            f"of norm {float(squares[block, language]) ** 0.5:.1e} ({len(found)} such pairs in all), which it does not "
+            "use by these patterns, so that it would be dropped: name it there, or mend the model; "
+            "bucketmoo_ds.probe_dependencies finds who uses what"
         )
 
 

@@ -269,6 +269,7 @@ class BucketMOO:
         Raises:
             DisagreementError: on every rank, if the ranks had gradients of different parameters.
             BucketMOOError: a bucket was not resolved.
+            ConfigError: on every rank, see `checks.check_left_out`.
         """
         self.check_contributions()
         self._check_complete(self._resolved if self._streams else self._complete)
@@ -280,6 +281,7 @@ class BucketMOO:
         self._side.join()
         if self.resolver.fresh:
             self.record.note_one_half(self.window.of_one_half)
+            checks.check_left_out(decided.gram, self.plan, self.config.languages)
         resolution = Resolution(
             window=self.windows,
             gram=decided.gram / gradient_scale**2 if self.resolver.fresh else decided.gram,
@@ -289,6 +291,7 @@ class BucketMOO:
             nonfinite=decided.nonfinite,
             fresh=self.resolver.fresh,
             losses=decided.losses,
+            left_out=self.plan.left_out,
         )
         self._move(resolution)
         self.resolver.close_window(resolution)

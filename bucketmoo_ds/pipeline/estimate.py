@@ -48,6 +48,7 @@ class GramEstimate:
         exchange: the data-parallel ranks.
         backend: of the ops that rules use.
         device: where gradients are.
+        counting: `[B, K]` bool, the languages that count on each block (`BlockPlan.counting`).
 
     Attributes:
         taken: how often the estimate has changed in this process.
@@ -59,7 +60,13 @@ class GramEstimate:
     """
 
     def __init__(
-        self, config: BucketMOOConfig, num_blocks: int, exchange: Exchange, backend: str, device: torch.device
+        self,
+        config: BucketMOOConfig,
+        num_blocks: int,
+        exchange: Exchange,
+        backend: str,
+        device: torch.device,
+        counting: Tensor | None = None,
     ) -> None:
         self.aggregator = create_aggregator(config)
         self._config = config
@@ -69,6 +76,8 @@ class GramEstimate:
         self._blocks, self._count = num_blocks, len(config.languages)
         preferred = config.preferred(range(self._count))
         self._preference = None if preferred is None else to_device(preferred, torch.float64, device)
+        all_count = torch.ones(self._blocks, self._count, dtype=torch.bool)
+        self._counting = to_device(all_count if counting is None else counting, torch.bool, device)
         shape = (self._blocks + 1, self._count, self._count)  # the last one holds what was counted
         self._kept, self._kept_noisy = self._zeros(*shape), self._zeros(*shape)
         self.memory = Memory(config, self.aggregator, num_blocks, device)
@@ -140,8 +149,8 @@ class GramEstimate:
         return nearest_semidefinite((gram + gram.mT) / 2), known
 
     def weights(self, gram: Tensor, known: Tensor, present: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Returns `[B, K]` float64, the weights of the languages present; those without an estimate get their share in
-        averaging, and the rule divides the rest among the others.
+        """Returns `[B, K]` float64, the weights of the languages present that count on a block; those without an
+        estimate get their share in averaging, and the rule divides the rest among the others.
 
         Args:
             gram, known: as `gram` returns them, in the units of the rows.
@@ -149,15 +158,14 @@ class GramEstimate:
         """
         there = torch.zeros(self._count, dtype=torch.bool)
         there[list(present)] = True
-        takes_part = to_device(there, torch.bool, self._device)
+        takes_part = to_device(there, torch.bool, self._device) & self._counting
         solved = takes_part & known
-        mask = solved.expand(self._blocks, -1)
         everything = range(self._blocks), range(self._count)
         state = self.memory.of(*everything)
         with ops.using(self._backend):
             weights = aggregate.solve(
                 gram,
-                mask,
+                solved,
                 self.aggregator.at(self._config.languages, range(self._count), range(self._blocks)),
                 normalize=self._config.normalize,
                 rescale=self._config.rescale,
@@ -168,8 +176,8 @@ class GramEstimate:
             )
         self.memory.take(*everything, state)
         average = takes_part.to(torch.float64) if self._preference is None else takes_part * self._preference
-        average = average / average.sum()
-        return torch.where(solved, weights * torch.where(solved, average, 0.0).sum(), average)
+        average = average / average.sum(-1, keepdim=True).clamp(min=torch.finfo(average.dtype).tiny)
+        return torch.where(solved, weights * torch.where(solved, average, 0.0).sum(-1, keepdim=True), average)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the estimate as plain JSON values; alike on all ranks."""

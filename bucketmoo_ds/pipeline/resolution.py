@@ -20,7 +20,7 @@ from bucketmoo_ds.plan.blocks import BlockPlan
 
 @dataclasses.dataclass(frozen=True)
 class Resolution:
-    """What was decided in one window. `B` blocks, `K` languages; entries of absent languages are 0.
+    """What was decided in one window. `B` blocks, `K` languages; entries of absent and left out languages are 0.
 
     Args:
         window: number of the window, from 0.
@@ -34,6 +34,7 @@ class Resolution:
             `gram_every`), and so are the Grams.
         losses: the mean loss per target token of each of the K languages, where `normalize` or the rule asks for it and
             the weights are fresh.
+        left_out: see `BlockPlan.left_out`.
     """
 
     window: int
@@ -44,12 +45,15 @@ class Resolution:
     nonfinite: tuple[tuple[str, str], ...]
     fresh: bool = True
     losses: tuple[float, ...] | None = None
+    left_out: tuple[tuple[int, ...], ...] = ()
 
     @property
     def mask(self) -> Tensor:
-        """`[B, K]` bool: which languages took part."""
+        """`[B, K]` bool: which languages took part, block by block."""
         mask = torch.zeros(self.weights.shape, dtype=torch.bool)
         mask[:, list(self.present)] = True
+        for block, unused in enumerate(self.left_out):
+            mask[block, list(unused)] = False
         return mask
 
 

@@ -81,6 +81,7 @@ class Resolver:
         self._needs_losses = needs_losses(config)
         self.memory = Memory(config, self.aggregator, len(plan.blocks), device)
         self.reuse = Reuse(config, choose_gram_every(config, automatic=1))
+        self._counting = plan.counting(len(config.languages))
         cells = torch.tensor(plan.cell_block)
         # Where a block has several cells, those of each one after the other, to be added up.
         self._cells_by_block = to_device(cells.argsort(stable=True), torch.int64, device)
@@ -282,7 +283,7 @@ class Resolver:
         """`[B, K]` bool on the host: which languages take part in this window, block by block."""
         mask = torch.zeros(len(self._plan.blocks), len(self._config.languages), dtype=torch.bool)
         mask[:, self._window.trained] = True  # without a probe, which steers the sampling and is no objective
-        return mask
+        return mask if self._counting is None else mask & self._counting
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.config import SECTION
+from bucketmoo_ds.config import SECTION, BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
+from bucketmoo_ds.plan import refined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,8 @@ class BlockPlan:
         granularity: how blocks were numbered.
         cell_block: the block of each cell.
         cell_bucket: the bucket of each cell; the cells of a bucket are consecutive.
+        left_out: of each block the languages that do not use it, and are no objectives there; empty where every
+            language counts on every block, as with all granularities but `refined`.
     """
 
     parameters: tuple[Parameter, ...]
@@ -98,6 +101,16 @@ class BlockPlan:
     granularity: str
     cell_block: tuple[int, ...]
     cell_bucket: tuple[int, ...]
+    left_out: tuple[tuple[int, ...], ...] = ()
+
+    def counting(self, languages: int) -> Tensor | None:
+        """Returns `[B, K]` bool, the languages that count on each block; `None` where all do everywhere."""
+        if not any(self.left_out):
+            return None
+        mask = torch.ones(len(self.blocks), languages, dtype=torch.bool)
+        for block, unused in enumerate(self.left_out):
+            mask[block, list(unused)] = False
+        return mask
 
     @property
     def spans_buckets(self) -> bool:
@@ -152,11 +165,14 @@ class BlockPlan:
 
     def fingerprint(self) -> str:
         """Returns a hash of everything in the plan: equal plans have equal fingerprints on every machine."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if not self.left_out:  # only with one granularity: the fingerprints of all others stay
+            del fields["left_out"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def plan_blocks(parameters: Sequence[Parameter], bucket_size: int, granularity: str) -> BlockPlan:
+def plan_blocks(parameters: Sequence[Parameter], bucket_size: int, granularity: str | refined.Refined) -> BlockPlan:
     """Plans buckets and blocks.
 
     Buckets are filled greedily from the last parameter to the first until the next one would exceed `bucket_size`; a
@@ -175,23 +191,31 @@ def plan_blocks(parameters: Sequence[Parameter], bucket_size: int, granularity: 
     return plan_buckets(parameters, _filled(parameters, bucket_size), granularity)
 
 
-def plan_buckets(parameters: Sequence[Parameter], members: Sequence[Sequence[int]], granularity: str) -> BlockPlan:
+def plan_buckets(
+    parameters: Sequence[Parameter], members: Sequence[Sequence[int]], granularity: str | refined.Refined
+) -> BlockPlan:
     """Plans blocks over given buckets.
 
     Args:
         parameters: the trainable parameters in the model's order, tied ones once.
         members: for each bucket, in the order in which they are reduced, the indices of its parameters, ascending.
-        granularity: a name of `GRANULARITIES`. Blocks are numbered in the model's order.
+        granularity: a name of `GRANULARITIES`, or what `granularity_of` returns. Blocks are numbered in the model's
+            order.
 
     Raises:
-        ConfigError: no trainable parameter, or an unknown granularity.
+        ConfigError: no trainable parameter, an unknown granularity, or patterns that do not go with the parameters.
     """
     if not parameters:
         raise ConfigError("the model has no trainable parameter: nothing to resolve")
-    label = label_of(granularity)
+    name = granularity.base if isinstance(granularity, refined.Refined) else granularity
+    label = label_of(name)
     buckets = [_bucket(number, parameters, indices) for number, indices in enumerate(members)]
     bucket_of = {index: bucket.name for bucket in buckets for index in bucket.parameters}
     labels = [label(parameter.name, bucket_of[index]) for index, parameter in enumerate(parameters)]
+    unused: dict[str, tuple[int, ...]] = {}
+    if isinstance(granularity, refined.Refined):
+        name = refined.NAME
+        labels, unused = granularity.blocks([parameter.name for parameter in parameters], labels)
     blocks = list(dict.fromkeys(labels))
     number_of = {text: number for number, text in enumerate(blocks)}
     block_of = [number_of[text] for text in labels]
@@ -205,9 +229,10 @@ def plan_buckets(parameters: Sequence[Parameter], members: Sequence[Sequence[int
         buckets=tuple(buckets),
         blocks=tuple(blocks),
         block_of=tuple(block_of),
-        granularity=granularity,
+        granularity=name,
         cell_block=tuple(block for block, _ in cells),
         cell_bucket=tuple(number for _, number in cells),
+        left_out=tuple(unused[block] for block in blocks) if unused else (),
     )
 
 
@@ -238,6 +263,8 @@ def granularity(name: str) -> Callable[[Label], Label]:
     """
 
     def decorate(label: Label) -> Label:
+        if name == refined.NAME:
+            raise ValueError(f'granularity("{name}"): the name is that of a granularity with options; choose another')
         known = GRANULARITIES.setdefault(name, label)
         if (known.__module__, known.__qualname__) != (label.__module__, label.__qualname__):
             raise ValueError(f'granularity("{name}"): the name already belongs to {known.__qualname__}; choose another')
@@ -253,10 +280,35 @@ def label_of(name: str) -> Label:
     Raises:
         ConfigError: an unknown name.
     """
+    if name == refined.NAME:
+        raise ConfigError(f'{SECTION}.granularity = "{name}": needs granularity_options; {refined.WAY_OUT}')
     if name not in GRANULARITIES:
-        expected = f"expected {one_of(GRANULARITIES)}{did_you_mean(name, GRANULARITIES)}"
-        raise ConfigError(f'{SECTION}.granularity = "{name}": unknown, {expected}')
+        known = (*GRANULARITIES, refined.NAME)
+        raise ConfigError(
+            f'{SECTION}.granularity = "{name}": unknown, expected {one_of(known)}{did_you_mean(name, known)}'
+        )
     return GRANULARITIES[name]
+
+
+def granularity_of(config: BucketMOOConfig) -> str | refined.Refined:
+    """Returns what the settings say of blocks, for `plan_buckets`.
+
+    Raises:
+        ConfigError: an unknown granularity, or options that it does not have or that are wrong.
+    """
+    if config.granularity == refined.NAME:
+        found = refined.Refined.from_config(config)
+        try:
+            label_of(found.base)
+        except ConfigError as error:
+            raise ConfigError(f"{SECTION}.granularity_options.base: {error}") from error
+        return found
+    label_of(config.granularity)
+    if config.granularity_options:
+        raise ConfigError(
+            f'{SECTION}.granularity_options: granularity "{config.granularity}" has none; they are those of "refined"'
+        )
+    return config.granularity
 
 
 @granularity("bucket")

@@ -1,8 +1,9 @@
 """DDP, FSDP1 and FSDP2: what cannot be right ends in an error on every rank, never in a hang or in a plain average; a
 window that is not finite is dropped or kept; and what must make no difference makes none.
 
-All scenarios run in one start of two processes. What a message must name, the setting and the way out, stands in one
-table for each kind: `REFUSED`, `ERRORS`.
+All scenarios run in one start of two processes; of those that are alike, in several ways to wrap, one is drawn in each
+run, and the nightly list has all. What a message must name, the setting and the way out, stands in one table for each
+kind: `REFUSED`, `ERRORS`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import launch
@@ -143,9 +145,7 @@ ERRORS: list[tuple[str, Case, str, list[str]]] = [
             ("fsdp2", {}),
             *(
                 ("fsdp1", how)
-                for how in pairwise(
-                    {"strategy": STRATEGIES, "use_orig_params": (False, True), "layers": (False, True)}
-                )
+                for how in pairwise({"strategy": STRATEGIES, "use_orig_params": (False, True), "layers": (False, True)})
             ),
         ]
     ),
@@ -291,15 +291,70 @@ SCENARIOS: list[Case] = [
     *RESUMED,
     FORGOTTEN,
 ]
+# Whose tests have one scenario each, of which a run draws some.
+DRAWN: list[Case] = [
+    *({"name": name} | arguments for name, arguments, _, _ in ERRORS),
+    *NOT_FINITE,
+    *ZEROING,
+    *BETWEEN,
+    *UNUSED_UNITS,
+    *AGAINST_PLAIN,
+]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> list[list[Any]]:
-    return launch.run("wrappers_contract.py", 2, SCENARIOS, timeout=550)
+def results(request: pytest.FixtureRequest) -> Results:
+    """Those scenarios run that no test of this run is alone to have and was not chosen."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    there = [scenario_of(item.callspec.params) for item in tests if hasattr(item, "callspec")]
+    wanted = [each for each in SCENARIOS if each not in DRAWN or each in there]
+    outcomes = launch.run("wrappers_contract.py", 2, wanted, timeout=550)
+    return lambda scenario: outcomes[wanted.index(scenario)]
 
 
-def results(outcomes: list[list[Any]], scenario: Case) -> list[Any]:
-    return outcomes[SCENARIOS.index(scenario)]
+def scenario_of(parameters: dict[str, Any]) -> Case | None:
+    """What a test of one drawn scenario has as its parameters."""
+    if "arguments" in parameters:
+        return {"name": parameters["name"]} | parameters["arguments"]
+    return parameters.get("case")
+
+
+Results = Callable[[Case], list[Any]]  # of both ranks
+
+
+def one_of(alike: Callable[..., object], cases: Iterable[Any]) -> list[Any]:
+    """Returns parameters of a test: of the cases that are alike all but a drawn one are for the nightly list. A case of
+    several parameters is a tuple."""
+    groups: dict[object, list[Any]] = {}
+    for case in cases:
+        parameters = case if isinstance(case, tuple) else (case,)
+        groups.setdefault(alike(*parameters), []).append(parameters)
+    draw = random.Random(f"{SEED}/contract")
+    found = []
+    for group in groups.values():
+        chosen = draw.randrange(len(group))
+        marks = [() if index == chosen else pytest.mark.nightly for index in range(len(group))]
+        found += [pytest.param(*parameters, marks=mark) for parameters, mark in zip(group, marks, strict=True)]
+    return found
+
+
+def wrapped_alike(case: Case) -> tuple[object, ...]:
+    """Two ways to wrap that differ in one setting of the wrapper, or in when it exchanges."""
+    return case["wrapper"], case.get("strategy"), case.get("gradient_as_bucket_view")
+
+
+def not_finite_alike(case: Case) -> tuple[object, ...]:
+    return case["wrapper"], case["on_nonfinite"], case["mode"] == "auto"
+
+
+def errors_alike(name: str, arguments: Case, kind: str, said: list[str]) -> tuple[object, ...]:
+    """What the session does is the same under all wrappers; what a wrapper has to do with is tried under each."""
+    of_session = name in ("wrong_language", "changed_language", "no_token_at_all", "state_within_a_window")
+    return name, None if of_session else arguments.get("wrapper"), arguments.get("what")
+
+
+def strategies_alike(case: Case) -> object:
+    return case["strategy"]
 
 
 def name_of(case: Case) -> str:
@@ -307,8 +362,8 @@ def name_of(case: Case) -> str:
 
 
 @pytest.mark.parametrize(("wrapper", "case"), [(wrapper, case) for wrapper, cases in REFUSED.items() for case in cases])
-def test_refused_at_start_up(outcomes: list[list[Any]], wrapper: str, case: str) -> None:
-    for result in results(outcomes, {"name": "refused", "wrapper": wrapper, "case": case}):
+def test_refused_at_start_up(results: Results, wrapper: str, case: str) -> None:
+    for result in results({"name": "refused", "wrapper": wrapper, "case": case}):
         assert result is not None, "it started"
         assert result["error"] == "ConfigError", result
         assert result["message"].startswith((f"{wrapper}.register: ", "bucket_moo."))
@@ -316,18 +371,20 @@ def test_refused_at_start_up(outcomes: list[list[Any]], wrapper: str, case: str)
             assert words in result["message"]
 
 
-@pytest.mark.parametrize(("name", "arguments", "kind", "said"), ERRORS, ids=lambda value: str(value)[:60])
-def test_error_on_every_rank(outcomes: list[list[Any]], name: str, arguments: Case, kind: str, said: list[str]) -> None:
-    for result in results(outcomes, {"name": name} | arguments):
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind", "said"), one_of(errors_alike, ERRORS), ids=lambda value: str(value)[:60]
+)
+def test_error_on_every_rank(results: Results, name: str, arguments: Case, kind: str, said: list[str]) -> None:
+    for result in results({"name": name} | arguments):
         assert result is not None, "no error"
         assert result["error"] == kind, result
         for words in said:
             assert words in result["message"]
 
 
-@pytest.mark.parametrize("case", NOT_FINITE, ids=name_of)
-def test_window_that_is_not_finite(outcomes: list[list[Any]], case: Case) -> None:
-    found = results(outcomes, case)
+@pytest.mark.parametrize("case", one_of(not_finite_alike, NOT_FINITE), ids=name_of)
+def test_window_that_is_not_finite(results: Results, case: Case) -> None:
+    found = results(case)
     check_not_finite(found, case)
     first, second = found
     assert second["log"] == ""
@@ -338,28 +395,28 @@ def test_window_that_is_not_finite(outcomes: list[list[Any]], case: Case) -> Non
         assert f"language fr in {bucket}" in first["log"]
 
 
-@pytest.mark.parametrize("case", ZEROING, ids=name_of)
-def test_how_gradients_are_reset_makes_no_difference(outcomes: list[list[Any]], case: Case) -> None:
-    for ends in results(outcomes, case):
+@pytest.mark.parametrize("case", one_of(wrapped_alike, ZEROING), ids=name_of)
+def test_how_gradients_are_reset_makes_no_difference(results: Results, case: Case) -> None:
+    for ends in results(case):
         assert isinstance(ends, list), ends
         assert len(set(ends)) == 1, f"BUCKETMOO_TEST_SEED={SEED}"
 
 
 @pytest.mark.parametrize("wrapper", SAME_STEP)
-def test_other_ways_to_take_a_step(outcomes: list[list[Any]], wrapper: str) -> None:
+def test_other_ways_to_take_a_step(results: Results, wrapper: str) -> None:
     """A forward pass without gradients before backward; FSDP1's `comm_hook` with one's own `register_comm_hook`; an
     output of a type of one's own under DDP."""
-    found = [result for scenario in SAME_STEP[wrapper] for result in results(outcomes, scenario)]
+    found = [result for scenario in SAME_STEP[wrapper] for result in results(scenario)]
     assert isinstance(found[0], str), found
     assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("case", EVENTS, ids=name_of)
-def test_exchange_goes_on_during_backward(outcomes: list[list[Any]], case: Case) -> None:
+def test_exchange_goes_on_during_backward(results: Results, case: Case) -> None:
     """Rows are under way before the last gradient is there; while streaming, combined shards are too. The deferred tail
     is one exchange of Grams, and one of what was decided."""
     whole = case["wrapper"] == "ddp" or case["strategy"] == "NO_SHARD"
-    for events in results(outcomes, case):
+    for events in results(case):
         if case["mode"] == "deferred":
             assert events[: events.index("all_to_all_grams")].count("gradient") == events.count("gradient")
             assert (events.count("all_to_all_grams"), events.count("all_gather_grams")) == (1, 1)
@@ -385,86 +442,84 @@ def test_process_groups_train_apart() -> None:
 
 
 @pytest.mark.parametrize("case", BUCKETS, ids=name_of)
-def test_buckets_are_ddps_own_and_stay(outcomes: list[list[Any]], case: Case) -> None:
+def test_buckets_are_ddps_own_and_stay(results: Results, case: Case) -> None:
     """Though gradients come in another order, in the first backward and later."""
-    for result in results(outcomes, case):
+    for result in results(case):
         assert len(result["planned"]) > 1
         assert result["sizes"] == 4 * result["planned"]
 
 
-def test_parameters_of_several_dtypes_and_memory_formats(outcomes: list[list[Any]]) -> None:
+def test_parameters_of_several_dtypes_and_memory_formats(results: Results) -> None:
     """Plain DDP adds up in bf16: two micro-steps of two ranks, three roundings of 2^-9 of a partial sum; we round the
     combined gradient, once."""
-    for result in results(outcomes, MIXED):
+    for result in results(MIXED):
         assert result <= 4 * 2.0**-9
 
 
 @pytest.mark.parametrize(("width", "kept"), [(16, True), (17, False)])
-def test_buckets_are_sent_from_ddps_memory_and_gathered_into_it(
-    outcomes: list[list[Any]], width: int, kept: bool
-) -> None:
+def test_buckets_are_sent_from_ddps_memory_and_gathered_into_it(results: Results, width: int, kept: bool) -> None:
     """Unless slices of whole eights do not fill them: 17 x 17 + 17 elements are no multiple of 16."""
-    for used in results(outcomes, {"name": "memory", "width": width}):
+    for used in results({"name": "memory", "width": width}):
         assert used == 2 * 2 * [kept], "two buckets"
 
 
-def test_only_parameters_that_no_rank_used_have_no_gradient(outcomes: list[list[Any]]) -> None:
+def test_only_parameters_that_no_rank_used_have_no_gradient(results: Results) -> None:
     """As in plain DDP; between micro-steps nobody has, so that the next gradient is added to nothing. A window whose
     micro-steps use different parameters has them all."""
     for scenario in UNUSED:
-        for between, boundary in results(outcomes, scenario):
+        for between, boundary in results(scenario):
             assert set(between.values()) == {"none"}
             for name, gradient in boundary.items():
                 assert gradient == ("none" if name.startswith("adapters.2.") else "some"), name
 
 
-def test_reentrant_checkpoints_of_a_shared_layer(outcomes: list[list[Any]]) -> None:
-    plain, reentrant = (results(outcomes, scenario) for scenario in REENTRANT)
+def test_reentrant_checkpoints_of_a_shared_layer(results: Results) -> None:
+    plain, reentrant = (results(scenario) for scenario in REENTRANT)
     assert isinstance(plain[0], str), plain
     assert len({*plain, *reentrant}) == 1
 
 
 @pytest.mark.parametrize("case", PROPERTIES, ids=lambda case: case["name"])
-def test_property_holds(outcomes: list[list[Any]], case: Case) -> None:
+def test_property_holds(results: Results, case: Case) -> None:
     """See the scenario of that name."""
-    assert results(outcomes, case) == [True, True]
+    assert results(case) == [True, True]
 
 
 # --- FSDP1 alone --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", BETWEEN, ids=name_of)
-def test_gradients_are_zero_before_the_boundary(outcomes: list[list[Any]], case: Case) -> None:
-    for first, second in results(outcomes, case):
+@pytest.mark.parametrize("case", one_of(strategies_alike, BETWEEN), ids=name_of)
+def test_gradients_are_zero_before_the_boundary(results: Results, case: Case) -> None:
+    for first, second in results(case):
         assert first == 0
         assert second > 0
 
 
-@pytest.mark.parametrize("case", UNUSED_UNITS, ids=name_of)
-def test_a_unit_that_no_rank_uses_has_no_gradient(outcomes: list[list[Any]], case: Case) -> None:
+@pytest.mark.parametrize("case", one_of(strategies_alike, UNUSED_UNITS), ids=name_of)
+def test_a_unit_that_no_rank_uses_has_no_gradient(results: Results, case: Case) -> None:
     """As in plain FSDP1: an optimizer with weight decay leaves it alone."""
-    for result in results(outcomes, case):
+    for result in results(case):
         assert result == {"gradients": [True, False], "changed": [True, False]}
 
 
-@pytest.mark.parametrize("case", AGAINST_PLAIN, ids=name_of)
-def test_units_may_come_in_any_order(outcomes: list[list[Any]], case: Case) -> None:
+@pytest.mark.parametrize("case", one_of(strategies_alike, AGAINST_PLAIN), ids=name_of)
+def test_units_may_come_in_any_order(results: Results, case: Case) -> None:
     """One language, so that weights are 1 and the mean over two equal ranks rounds a few float32 (6e-8) sums."""
-    for result in results(outcomes, case):
+    for result in results(case):
         assert result <= 5e-7, result
 
 
 @pytest.mark.parametrize("case", BLOCKS, ids=name_of)
-def test_blocks_are_named_as_in_the_model_without_wrappers(outcomes: list[list[Any]], case: Case) -> None:
-    for names, expected in results(outcomes, case):
+def test_blocks_are_named_as_in_the_model_without_wrappers(results: Results, case: Case) -> None:
+    for names, expected in results(case):
         assert names == expected
 
 
 @pytest.mark.parametrize("case", SENT, ids=name_of)
-def test_bytes_are_those_of_the_plain_reduction(outcomes: list[list[Any]], case: Case) -> None:
+def test_bytes_are_those_of_the_plain_reduction(results: Results, case: Case) -> None:
     """Sliced: its reduce-scatter's. Whole: a scatter and a gather of (W-1)/W N each, as its all-reduce sends, and at
     most 8 elements of alignment a unit and rank."""
-    for result in results(outcomes, case):
+    for result in results(case):
         if case["strategy"] != "NO_SHARD":
             assert result["all_to_all"] == result["reduce_scatter"]
             assert "all_gather (combined)" not in result
@@ -477,14 +532,14 @@ def test_bytes_are_those_of_the_plain_reduction(outcomes: list[list[Any]], case:
 
 
 @pytest.mark.parametrize("case", RESUMED, ids=lambda case: f"{case['micro_steps']}-{case['once_a_window']}")
-def test_resumed_run_has_the_bits_of_one_that_went_on(outcomes: list[list[Any]], case: Case) -> None:
-    for result in results(outcomes, case):
+def test_resumed_run_has_the_bits_of_one_that_went_on(results: Results, case: Case) -> None:
+    for result in results(case):
         assert result.get("resumed", result) == result["whole"], f"BUCKETMOO_TEST_SEED={SEED}"
 
 
-def test_without_our_state_orders_are_others(outcomes: list[list[Any]]) -> None:
+def test_without_our_state_orders_are_others(results: Results) -> None:
     """So the test before could fail."""
-    for result in results(outcomes, FORGOTTEN):
+    for result in results(FORGOTTEN):
         assert result["resumed"] != result["whole"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bucketmoo_ds.apps.bench import bandwidth, timing
 from bucketmoo_ds.apps.cli.main import main
 
 TINY = ("--device", "cpu", "--backends", "reference", "--languages", "3", "--numel", "20k", "--seconds", "600")
@@ -18,6 +19,14 @@ TINY += ("--threads", "1", "--repeats", "3", "--segment", "whole,4096", "--ops",
 def backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may not be the environment that chooses them."""
     monkeypatch.delenv("BUCKETMOO_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read and copied between calls is as small as the shards are: nobody reads the times."""
+    for module in (bandwidth, timing):
+        monkeypatch.setattr(module, "MEBI", 1 << 10)
+        monkeypatch.setattr(module, "cache_bytes", lambda device: 1 << 16)
 
 
 def bench(*words: str) -> object:

@@ -259,14 +259,16 @@ def test_a_granularity_is_known_by_one_name(monkeypatch: pytest.MonkeyPatch) -> 
     assert (plan.blocks, plan.block_of) == (("a.b", "a"), (0, 0, 1))
     with pytest.raises(ValueError, match=r'granularity\("layer"\): the name already belongs to layer_block'):
         granularity("layer")(module)
+    with pytest.raises(ValueError, match=r'granularity\("refined"\): the name is that of'):
+        granularity("refined")(module)
 
 
 def test_an_unknown_granularity_says_what_was_meant() -> None:
     with pytest.raises(ConfigError) as caught:
         plan_blocks([Parameter("w", 5)], 10, "buckets")
     assert str(caught.value) == (
-        'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model"; '
-        'did you mean "bucket"?'
+        'bucket_moo.granularity = "buckets": unknown, expected one of "bucket", "parameter", "layer", "model", '
+        '"refined"; did you mean "bucket"?'
     )
 
 

@@ -28,7 +28,7 @@ from bucketmoo_ds.errors import BucketMOOError, ConfigError, DisagreementError, 
 from bucketmoo_ds.pipeline import engine
 from bucketmoo_ds.pipeline.engine import BucketMOO
 from bucketmoo_ds.pipeline.resolution import Resolution
-from bucketmoo_ds.plan.blocks import GRANULARITIES, BlockPlan, Parameter, plan_blocks
+from bucketmoo_ds.plan.blocks import GRANULARITIES, BlockPlan, Parameter, granularity_of, plan_blocks
 from bucketmoo_ds.plan.choices import choose_streaming, create_aggregator
 
 AGGREGATORS = ("mean", "mgda", "pcgrad", "cagrad", "upgrad")
@@ -180,6 +180,7 @@ def assert_equals_reference(outcomes: Sequence[Outcome], windows: Sequence[Table
             preference=settings.preferred(range(len(settings.languages))),
             gram=settings.gram,
             seed=moo.record.generator().initial_seed(),
+            left_out=dict(zip(moo.plan.blocks, moo.plan.left_out, strict=False)),
         )
         found = combined(outcomes, number)
         resolution = outcomes[0].resolutions[number]
@@ -420,6 +421,57 @@ def test_absent_languages_are_masked() -> None:
     assert (resolution.gram[:, :, 1:3] == 0).all()
     assert resolution.mask.tolist() == [[True, False, False, True]] * len(outcomes[0].moo.plan.blocks)
     assert_equals_reference(outcomes, windows, chosen)
+
+
+REFINED = {"base": "layer", "used_by": {"layers.0.*": ["l1", "l3"], "layers.1.a": ["l2"], "layers.1.b": ["l0", "l2"]}}
+
+
+@settings(deadline=None, max_examples=examples(12))
+@given(
+    scenario=scenarios(),
+    seed=st.integers(0, 2**32),
+    aggregator=st.sampled_from(AGGREGATORS),
+    weighting=st.sampled_from(CHOICES["weighting"]),
+    normalize=st.sampled_from(CHOICES["normalize"]),
+    rescale=st.sampled_from(CHOICES["rescale"]),
+    bucket_size=st.sampled_from([BUCKET_SIZE, 1000]),  # blocks span buckets, or one bucket holds them and may stream
+)
+def test_languages_that_are_left_out_of_a_block_weigh_nothing_there(
+    scenario: tuple, seed: int, bucket_size: int, **options: str
+) -> None:
+    """Everything else is as if they were absent, which on that block they are: also where that leaves nobody."""
+    once_a_window, slots = scenario
+    chosen = config(granularity="refined", granularity_options=REFINED, **options)
+    blocks = plan_blocks(PARAMETERS, bucket_size, granularity_of(chosen))
+    # What all use meets what some share on a cycle: what is used by l2 alone stays apart.
+    assert blocks.blocks == ("embed + 3 more", "layers.1 (l2)")
+    assert blocks.left_out == ((), (0, 1, 3))
+    windows = [table(one, seed + number) for number, one in enumerate(slots)]
+    for micro in (micro for window in windows for row in window for micro in row):
+        if micro.language != 2:
+            micro.gradient["layers.1.a"].zero_()
+    outcomes = simulate(windows, chosen, blocks, once_a_window=once_a_window)
+    assert_equals_reference(outcomes, windows, chosen)
+    for resolution in outcomes[0].resolutions:
+        assert (resolution.weights[1, [0, 1, 3]] == 0).all()
+        present = [each in resolution.present for each in range(4)]
+        assert resolution.mask.tolist() == [present, [False, False, present[2], False]]
+        if 2 in resolution.present:
+            assert resolution.weights[1, 2] == 1.0
+
+
+@pytest.mark.parametrize("granularity", ["deferred", "streaming"])
+def test_a_gradient_of_a_language_that_was_left_out_stops_every_rank(granularity: str) -> None:
+    used_by = {"head.weight": ["l0"]}
+    options = {"granularity_options": {"used_by": used_by, "base": "parameter"}, "mode": granularity}
+    chosen = config(granularity="refined", **options)
+    # A bucket a parameter: but for the head, all of them are one block, which does not stream.
+    parameters = PARAMETERS[-1:] if granularity == "streaming" else PARAMETERS
+    blocks = plan_blocks(parameters, 1, granularity_of(chosen))
+    errors = run_ranks(2, lambda exchange: drive(exchange, [table([[(0, 5), (3, 8)]], 2)], chosen, blocks))
+    for error in errors:
+        assert isinstance(error, ConfigError)
+        assert 'used_by: language "l3" has a gradient on block "head.weight", of norm' in str(error)
 
 
 def test_gram_is_of_the_rows_as_the_aggregator_sees_them() -> None:

@@ -36,7 +36,7 @@ from bucketmoo_ds.data.batch import LanguageTracker
 from bucketmoo_ds.logs import logger, show_by_default
 from bucketmoo_ds.ops import choose_backend
 from bucketmoo_ds.patches import when_imported, wrap
-from bucketmoo_ds.plan.blocks import Parameter, label_of, plain_name, plan_blocks
+from bucketmoo_ds.plan.blocks import Parameter, granularity_of, plain_name, plan_blocks
 from bucketmoo_ds.plan.choices import create_aggregator, create_exchange
 
 
@@ -103,7 +103,7 @@ def read_section(raw: Mapping[str, Any]) -> BucketMOOConfig | None:
     config = BucketMOOConfig.from_section(raw.get(SECTION))
     if config is not None:
         create_aggregator(config)
-        label_of(config.granularity)
+        granularity_of(config)
         choose_backend(config.backend, get_accelerator().device_name())
     return config
 
@@ -127,7 +127,7 @@ def attach(engine: DeepSpeedEngine, config: BucketMOOConfig) -> None:
     if stage.optimizer is None:
         engine.reduction = stage.reduction(engine, exchange)
     else:
-        plan = plan_blocks(_parameters(engine), int(optimizer.reduce_bucket_size), config.granularity)
+        plan = plan_blocks(_parameters(engine), int(optimizer.reduce_bucket_size), granularity_of(config))
         optimizer.__class__ = stage.optimizer
         engine.reduction = optimizer.reduction = stage.reduction(engine, optimizer, plan, exchange)
     switched_on.note(engine)

@@ -32,11 +32,12 @@ from bucketmoo_ds.data.batch import Passage
 from bucketmoo_ds.data.row_tracker import MixedBatch, MixedSlot, RowTracker
 from bucketmoo_ds.errors import BucketMOOError, ConfigError, LanguageError
 from bucketmoo_ds.logs import logger, show_by_default
+from bucketmoo_ds.pipeline.checks import check_left_out
 from bucketmoo_ds.pipeline.estimate import GramEstimate
 from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.mixed_window import MixedWindow
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
-from bucketmoo_ds.plan.blocks import plan_blocks
+from bucketmoo_ds.plan.blocks import granularity_of, plan_blocks
 from bucketmoo_ds.plan.choices import choose_gram_every, named, needs_losses
 from bucketmoo_ds.transfer import ToHost, to_device
 
@@ -74,7 +75,7 @@ class MixedSession(Stays):
         self.config = config
         self.exchange = exchange
         # A bucket is a block of granularity `bucket` here, and nothing else.
-        self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, config.granularity)
+        self.plan = plan_blocks(covered.parameters, BUCKET_BYTES // 4, granularity_of(config))
         self.record = Record(config, self.plan, speaks=exchange.rank == 0)
         self._model = model
         self._micro_steps = micro_steps
@@ -124,7 +125,8 @@ class MixedSession(Stays):
         """Makes what lies where gradients are."""
         config, blocks = self.config, len(self.plan.blocks)
         backend = ops.choose_backend(config.backend, device)
-        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device)
+        counting = self.plan.counting(self._count)
+        self.estimate = GramEstimate(config, blocks, self.exchange, backend, device, counting)
         self.table = torch.zeros(blocks, self._count + 1, dtype=torch.float64, device=device)
         self.taps = [
             torch.zeros(2 * self._count, 2 * self._count, dtype=torch.float64, device=device, requires_grad=True)
@@ -420,6 +422,7 @@ class MixedSession(Stays):
 
         Raises:
             BucketMOOError: see `check_finished`.
+            ConfigError: on every rank, see `checks.check_left_out`.
         """
         self.check_finished()
         if not self.window.micro_steps:
@@ -429,6 +432,8 @@ class MixedSession(Stays):
         if took:
             self.estimate.finish(self.window.target_tokens)
             self._renews = False
+            if self.plan.left_out:
+                check_left_out(ToHost(self.estimate.gram()[0]).read(), self.plan, self.config.languages)
         gram, weights = (each.read() for each in self._decided)
         self.record.add(
             Resolution(
@@ -439,6 +444,7 @@ class MixedSession(Stays):
                 target_tokens=tuple(self.window.target_tokens),
                 nonfinite=(),
                 fresh=self._fresh,
+                left_out=self.plan.left_out,
             )
         )
         self._fresh = took

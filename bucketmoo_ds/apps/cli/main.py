@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "write the report of a run",
     "study": "compare rules with tuned controls over many small paired runs",
     "plan": "show what a cluster sends and keeps, and which node trains on which language",
+    "simulate": "compare rules and granularities where the Pareto front is known",
     "bench": "measure the kernels on this machine",
     "doctor": "show what is installed, what will run, and what is missing",
 }

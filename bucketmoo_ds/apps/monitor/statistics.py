@@ -32,7 +32,7 @@ class ConflictStatistics:
         descent: `[B]`, the least `<g_i, d>` over the present languages; NaN without one. To first order, a step of
             learning rate t along -d changes the loss of language i by `-t <g_i, d>`, summed over the blocks.
         descends: `[B]`, bool: whether `descent` is not negative, up to the accuracy of a Gram: on this block alone,
-            no language gets worse.
+            no language gets worse, as where none is present.
         near_zero: `[B]`, int64: present languages whose row is shorter than a thousandth of the block's longest.
     """
 
@@ -105,7 +105,7 @@ def conflict_statistics(gram: Tensor, mask: Tensor, weights: Tensor) -> Conflict
         combined_norm=(w * products).sum(dim=1).clamp(min=0).sqrt(),
         mean_norm=G.sum(dim=(1, 2)).clamp(min=0).sqrt() / torch.where(present > 0, present.double(), nan),
         descent=descent,
-        descends=descent >= -GRAM_ACCURACY * longest * w.abs().sum(dim=1),
+        descends=(descent >= -GRAM_ACCURACY * longest * w.abs().sum(dim=1)) | (present == 0),
         near_zero=(mask & (norm <= NEAR_ZERO * longest.sqrt().unsqueeze(1))).sum(dim=1),
     )
 

@@ -105,6 +105,16 @@ def test_rounding_at_a_stationary_block_is_no_ascent() -> None:
     assert conflict_statistics(rows @ rows.mT, torch.ones(1, 2, dtype=torch.bool), weights).descends.item()
 
 
+def test_a_block_without_a_language_harms_none() -> None:
+    """As of one that only absent languages use, with granularity `refined`."""
+    mask = torch.tensor([[True, True], [False, False]])
+    found = conflict_statistics(torch.ones(2, 2, 2, dtype=torch.float64), mask, torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+    assert found.descends.tolist() == [True, True]
+    assert found.near_zero.tolist() == [0, 0]
+    assert found.mean_norm.isnan().tolist() == [False, True]
+    assert found.combined_norm.tolist() == [1.0, 0.0]
+
+
 def test_detail_is_named_rounded_and_holds_json_once_nan_is_null() -> None:
     rows = torch.randn(2, 3, 5, dtype=torch.float64)
     mask = torch.tensor([[True, True, True], [True, False, True]])

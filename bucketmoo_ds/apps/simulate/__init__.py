@@ -1,0 +1,1 @@
+"""Two objectives on a few numbers, whose Pareto front is known: where each rule and granularity ends."""
