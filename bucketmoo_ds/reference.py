@@ -106,10 +106,8 @@ def resolve_window(
         counting = [place for place, each in enumerate(present) if each not in (left_out or {}).get(block, ())]
         weights = torch.zeros(len(present), dtype=torch.float64)
         if counting:
-            shown, measured, liked, lost = ([of[place] for place in counting] for of in (rows, squares, preferred, losses))
-            weights[counting] = _weights(
-                torch.stack(shown), measured, aggregator, normalize, rescale, liked, lost, seed
-            )
+            measured, liked, lost = ([of[place] for place in counting] for of in (squares, preferred, losses))
+            weights[counting] = _weights(rows[counting], measured, aggregator, normalize, rescale, liked, lost, seed)
         flat = weights @ rows
         sizes = [micro_gradients[0].gradient[name].numel() for name in names]
         for name, part in zip(names, flat.split(sizes), strict=True):

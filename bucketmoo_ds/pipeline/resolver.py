@@ -277,6 +277,8 @@ class Resolver:
 
     def _mask(self, blocks: Sequence[int]) -> Tensor:
         """`[B', K']` bool on the device: which of the languages present take part on these blocks."""
+        if self._counting is None and self._window.trained == self._window.present:
+            return torch.ones(len(blocks), len(self._window.present), dtype=torch.bool, device=self._device)
         return to_device(self._takes_part()[list(blocks)][:, self._window.present], torch.bool, self._device)
 
     def _takes_part(self) -> Tensor:

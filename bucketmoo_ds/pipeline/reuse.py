@@ -7,6 +7,7 @@ that comes in between is averaged.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
