@@ -23,7 +23,7 @@ def markdown(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values(
 
 
 def summary(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> str:
-    """Returns a row a scenario and measure: which arms are clearly better than averaging, which worse, which neither."""
+    """Returns a row a scenario and measure: the arms clearly better than averaging, worse, and neither."""
     lines = ["| scenario | measure | better than averaging | worse | no clear difference |", "| --- |" + " --- |" * 4]
     for scenario in scenarios:
         results = [each for each in analyse(runs, scenario)[1:] if each.differences]
