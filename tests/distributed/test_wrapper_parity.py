@@ -48,6 +48,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "aggregator": ("mgda", "mean", "pcgrad", "cagrad", "upgrad"),
     "granularity": ("bucket", "parameter", "layer", "model"),
     "weighting": ("language", "token"),
+    "normalize": ("none", "loss"),
     "targets": tuple(TARGETS),
     "clip": (0.0, 0.4, 100.0),
     "frozen": (False, True),
@@ -138,7 +139,7 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
     apart = {"adapters": 3, "used_adapters": [rank % 2 for rank in range(world_size)]}
     return {
         "ddp": {
-            "streaming": {"mode": "streaming", "bucket_view": True},
+            "streaming": {"mode": "streaming", "bucket_view": True, "normalize": "loss"},
             "static_graph": TWO | {"static_graph": True},
             "static_graph-once": once | {"static_graph": True, "ragged": False},
             "reentrant": TWO | {"static_graph": True, "checkpoint": "reentrant"},
@@ -156,7 +157,7 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
             "one_unit-flat": TWO | {"shard": {"together": True}, "granularity": "parameter", "orig_params": False},
             "frozen_in_a_unit": TWO | {"frozen": True, "tied": True, "shard": {"together": True}},
             "dictionary": TWO | {"model": "dict"},
-            "dictionary-once": {"model": "dict", "micro_steps": 2, "once_a_window": True, "no_sync": True},
+            "dictionary-once": {"model": "dict", "normalize": "loss_l2", "micro_steps": 2, "once_a_window": True, "no_sync": True},
             "dataclass": {"model": "dataclass"},
             "lora": TWO | {"model": "lora", "granularity": "parameter"},
             "small_parameters": TWO | {"model": "flat"},
@@ -178,8 +179,8 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
             "outputs-dict": TWO | {"model": "dict"},
             "outputs-dict-once": once | {"model": "dict"},
             "outputs-dataclass": {"model": "dataclass"},
-            "outputs-dataclass-once": once | {"model": "dataclass"},
-            "outputs-cast": {"shard": {"output_dtype": torch.float64}},
+            "outputs-dataclass-once": once | {"model": "dataclass", "normalize": "loss"},
+            "outputs-cast": {"normalize": "loss", "shard": {"output_dtype": torch.float64}},
             "bf16-once": once | {"dtype": "bf16", "ragged": False, "aggregator": "mean"},
             "bf16-once-in-fp32": once | {"dtype": "bf16", "ragged": False, "shard": FP32_WIRE},
             "bf16-parameters": TWO | {"dtype": "bf16", "shard": {"bf16_parameters": True}},
@@ -189,7 +190,7 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
 
 SOMEWHERE: dict[Key, Case] = {
     # What the wrappers meet is the compiler's front end; its back end takes half a minute, and is for the nightly list.
-    (2, "ddp-compile"): {"compile": "aot_eager"},
+    (2, "ddp-compile"): {"compile": "aot_eager", "normalize": "loss"},
     (2, "fsdp2-compile"): TWO | {"compile": "aot_eager"},
     **{
         (2, f"fsdp1-bf16_result-{strategy}-{orig_params}"): TWO

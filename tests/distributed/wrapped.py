@@ -89,6 +89,7 @@ class Case:
     aggregator: str = "mgda"
     granularity: str = "bucket"
     weighting: str = "language"
+    normalize: str = "none"
     mode: str = "auto"
     exchange: str = "auto"
     ranks_per_node: int = 0
@@ -107,6 +108,7 @@ class Case:
             aggregator=self.aggregator,
             granularity=self.granularity,
             weighting=self.weighting,
+            normalize=self.normalize,
             mode=self.mode,
             exchange=self.exchange,
             ranks_per_node=self.ranks_per_node,
@@ -348,13 +350,14 @@ def own_gradient(twin: nn.Module, case: Case, batch: dict[str, Tensor], language
     """The gradient that the wrapper is handed for this micro-batch, before anything is reduced."""
     model = copy.deepcopy(twin).to(torch.bfloat16) if case.dtype == "bf16" else twin
     model.zero_grad()
-    (loss_in(model(**batch)) / case.micro_steps).backward()
+    loss = loss_in(model(**batch))
+    (loss / case.micro_steps).backward()
     gradient = {
         name: (torch.zeros_like(each) if each.grad is None else each.grad.clone()).double()
         for name, each in model.named_parameters()
         if each.requires_grad
     }
-    return reference.MicroGradient(language, toy.tokens_of(batch), gradient)
+    return reference.MicroGradient(language, toy.tokens_of(batch), gradient, float(loss.detach()))
 
 
 def gradients(wrapped: nn.Module) -> dict[str, Tensor]:
@@ -403,6 +406,7 @@ def compare(
         micro_steps=case.micro_steps,
         aggregator=create_aggregator(session.moo.config),
         weighting=case.weighting,
+        normalize=case.normalize,
         seed=random_order_seed(case.seed, window),
     )
     found = fsdp1_gradients(wrapped) if case.wrapper == "fsdp1" else gradients(wrapped)

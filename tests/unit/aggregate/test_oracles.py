@@ -202,3 +202,27 @@ def test_orthogonal_rows_get_weights_like_one_over_their_squares() -> None:
     expected = (1.0 / squares) / (1.0 / squares).sum(-1, keepdim=True)
     # A gap of 1e-14 relative to the optimum bounds the relative error of a weight that is not small by its root.
     torch.testing.assert_close(weights(torch.diag_embed(squares), "mgda"), expected, rtol=1e-6, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.9), st.floats(0.2, 5.0))
+def test_cagrad_clipped_is_raco_s_by_a_search_over_two_weights(seed: int, c: float, other: float) -> None:
+    """The function that the weights of g_w minimise, written out on the scaled rows and tried everywhere."""
+    rows = torch.randn(2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    preference = torch.tensor([1.0, other], dtype=torch.float64)
+    scale = preference / preference.mean()
+    scaled, mean = rows * scale.unsqueeze(1), (rows * scale.unsqueeze(1)).mean(0)
+    first = torch.linspace(0.0, 1.0, 100_001, dtype=torch.float64)
+    p = torch.stack([first, 1.0 - first], 1)
+    each = p @ scaled
+    best = p[int((each @ mean + c * mean.norm() * each.norm(dim=1)).argmin())]
+    clipped = torch.minimum(best, torch.full_like(best, 0.5))
+    added = clipped @ scaled
+    expected = mean + c * mean.norm() * added / added.norm()
+    for clip in (False, True):
+        w = weights(rows @ rows.T, "cagrad", c=c, norm_eps=0.0, clip_to_preference=clip, preference=preference)
+        wanted = expected if clip else mean + c * mean.norm() * (best @ scaled) / (best @ scaled).norm()
+        # The search is right to 1e-5 of a row; dividing by the length of what is left makes as much more of it.
+        short = float(min(added.norm(), (best @ scaled).norm()) / scaled.norm())
+        if short > 1e-2:
+            assert float((w @ rows - wanted).norm() / scaled.norm()) <= 1e-4 / short
