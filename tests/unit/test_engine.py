@@ -244,6 +244,8 @@ def test_equals_the_reference(
     aggregator: str, scenario: tuple, seed: int, granularity: str, overlap: bool, **options: str
 ) -> None:
     once_a_window, slots = scenario
+    if once_a_window and len(slots[0][0]) == 1:
+        options["gram"] = "plain"  # one rank that adds up has no halves
     # Across halves a Gram may be singular, and weights then answer to rounding: its languages pull clearly.
     pull = 5.0 if options["gram"] == "cross" else 1.0
     windows = [table(one, seed + number, pull=pull) for number, one in enumerate(slots)]
