@@ -42,7 +42,8 @@ class Anchor(Stateful):
     so opposed languages can be harmed.
 
     Guarantee by block: `<g_j, d> >= tau |g_j| |d| |h_j| / |d_1|` for all that are not primary, d_1 the d before it is
-    scaled, and `<g_1, d> > 0`, unless no d does. Three problems of `min_norm` with K + 1 rows at the most.
+    scaled, unless no d does. None for the primary: what the others demand comes first, and where one opposes it nearly,
+    d may go uphill for it, at full length. Three problems of `min_norm` with K + 1 rows at the most.
 
     Args:
         primary: the name of a language, or several; where there are no names, the numbers of rows.
@@ -78,7 +79,7 @@ class Anchor(Stateful):
                 raise _error(each, f"no number of {len(languages)} languages")
             numbers.append(number)
         here = [place for place, number in enumerate(present) if number in numbers]
-        found = object.__new__(Anchor)
+        found = object.__new__(Anchor)  # unchecked: none may be present
         for name, value in (("primary", here), ("tau", self.tau), ("beta", self.beta)):
             object.__setattr__(found, name, value)
         return found

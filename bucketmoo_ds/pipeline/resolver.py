@@ -158,7 +158,7 @@ class Resolver:
     def reused(self, rows: Sequence[Row], scales: Sequence[float]) -> Tensor:
         """Returns `[C, P]` float64, what gradients of some rows, given in units of `scales` of them, are multiplied by
         in each cell, where the weights are those of an earlier window."""
-        weights = self.reuse.decided(self._window.present)[1][list(self._plan.cell_block)]
+        weights = self.reuse.decided(self._takes_part())[1][list(self._plan.cell_block)]
         factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
         units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
         of_rows = weights[:, [language for language, _ in rows]]
@@ -176,7 +176,7 @@ class Resolver:
             (self._config.languages[rows[place][0]], self._plan.buckets[bucket].name)
             for bucket, place in (~told.isfinite()).any(0).nonzero().tolist()
         ]
-        return Decided(*self.reuse.decided(self._window.present), tuple(dict.fromkeys(named)))
+        return Decided(*self.reuse.decided(self._takes_part()), tuple(dict.fromkeys(named)))
 
     def close_window(self, resolution: Resolution) -> None:
         """Keeps what was decided, unless its rows were not finite."""
@@ -184,7 +184,7 @@ class Resolver:
             self.reuse.use()
         elif not resolution.nonfinite:
             self.memory.commit()
-            self.reuse.take(resolution.gram, resolution.weights, resolution.present)
+            self.reuse.take(resolution.gram, resolution.weights, resolution.mask)
 
     def decided(self) -> Decided:
         """Returns what was decided in this window. The host waits here, and nowhere else."""
@@ -224,6 +224,12 @@ class Resolver:
                 generator=generator,
             )
         return gram, weights, state
+
+    def _takes_part(self) -> Tensor:
+        """`[B, K]` bool on the host: which languages take part in this window, block by block."""
+        mask = torch.zeros(len(self._plan.blocks), len(self._config.languages), dtype=torch.bool)
+        mask[:, self._window.present] = True
+        return mask
 
     def _named(self, finite: Tensor) -> Iterator[tuple[str, str]]:
         """Names the (language, bucket) pairs whose row is not finite.

@@ -7,7 +7,6 @@ share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,40 +29,48 @@ class Reuse:
         self._probe = config.probe
         self._every = every
         self._used = 0  # windows that have used them
-        self._present: list[int] = []  # when they were solved
+        self._known: Tensor | None = None  # [B, K] bool, of what they were solved
         self._gram = self._shares = torch.empty(0, dtype=torch.float64)
 
     @property
     def due(self) -> bool:
         """Whether the next window is to be solved."""
-        return not self._present or self._used >= self._every
+        return self._known is None or self._used >= self._every
 
-    def take(self, gram: Tensor, weights: Tensor, present: Sequence[int]) -> None:
-        """Takes what a window has solved, `[B, K, K]` and `[B, K]`."""
+    def take(self, gram: Tensor, weights: Tensor, mask: Tensor) -> None:
+        """Takes what a window has solved, `[B, K, K]` and `[B, K]`, and which languages took part, `[B, K]` bool."""
         if self._every > 1:
-            self._gram, self._shares, self._present = gram, weights * len(self._trained(present)), list(present)
+            self._gram, self._shares, self._known = gram, weights * self._number(mask), mask
             self._used = 1
 
     def use(self) -> None:
         """A window has used them that has not solved anything."""
         self._used += 1
 
-    def decided(self, present: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages present."""
-        here, trained, known = (torch.zeros(len(self._languages), dtype=torch.bool) for _ in range(3))
-        here[list(present)], trained[self._trained(present)], known[self._present] = True, True, True
-        shares = torch.where(trained, torch.where(known, self._shares, 1.0), 0.0)
-        return torch.where(here & here.unsqueeze(1), self._gram, 0.0), shares / len(self._trained(present))
+    def decided(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages that take
+        part in a window that has not solved anything, `[B, K]` bool."""
+        assert self._known is not None
+        shares = torch.where(self._trained(mask), torch.where(self._known, self._shares, 1.0), 0.0)
+        gram = torch.where(mask.unsqueeze(1) & mask.unsqueeze(2), self._gram, 0.0)
+        return gram, shares / self._number(mask).clamp(min=1)
 
-    def _trained(self, present: Sequence[int]) -> list[int]:
-        return [language for language in present if language != self._probe]
+    def _trained(self, mask: Tensor) -> Tensor:
+        """Those of the languages that take part that are trained on."""
+        trained = mask.clone()
+        if self._probe is not None:
+            trained[:, self._probe] = False
+        return trained
+
+    def _number(self, mask: Tensor) -> Tensor:
+        return self._trained(mask).sum(-1, keepdim=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns them as plain JSON values, under the name "weights"; nothing where each window is solved."""
-        if not self._present:
+        if self._known is None:
             return {}
-        kept = {"gram": self._gram.tolist(), "shares": self._shares.tolist()}
-        return {"weights": {"languages": self._languages, "present": self._present, "used": self._used, **kept}}
+        kept = {"gram": self._gram.tolist(), "shares": self._shares.tolist(), "known": self._known.tolist()}
+        return {"weights": {"languages": self._languages, "used": self._used, **kept}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken; without any there, the next window is solved.
@@ -71,7 +78,7 @@ class Reuse:
         Raises:
             ConfigError: they are of other languages.
         """
-        self._present, saved = [], state.get("weights")
+        self._known, saved = None, state.get("weights")
         if saved is None or self._every == 1:
             return
         if saved["languages"] != self._languages:
@@ -79,5 +86,5 @@ class Reuse:
                 f"the checkpoint has {SECTION}.languages = {saved['languages']}, here {self._languages}: weights that "
                 "are in use need the same languages in the same order"
             )
-        self._present, self._used = list(saved["present"]), int(saved["used"])
+        self._known, self._used = torch.tensor(saved["known"]), int(saved["used"])
         self._gram, self._shares = (torch.tensor(saved[name], dtype=torch.float64) for name in ("gram", "shares"))

@@ -37,8 +37,8 @@ class Remembering(Stateful):
         assert {name: each.shape for name, each in state.items()} == {
             "windows": gram.shape[:1], "lengths": gram.shape[:2], "cosines": gram.shape
         }  # fmt: skip
-        lengths = 0.5 * state["lengths"] + gram.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
-        cosines = 0.5 * state["cosines"] + gram
+        lengths = 0.3 * state["lengths"] + gram.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
+        cosines = 0.3 * state["cosines"] + gram
         raw = mask * (lengths + cosines.square().sum(-1) + state["windows"].unsqueeze(-1))
         weights = raw / raw.sum(-1, keepdim=True)
         return weights, {"windows": state["windows"] + 1.0, "lengths": lengths, "cosines": cosines}
