@@ -144,7 +144,8 @@ class Resolver:
         weights = self.reuse.decided(self._takes_part())[1][list(self._plan.cell_block)]
         factor = dict(zip(self._window.present, self._window.coefficients(), strict=True))
         units = [factor[language] * scale for language, scale in zip(languages, scales, strict=True)]
-        return to_device(weights[:, list(languages)] * torch.tensor(units), torch.float64, self._device)
+        factors = torch.tensor(units, dtype=torch.float64)
+        return to_device(weights[:, list(languages)] * factors, torch.float64, self._device)
 
     def decided_before(self, largest: Tensor, languages: Sequence[int]) -> Decided:
         """Returns what was decided in an earlier window. The host waits here, as `decided` does.
