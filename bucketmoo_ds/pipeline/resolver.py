@@ -162,7 +162,8 @@ class Resolver:
         factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
         units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
         of_rows = weights[:, [language for language, _ in rows]]
-        return to_device(of_rows * torch.tensor(units), torch.float64, self._device)
+        factors = torch.tensor(units, dtype=torch.float64)
+        return to_device(of_rows * factors, torch.float64, self._device)
 
     def decided_before(self, largest: Tensor, rows: Sequence[Row]) -> Decided:
         """Returns what was decided in an earlier window. The host waits here, as `decided` does.
