@@ -105,11 +105,12 @@ def solve(
         }
     own = {name: each for name, each in state.items() if name != WEIGHTS}
     # The rules do not depend on the scale of a block; near 1 nothing overflows.
-    scale = factors(_of_size_one(measured), counted, normalize, losses, preference)
+    of_one = _of_size_one(shown)
+    scale = factors(of_one if noisy is None else _of_size_one(measured), counted, normalize, losses, preference)
     if scale is None:
-        result, new = aggregator.step(_of_size_one(shown), counted, own, generator)
+        result, new = aggregator.step(of_one, counted, own, generator)
     else:
-        scaled = _of_size_one(_of_size_one(shown) * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        scaled = _of_size_one(of_one * scale.unsqueeze(-1) * scale.unsqueeze(-2))
         result, new = aggregator.step(scaled, counted, own, generator)
         result = result * scale
     if noisy is not None:

@@ -66,6 +66,7 @@ class Mixture:
         self._probe = self._languages.index(probe) if probe is not None else None
         self._rate, self._clip, self._mix = (float(options[name]) for name in ("rate", "clip", "mix"))
         self._seed = seed
+        self._places = places
         self._free = places - (self._probe is not None)
         if self._free < 1:
             raise ConfigError(
@@ -122,10 +123,11 @@ class Mixture:
         decided = {
             str(epoch): [" ".join(map(str, counts)) for counts in windows] for epoch, windows in self._decided.items()
         }
-        return {"logs": list(self._logs), "credit": list(self._credit), "decided": decided}
+        return {"logs": list(self._logs), "credit": list(self._credit), "places": self._places, "decided": decided}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues where `state` was taken. Of a run with windows of another size (a universal checkpoint) only the
+        shares mean something.
 
         Raises:
             ConfigError: it is of another number of languages.
@@ -136,6 +138,9 @@ class Mixture:
                 "the saved schedule.probe and languages"
             )
         self._logs = [float(each) for each in state["logs"]]
+        self._decided, self._credit = {}, [0.0] * len(self._languages)
+        if state["places"] != self._places:
+            return
         self._credit = [float(each) for each in state["credit"]]
         self._decided = {
             int(epoch): [[int(each) for each in counts.split()] for counts in windows]
@@ -158,7 +163,7 @@ class Mixture:
         if self._probe is not None:
             share[self._probe] = 1.0
         counts, fraction = shares.split(share)
-        number = self._free + (self._probe is not None) - int(counts.sum())
+        number = self._places - int(counts.sum())
         if number:
             draws = shares.generator(self._seed, shares.MIXTURE, epoch, window).random(len(share))
             credit = np.array(self._credit)

@@ -315,6 +315,15 @@ def test_a_probe_that_comes_between_two_solves_is_not_trained_on() -> None:
     assert made.state_dict() == before, "no new Gram"
 
 
+def test_on_windows_of_another_size_only_the_shares_go_on() -> None:
+    made, larger = mixture(8), mixture(12)
+    made.move(some_gram(torch.Generator().manual_seed(SEED)), [0, 1, 2, 3], ())
+    made.counts(0, 5)
+    larger.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert larger.probabilities == made.probabilities
+    assert larger.counts(0, 0).sum() == 12
+
+
 def test_windows_that_are_not_finite_or_given_up_move_nothing() -> None:
     settings = config(schedule=DOGE)
     moo, made = pipeline(Exchange(), settings), Mixture(NAMES, np.ones(4), 4, 0, settings.schedule)
