@@ -170,7 +170,6 @@ class Resolver:
             self._coefficients = to_device(self._window.coefficients(), torch.float64, self._device)
         return self._coefficients
 
-<<<<<<< HEAD
     def _with_losses(self, grams: Tensor) -> Tensor:
         """Appends the losses of the K' present languages, as what is exchanged with Grams `[B, ..., R, R]`."""
         if not self._needs_losses:
@@ -201,18 +200,7 @@ class Resolver:
         factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
         units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
         of_rows = weights[:, [language for language, _ in rows]]
-        return to_device(of_rows * torch.tensor(units), torch.float64, self._device)
-=======
-    def reused(self, rows: Sequence[Row], scales: Sequence[float]) -> Tensor:
-        """Returns `[C, P]` float64, what gradients of some rows, given in units of `scales` of them, are multiplied by
-        in each cell, where the weights are those of an earlier window."""
-        weights = self.reuse.decided(self._takes_part())[1][list(self._plan.cell_block)]
-        factor = dict(zip(self._window.rows, self._window.coefficients(), strict=True))
-        units = [factor[row] * scale for row, scale in zip(rows, scales, strict=True)]
-        of_rows = weights[:, [language for language, _ in rows]]
-        factors = torch.tensor(units, dtype=torch.float64)
-        return to_device(of_rows * factors, torch.float64, self._device)
->>>>>>> w-cross
+        return to_device(of_rows * torch.tensor(units, dtype=torch.float64), torch.float64, self._device)
 
     def decided_before(self, largest: Tensor, rows: Sequence[Row]) -> Decided:
         """Returns what was decided in an earlier window. The host waits here, as `decided` does.

@@ -41,18 +41,13 @@ class Reuse:
     def take(self, gram: Tensor, weights: Tensor, mask: Tensor) -> None:
         """Takes what a window has solved, `[B, K, K]` and `[B, K]`, and which languages took part, `[B, K]` bool."""
         if self._every > 1:
-<<<<<<< HEAD
             self._gram, self._shares, self._known = gram, weights / self._even(mask), mask
-=======
-            self._gram, self._shares, self._known = gram, weights * self._number(mask), mask
->>>>>>> w-cross
             self._used = 1
 
     def use(self) -> None:
         """A window has used them that has not solved anything."""
         self._used += 1
 
-<<<<<<< HEAD
     def decided(self, mask: Tensor, present: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns the Grams `[B, K, K]` that weights come from, of the languages present, and the weights `[B, K]` of
         those that take part in a window that has not solved anything, `[B, K]` bool."""
@@ -65,25 +60,6 @@ class Reuse:
     def _even(self, mask: Tensor) -> Tensor:
         """Returns what averaging gives to each language of a block, by preference, `[B, K]`."""
         return self._preference / (mask * self._preference).sum(-1, keepdim=True).clamp(min=self._preference.min())
-=======
-    def decided(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the Grams `[B, K, K]` that weights come from, and the weights `[B, K]` of the languages that take
-        part in a window that has not solved anything, `[B, K]` bool."""
-        assert self._known is not None
-        shares = torch.where(self._trained(mask), torch.where(self._known, self._shares, 1.0), 0.0)
-        gram = torch.where(mask.unsqueeze(1) & mask.unsqueeze(2), self._gram, 0.0)
-        return gram, shares / self._number(mask).clamp(min=1)
-
-    def _trained(self, mask: Tensor) -> Tensor:
-        """Those of the languages that take part that are trained on."""
-        trained = mask.clone()
-        if self._probe is not None:
-            trained[:, self._probe] = False
-        return trained
-
-    def _number(self, mask: Tensor) -> Tensor:
-        return self._trained(mask).sum(-1, keepdim=True)
->>>>>>> w-cross
 
     def state_dict(self) -> dict[str, Any]:
         """Returns them as plain JSON values, under the name "weights"; nothing where each window is solved."""

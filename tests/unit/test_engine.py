@@ -250,11 +250,7 @@ def test_equals_the_reference(
 ) -> None:
     once_a_window, slots = scenario
     if once_a_window and len(slots[0][0]) == 1:
-<<<<<<< HEAD
         options["gram"] = "plain"  # one rank that adds up its micro-steps has no halves, and is refused
-=======
-        options["gram"] = "plain"  # one rank that adds up has no halves
->>>>>>> w-cross
     # Across halves a Gram may be singular, and weights then answer to rounding: its languages pull clearly.
     pull = 5.0 if options["gram"] == "cross" else 1.0
     windows = [table(one, seed + number, pull=pull) for number, one in enumerate(slots)]
