@@ -157,13 +157,8 @@ def everywhere(world_size: int) -> dict[str, dict[str, Case]]:
             "one_unit-flat": TWO | {"shard": {"together": True}, "granularity": "parameter", "orig_params": False},
             "frozen_in_a_unit": TWO | {"frozen": True, "tied": True, "shard": {"together": True}},
             "dictionary": TWO | {"model": "dict"},
-            "dictionary-once": {
-                "model": "dict",
-                "normalize": "loss_l2",
-                "micro_steps": 2,
-                "once_a_window": True,
-                "no_sync": True,
-            },
+            "dictionary-once": {"model": "dict", "micro_steps": 2, "once_a_window": True, "no_sync": True}
+            | {"normalize": "loss_l2"},
             "dataclass": {"model": "dataclass"},
             "lora": TWO | {"model": "lora", "granularity": "parameter"},
             "small_parameters": TWO | {"model": "flat"},
