@@ -176,7 +176,7 @@ class Resolver:
             return grams
         present = to_device(self._window.present, torch.int64, self._device)
         losses = grams.new_zeros(grams.shape[-1])
-        losses[self._first_rows()] = self._summed_losses.index_select(0, present)
+        losses.index_copy_(0, self._first_rows(), self._summed_losses.index_select(0, present))
         return torch.cat([grams, torch.diag_embed(losses).expand(1, *grams.shape[1:])])
 
     def _take_losses(self, summed: Tensor) -> Tensor:

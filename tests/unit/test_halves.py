@@ -229,3 +229,16 @@ def test_an_abandoned_window_leaves_no_half_behind() -> None:
     moo.abandon()
     assert moo.window.rows == []
     assert moo.window.half_tokens == [[0, 0]] * 4
+
+
+@pytest.mark.parametrize("normalize", ["none", "loss"])
+def test_losses_are_those_of_whole_languages(normalize: str) -> None:
+    """`stch` knows losses alone: two halves of a language are still one."""
+    windows = [table([[(0, 9), (1, 5)], [(0, 4), (2, 7)]], SEED)]
+    found = [
+        simulate(windows, config(gram=gram, aggregator="stch", normalize=normalize), plan())[0].resolutions[0]
+        for gram in ("plain", "cross")
+    ]
+    # A sum over the ranks and a quotient each.
+    torch.testing.assert_close(found[1].weights, found[0].weights, rtol=1e-12, atol=0)
+    assert found[0].losses == pytest.approx(found[1].losses, rel=1e-12)
