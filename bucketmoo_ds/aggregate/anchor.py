@@ -20,6 +20,8 @@ from bucketmoo_ds.transfer import to_device
 # How long the added coordinate of `nearest` is, beside rows of norm 1.
 STIFF = 32.0
 STEPS = 3
+# A combined row shorter than this times its parts is 0: of its square, rounding is then a millionth.
+VANISHED = 1e-5
 
 
 @register("anchor")
@@ -115,7 +117,7 @@ class Anchor(Stateful):
         found = parts + length * added
 
         got, wanted = _norm(cosines, found), _norm(cosines, share * norms)
-        moves &= got > CANCELLED * found.sum(-1, keepdim=True)
+        moves &= got > VANISHED * found.sum(-1, keepdim=True)
         scaled = torch.where(moves & nonzero, found * wanted / torch.where(moves, got, 1.0), 0.0)
         return scaled / torch.where(nonzero, norms, 1.0), new
 
