@@ -16,6 +16,7 @@ from torch import Tensor
 from unit.aggregate.grams import KINDS, RULES, combined_error, gram_of, make_rows, rows, times
 
 from bucketmoo_ds.aggregate import create, solve, weights
+from bucketmoo_ds.aggregate._definite import RIDGE
 from bucketmoo_ds.aggregate._spectrum import spectrum
 from bucketmoo_ds.errors import BucketMOOError, ConfigError
 
@@ -87,10 +88,12 @@ def test_projections_on_all_rows_are_equal(rows: Tensor, rule: str) -> None:
     else:
         # Weights of unit rows; the affine hull's shortest vector has none larger than this, 1 / sqrt(2e-6).
         assert float((w.abs() * norms / mean).max()) <= 1e3
-        # d is the mean norm times that vector, whose product with every unit row is its square.
-        length = combined(rows, w).norm(dim=-1, keepdim=True) / mean
+        # d is the mean norm times that vector, whose product with every unit row is its square. A ridge r makes b the
+        # solution of (C + r) b = p 1, so that b C b = p - r |b|^2: much where rows are nearly dependent.
+        square = (combined(rows, w).norm(dim=-1, keepdim=True) / mean).square()
         products = times(gram, w) / norms / mean
-        torch.testing.assert_close(products, length.square().expand_as(products), rtol=1e-2, atol=1e-4)
+        of_ridge = RIDGE * (w * norms / mean).square().sum(-1, keepdim=True)
+        assert bool(((products - square).abs() <= 1e-4 + 1e-2 * square + of_ridge).all())
 
 
 def test_impartial_weights_that_would_go_uphill_stand_still() -> None:
