@@ -110,7 +110,7 @@ class BucketMOOConfig:
 
     languages: tuple[str, ...]
     enabled: bool = True
-    aggregator: str = "mgda"
+    aggregator: str = "upgrad"
     aggregator_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     granularity: str = "bucket"
     granularity_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

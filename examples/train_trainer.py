@@ -32,7 +32,7 @@ class Options:
     data: str | None = field(default=None, metadata={"help": "JSON lines with `text` and the language column"})
     language_column: str = "language"
     languages: list[str] = field(default_factory=lambda: ["de", "fr", "ko"])
-    aggregator: str = "mgda"
+    aggregator: str = "upgrad"
     length: int = 32
 
 

@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wrapper", choices=WRAPPERS, default="fsdp2")
     parser.add_argument("--languages", nargs="+", default=["de", "fr"], metavar="NAME")
-    parser.add_argument("--aggregator", default="mgda")
+    parser.add_argument("--aggregator", default="upgrad")
     parser.add_argument("--granularity", default="layer")
     parser.add_argument("--micro-steps", type=int, default=2, help="backward passes between two optimizer steps")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps in all, those of a saved run included")

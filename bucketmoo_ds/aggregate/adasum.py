@@ -27,7 +27,7 @@ class Adasum(Aggregator):
     A zero row changes nothing; a short one gets a weight up to the ratio of the norms. Nothing is guaranteed by block:
     the rule was made for batches of one objective. K operations on rows of a `[K, K]` matrix."""
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = 16
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

@@ -150,7 +150,7 @@ def smoothed(weights: Tensor, mask: Tensor, even: Tensor, before: Tensor, share:
 
 def weights(
     gram: Tensor | Sequence[Any],
-    aggregator: str = "mgda",
+    aggregator: str = "upgrad",
     mask: Tensor | Sequence[Any] | None = None,
     *,
     normalize: str = "none",

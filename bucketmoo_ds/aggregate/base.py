@@ -24,12 +24,13 @@ class Aggregator(ABC):
     `@register("name")` and lives in a file of its own in this package, or anywhere that is imported before use.
 
     Attributes:
-        cheap: whether to solve one block takes no more than about a millisecond. Such a rule resolves buckets one by
-            one as they arrive (streaming); for any other, all blocks of a window are solved in one call at its end.
+        streams_up_to: the most languages with which one block is solved within about a millisecond, measured on one
+            thread. Where a run has no more, buckets are resolved one by one as they arrive (streaming); else all blocks
+            of a window are solved in one call at its end. 0, the default: always so.
         uses_losses: whether its weights follow from the languages' losses, of which `with_losses` tells it.
     """
 
-    cheap: ClassVar[bool] = False
+    streams_up_to: ClassVar[int] = 0
     uses_losses: ClassVar[bool] = False
 
     def at(self, languages: Sequence[str], present: Sequence[int], blocks: Sequence[int]) -> Aggregator:

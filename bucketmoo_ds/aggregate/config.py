@@ -32,7 +32,7 @@ class ConFIG(Aggregator):
     Guarantee by block: `<g_i, d> >= 0` for all languages, up to 2e-6 of the sizes of d's parts. A Cholesky factor,
     K^3/3."""
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = 16
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

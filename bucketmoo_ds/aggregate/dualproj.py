@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class DualProj(Aggregator):
     Guarantee by block: `<g_i, d> >= 0` for all languages, and `<g_0, d> = ||d||^2` for the mean row g_0. One problem of
     `min_norm` with K + 1 rows.
     """
+
+    streams_up_to: ClassVar[int] = 32
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

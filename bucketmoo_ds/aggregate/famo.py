@@ -32,8 +32,8 @@ class FAMO(Stateful):
 
     A control, as `stch` is: it sees no conflict, and guarantees nothing by block. The state is xi and Adam's moments, K
     numbers each, of each block but alike in all of them. Weights do not depend on the scale of losses, which have to be
-    positive. A `preference` counts as f's factor, so that it changes nothing but d's length. Not
-    `cheap`, though it is, for the same reason as `gradvac`.
+    positive. A `preference` counts as f's factor, so that it changes nothing but d's length. It does
+    not stream, though it is cheap, for the same reason as `gradvac`.
 
     Args:
         lr: Adam's rate for xi.

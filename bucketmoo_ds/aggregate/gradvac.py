@@ -33,7 +33,8 @@ class GradVac(Stateful):
 
     Guarantee by block: none. Where a target nears 1, as of two languages that were nearly parallel, a small deviation
     adds the other row up to `500 |g_i| / |g_j|` times, and d is as much longer than the mean row. Costs two PCGrads.
-    Not `cheap`, though it is: what is kept has to be alike on all ranks, which streaming leaves to their CPUs.
+    It does not stream, though it is cheap: what is kept has to be alike on all ranks, and streaming leaves that to
+    their CPUs.
 
     Args:
         beta: how fast targets move, from 0 (PCGrad) to below 1.

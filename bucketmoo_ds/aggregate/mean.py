@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, register
+from bucketmoo_ds.config import MAX_LANGUAGES
 
 
 @register("mean")
@@ -16,7 +17,7 @@ from bucketmoo_ds.aggregate.base import Aggregator, register
 class Mean(Aggregator):
     """Gives each of the n unmasked languages of a block the weight 1/n."""
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = MAX_LANGUAGES
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

@@ -32,7 +32,7 @@ class MGDA(Aggregator):
             1/K or less is plain averaging and 1 no cap.
     """
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = 64
 
     max_weight: float = 1.0
 

@@ -22,7 +22,7 @@ class PCGrad(Aggregator):
     call share one order a language, which depends on the generator and K only, not on B.
     """
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = 16
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, check_number, register
+from bucketmoo_ds.config import MAX_LANGUAGES
 from bucketmoo_ds.transfer import to_device
 
 
@@ -30,7 +31,7 @@ class Random(Aggregator):
             of another rule, take the one that gives the same spread of weights.
     """
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = MAX_LANGUAGES
 
     spread: float = 1.0
     _blocks: tuple[int, ...] | None = dataclasses.field(default=None, init=False, repr=False)

@@ -34,8 +34,8 @@ class SDMGrad(Stateful):
     moves w by `steps` small steps and no further. What is kept of a block is w times the number of languages that took
     part; fewer of them share it in proportion.
 
-    Guarantee by block: none. A step may harm a language by what the mean harms it. `steps` products of K^2. Not
-    `cheap`, though it is: what is kept has to be alike on all ranks.
+    Guarantee by block: none. A step may harm a language by what the mean harms it. `steps` products of K^2. It does
+    not stream, though it is cheap: what is kept has to be alike on all ranks.
 
     Args:
         regularization: l, how much the mean counts.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, register
-from bucketmoo_ds.config import by_language, positive_numbers
+from bucketmoo_ds.config import MAX_LANGUAGES, by_language, positive_numbers
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.transfer import to_device
 
@@ -29,7 +29,7 @@ class Static(Aggregator):
         shares: a positive number for each language, as `{"de": 2.0, "fr": 1.0}`, or in the order of `languages`.
     """
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = MAX_LANGUAGES
 
     shares: Mapping[str, float] | Sequence[float]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds.aggregate.base import Aggregator, check_number, register
-from bucketmoo_ds.config import by_language, positive_numbers
+from bucketmoo_ds.config import MAX_LANGUAGES, by_language, positive_numbers
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.transfer import to_device
 
@@ -37,7 +37,7 @@ class STCH(Aggregator):
             for all, or one for each language, by name or in the order of `languages`.
     """
 
-    cheap: ClassVar[bool] = True
+    streams_up_to: ClassVar[int] = MAX_LANGUAGES
     uses_losses: ClassVar[bool] = True
 
     mu: float = 1.0

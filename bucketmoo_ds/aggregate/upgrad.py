@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class UPGrad(Aggregator):
     combined row harms no language to first order. They are TorchJD's weights with its default preference vector, but
     for its regularisation (`reg_eps`), which is 1e-4 of the trace there.
     """
+
+    streams_up_to: ClassVar[int] = 16
 
     def weights(self, gram: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         """See `Aggregator.weights`."""

@@ -102,4 +102,5 @@ def choose_streaming(config: BucketMOOConfig, plan: BlockPlan, exchanges: int) -
         if obstacle:
             raise ConfigError(f'{SECTION}.mode = "streaming": {obstacle}; use "auto" or "deferred"')
         return True
-    return config.mode == "auto" and not obstacle and create_aggregator(config).cheap
+    few = len(config.languages) <= create_aggregator(config).streams_up_to
+    return config.mode == "auto" and not obstacle and few

@@ -154,7 +154,7 @@ def exchanges(case: Case) -> int:
 def streams(case: Case) -> bool:
     """Whether it has to."""
     rule = aggregate.create(case.get("aggregator", "mgda"))
-    return exchanges(case) == 1 and case.get("granularity", "bucket") == "bucket" and rule.cheap
+    return exchanges(case) == 1 and case.get("granularity", "bucket") == "bucket" and rule.streams_up_to >= 16
 
 
 def runs_twice(key: Key) -> bool:

@@ -260,7 +260,8 @@ def exchanges(case: Case) -> int:
 def streams(case: Case) -> bool:
     """Whether buckets are resolved as they arrive, where no block lies in several."""
     mode, rule = case.get("mode", "auto"), aggregate.create(case.get("aggregator", "mgda"))
-    return exchanges(case) == 1 and (mode == "streaming" or (mode == "auto" and rule.cheap))
+    few = int(case.get("languages", 4)) <= rule.streams_up_to
+    return exchanges(case) == 1 and (mode == "streaming" or (mode == "auto" and few))
 
 
 def runs_twice(key: Key) -> bool:
