@@ -35,7 +35,7 @@ from bucketmoo_ds.apps.corpus.packing import pad
 from bucketmoo_ds.apps.corpus.sources import SEEN_LANGUAGES
 from bucketmoo_ds.apps.quickstart import prepare
 from bucketmoo_ds.apps.quickstart.settings import QuickstartSettings
-from bucketmoo_ds.apps.study import controls  # noqa: F401 - registers "late"
+from bucketmoo_ds.apps.study import controls
 from bucketmoo_ds.apps.training.loop import _optimizer as adamw
 from bucketmoo_ds.apps.training.models import load_model
 from bucketmoo_ds.apps.training.settings import ModelSettings, TrainingSettings
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/mixed-study"), help="data and base model")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    controls.register()  # "late"
     began = time.monotonic()
     quickstart = QuickstartSettings(
         seen=SEEN_LANGUAGES,

@@ -19,6 +19,7 @@ import launchers
 import mixed_study_table
 import mixed_table
 import overlap_table
+import rules as rules_speed
 import step_table
 import versions
 import wrappers_table
@@ -192,6 +193,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "rules": ("docs/theory.md", "rules.json", rules),
     "simulate": ("docs/theory.md", "simulate.json", simulate_table.to_markdown),
     "study": ("docs/study.md", "study.jsonl", lambda records: study_tables.markdown(Runs(records))),
+    "rules-speed": ("docs/benchmarks.md", "rules-speed-cpu.json", rules_speed.render),
     "parity": ("docs/benchmarks.md", "parity-cpu.json", parity),
 }
 

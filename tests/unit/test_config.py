@@ -52,7 +52,7 @@ def test_defaults() -> None:
     config = BucketMOOConfig.from_section(GOOD)
     assert config is not None
     assert config.languages == ("de", "fr")
-    assert (config.aggregator, config.granularity, config.mode) == ("mgda", "bucket", "auto")
+    assert (config.aggregator, config.granularity, config.mode) == ("upgrad", "bucket", "auto")
     assert (config.weighting, config.normalize, config.rescale) == ("language", "none", "none")
 
 

@@ -13,13 +13,18 @@ from bucketmoo_ds import aggregate
 from bucketmoo_ds.plan import blocks
 
 
-@blocks.granularity("random_blocks")
+def register() -> None:
+    """Makes the controls known by name; twice does no harm. Not done by importing this, so that nobody else's list of
+    rules and granularities has them."""
+    aggregate.register("late")(Late)
+    blocks.granularity("random_blocks")(_random_block)
+
+
 def _random_block(parameter: str, bucket: str) -> str:
     """Four blocks that have nothing to do with the model's structure: a control of `layer`."""
     return f"random {random.Random(parameter).randrange(4)}"
 
 
-@aggregate.register("late")
 @dataclasses.dataclass(frozen=True)
 class Late(aggregate.Aggregator):
     """The weights that a rule gives for the Grams of the window before; in the first window, averaging's."""

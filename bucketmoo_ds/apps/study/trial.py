@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bucketmoo_ds as bm
 from bucketmoo_ds.apps.corpus import evaluate
-from bucketmoo_ds.apps.study import controls  # noqa: F401 - registers them
+from bucketmoo_ds.apps.study import controls
 from bucketmoo_ds.apps.study.design import Arm, Scenario
 from bucketmoo_ds.apps.study.text import Text
 from bucketmoo_ds.apps.training.settings import TrainingSettings
@@ -132,6 +132,7 @@ def _windows(text: Text, scenario: Scenario, arm: Arm, seed: int) -> Iterator[li
 
 
 def _session(model: nn.Module, scenario: Scenario, arm: Arm, seed: int) -> Any:
+    controls.register()
     rule, options = str(arm.rule), dict(arm.options)
     if arm.late:
         rule, options = "late", {"rule": arm.rule, "options": options}

@@ -8,15 +8,24 @@ import torch
 from draw import SEED
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bucketmoo_ds.aggregate import base
 from bucketmoo_ds.apps.corpus.evaluate import EvaluationSet
 from bucketmoo_ds.apps.study import gemma, trial
 from bucketmoo_ds.apps.study.design import ARMS, BASELINE, Arm, Scenario
 from bucketmoo_ds.apps.study.text import Text
+from bucketmoo_ds.plan import blocks
 
 LANGUAGES = ("de", "fr", "ko")
 SCENARIO = Scenario(
     name="tiny", summary="", languages=LANGUAGES, steps=4, sequence_length=8, rate=1e-2, sizes={"ko": 0.25}
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def unknown_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls of the study are in nobody else's list of rules and granularities."""
+    for where, name in ((base, "_REGISTRY"), (blocks, "GRANULARITIES")):
+        monkeypatch.setattr(where, name, dict(getattr(where, name)))
 
 
 @pytest.fixture(scope="module")
