@@ -80,7 +80,14 @@ def settings(text: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
                 "reduce_bucket_size": 5000,
                 "stage3_param_persistence_threshold": 100,
             },
-            "bucket_moo": {"languages": list(LANGUAGES), "aggregator": "pcgrad"},
+            # What a resumed run has to find again: random orders, states, weights, and shares of the sampling.
+            "bucket_moo": {
+                "languages": list(LANGUAGES),
+                "aggregator": "gradvac",
+                "gram": "cross",
+                "weight_smoothing": 0.3,
+                "schedule": {"adapt": "doge"},
+            },
         },
         "processes": 2,
     }
@@ -162,8 +169,9 @@ def whole(settings: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_interrupted_run_equals_an_uninterrupted_one(
     settings: dict, whole: Path, tmp_path: Path, end: str, rank: int
 ) -> None:
-    """A run that is ended, and resumed, ends with the same metrics and weights as one that is not, bit for bit. Dropout
-    is on, and PCGrad draws random orders: both continue where they were. While it trains, a second one is refused.
+    """A run that is ended, and resumed, ends with the same metrics and weights as one that is not, bit for bit: dropout
+    is on, GradVac draws orders and keeps targets, and the shares of the sampling move. While it trains, a second one is
+    refused.
 
     A killed run loses what came after its last checkpoint. One that is asked to end, by SIGTERM to one rank, loses no
     step: from the moment at which that rank listens, the ranks agree on a step, save it and end.

@@ -47,9 +47,11 @@ def run(options: argparse.Namespace) -> None:
             raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the file keeps the others' runs")
     runs = runner.Runs.read(options.out)
     print(tables.markdown(runs, scenarios))
-    plot = options.out.with_suffix(".png")
-    if tables.plot_differences(runs, plot, scenarios):
-        print(f"\nplot: {plot}")
+    differences, rates = options.out.with_suffix(".png"), options.out.with_name(f"{options.out.stem}-rates.png")
+    if tables.plot_differences(runs, differences, scenarios):
+        print(f"\nplot: {differences}")
+    if tables.plot_rates(runs, rates, scenarios[0]):
+        print(f"plot: {rates}")
 
 
 def _scenario(name: str) -> Scenario:

@@ -98,24 +98,31 @@ def plot_differences(runs: Runs, path: Path, scenarios: Sequence[Scenario] = tup
     return True
 
 
-def plot_rates(runs: Runs, path: Path, scenario: Scenario, arms: Sequence[str]) -> None:
-    """Draws bits per byte over the learning rate, of the tuning seeds: one rate for all would be no comparison."""
+def plot_rates(runs: Runs, path: Path, scenario: Scenario) -> bool:
+    """Draws bits per byte over the learning rate, of the tuning seeds: one rate for all would be no comparison. Returns
+    whether there is something to draw."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), dpi=100)
+    figure = Figure(figsize=(7, 4), dpi=100)
     axes = figure.add_subplot()
-    for arm in (BASELINE, *arms):
+    for arm in scenario.arm_names:
         by_rate: dict[float, list[float]] = {}
         for run in runs.of(scenario.name, arm, TUNING_SEEDS):
             if run["variant"] == 0:
                 by_rate.setdefault(run["rate"], []).append(mean(run))
         points = [(rate, statistics.fmean(each)) for rate, each in sorted(by_rate.items())]
-        axes.plot(*zip(*points, strict=True), "o-", label=arm, linewidth=2.5 if arm == BASELINE else 1.2, markersize=4)
+        if len(points) > 1:
+            width = 2.5 if arm == BASELINE else 1.2
+            axes.plot(*zip(*points, strict=True), "o-", label=arm, linewidth=width, markersize=4)
+    if not axes.lines:
+        return False
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("bits per byte, mean of the languages")
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"{scenario.name}: {scenario.summary}", fontsize=8, loc="left")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, bbox_inches="tight")
+    return True
 
 
 def _variant(scenario: Scenario, result: ArmResult) -> str:
