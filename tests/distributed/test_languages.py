@@ -123,6 +123,6 @@ def test_absent_language_is_masked(outcomes: list[list[Any]], stage: int) -> Non
 def test_start_line_says_what_runs(outcomes: list[list[Any]]) -> None:
     first, *others = results(outcomes, name="start_line")
     (line,) = [line for line in first.splitlines() if "bucket_moo: aggregator" in line]
-    for words in ("mgda", "layer", "de, fr, pl", "world size 3", "deferred", "all-to-all", "backend"):
+    for words in ("upgrad", "layer", "de, fr, pl", "world size 3", "deferred", "all-to-all", "backend"):
         assert words in line
     assert not [text for text in others if "bucket_moo: aggregator" in text]

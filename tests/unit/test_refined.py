@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -213,9 +214,9 @@ def test_iterates_reach_refined_pareto_stationarity() -> None:
         steps = 100 if granularity == "refined" else 10
         assert stationarity(model)["whole"] <= 1e-20
         assert max(stationarity(model).values()) > 1e-3
-        chosen = config(USED_BY)
+        chosen = dataclasses.replace(config(USED_BY), aggregator="mgda")
         if granularity != "refined":
-            chosen = bm.BucketMOOConfig(languages=LANGUAGES, granularity=granularity)
+            chosen = bm.BucketMOOConfig(languages=LANGUAGES, aggregator="mgda", granularity=granularity)
         descend(model, chosen, steps)
         moved[granularity] = [
             float((now.detach() - then).norm()) for now, then in zip(model.vectors, before, strict=True)

@@ -64,7 +64,9 @@ def test_a_run_is_that_of_a_session(name: str, granularity: str) -> None:
     run = descend(problem, "mgda", plan, steps=steps)
     model = Module(problem, start)
     options = {"used_by": problem.used_by, "base": "parameter"} if granularity == "refined" else {}
-    config = bm.BucketMOOConfig(languages=OBJECTIVES, granularity=granularity, granularity_options=options)
+    config = bm.BucketMOOConfig(
+        languages=OBJECTIVES, aggregator="mgda", granularity=granularity, granularity_options=options
+    )
     session = bm.single.register(model, config, micro_steps=2, bucket_size=problem.bucket_size)
     assert session.moo.plan == plan
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.rate)
