@@ -172,7 +172,7 @@ class Passage:
         """Keeps the loss in what the model returned, once a backward goes through it."""
         loss = _loss_in(output)
         if loss is not None and loss.requires_grad:
-            kept = loss.detach()
+            kept = loss.detach().clone()  # a trainer may scale the loss in place before backward
 
             def keep(gradient: Tensor) -> None:
                 self.loss = kept
@@ -311,7 +311,7 @@ class LanguageTracker:
         counts: list[float] = [_count(_read(each.target_tokens or 0)) for each in batches]
         if sum(counts) != tokens:  # they do not say, and count as one each, or as a trainer's labels do
             counts = [tokens / len(batches)] * len(batches)
-        total = torch.zeros((), dtype=torch.float64)
+        sums = []
         for passage, batch, count in zip(passages, batches, counts, strict=True):
             if count == 0:
                 continue
@@ -326,8 +326,8 @@ class LanguageTracker:
                     f"much of that the model did: {_WAY_OUT}"
                 )
             items = count if divisor is None else _number("num_items_in_batch", _read(batch.num_items))
-            total = total.to(passage.loss.device) + items * passage.loss.double().reshape(())
-        return total
+            sums.append(items * passage.loss.double().reshape(()))
+        return torch.stack(sums).sum()
 
     def _language(self, batches: Sequence[MicroBatch]) -> int:
         names = sorted({self._table.names[batch.language] for batch in batches})

@@ -62,6 +62,17 @@ def slot_after(
     return tracker.slot(4, world_size)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_that_is_scaled_in_place_is_the_one_the_model_returned(form: str) -> None:
+    tracker = LanguageTracker(config())
+    loss = torch.tensor(3.0, requires_grad=True) * 1.0
+    tracker.note(Entries(language="fr", target_tokens=5), training=True, output=FORMS[form](loss))
+    loss *= 8
+    loss /= 4
+    loss.backward()
+    assert summed(tracker.slot(4, 2)) == 15.0
+
+
 def summed(slot: Slot | LanguageError) -> float:
     assert isinstance(slot, Slot), slot
     assert slot.loss is not None
