@@ -213,7 +213,7 @@ class LanguageBatchSampler(Sampler[list[int]]):
                 f"bucket_moo.schedule = {moo.config.schedule}, but the sampler was made with {self.schedule.adapt}: "
                 "give it the same config"
             )
-        moo.steer(mixture)
+        moo.steering.follow(mixture)
 
     def set_epoch(self, epoch: int) -> None:
         """Moves to the beginning of an epoch. A position that `seek` set within this same epoch is kept, since trainers

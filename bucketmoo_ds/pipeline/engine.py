@@ -23,8 +23,8 @@ import itertools
 import json
 import math
 import struct
-from collections.abc import Callable, Collection, Container, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,20 +40,13 @@ from bucketmoo_ds.pipeline import checks
 from bucketmoo_ds.pipeline.memory import NO_MEMORY
 from bucketmoo_ds.pipeline.resolution import Record, Resolution
 from bucketmoo_ds.pipeline.resolver import Decided, Resolver
+from bucketmoo_ds.pipeline.steering import Steering
 from bucketmoo_ds.pipeline.store import RowStore
 from bucketmoo_ds.pipeline.window import Window, merged_by_node
 from bucketmoo_ds.plan.blocks import BlockPlan, Segments
-from bucketmoo_ds.plan.choices import choose_gram_every, choose_streaming, named
+from bucketmoo_ds.plan.choices import choose_streaming, named
 
 Sink = Callable[[int, Tensor], None]
-
-
-class Steered(Protocol):
-    """How often languages are sampled; see `bucketmoo_ds.data.mixture`."""
-
-    def move(self, gram: Sequence[Sequence[float]], present: Sequence[int], noisy: Collection[int]) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 # Elements. While streaming, buckets that have fewer together are resolved together: a collective of their Grams costs
 # about as much time as exchanging so many.
@@ -154,6 +147,7 @@ class BucketMOO:
         self._device = torch.device(device)
         self.resolver = Resolver(config, plan, exchange, self.window, self.backend, self._device)
         self.record = Record(config, plan, speaks=exchange.rank == 0)
+        self.steering = Steering(config)
         self._micro_steps = micro_steps
         self._sink = sink
         self._side = SideStream(self._device)
@@ -165,8 +159,6 @@ class BucketMOO:
         settings = {**config.to_json(), "backend": self.backend, "once_a_window": once_a_window}
         self._fingerprint = digest((json.dumps(settings, sort_keys=True) + plan.fingerprint()).encode())
         self._streams = self.streaming
-        self._mixture: Steered | None = None
-        self._saved_mixture: dict[str, Any] | None = None
         self._start_window()
 
     def check_ranks(self) -> None:
@@ -180,13 +172,6 @@ class BucketMOO:
             struct.pack("<qq", self._fingerprint, self.micro_steps),
             "ranks disagree about the settings, the trained parameters or how they are wrapped: run one script on all",
         )
-
-    def steer(self, mixture: Steered) -> None:
-        """Moves a mixture with the Grams of every window from now on, and keeps it in the checkpoint."""
-        self._mixture = mixture
-        if self._saved_mixture is not None:
-            mixture.load_state_dict(self._saved_mixture)
-            self._saved_mixture = None
 
     # --- the four calls of an adapter, in their order -----------------------------------------------------------
 
@@ -213,7 +198,7 @@ class BucketMOO:
         told = tell_ranks(self.exchange, mine.to_numbers(), error, position)
         self.resolver.add_loss(mine)
         slots = [Slot.from_numbers(numbers) for numbers in told]
-        checks.check_steers(self._mixture is not None, self.config)
+        checks.check_steers(self.steering.mixture is not None, self.config)
         self._side.follow()
         checks.check_languages(self.window, slots, self.config.languages)
         if not self.in_window:
@@ -293,7 +278,7 @@ class BucketMOO:
             losses=decided.losses,
             left_out=self.plan.left_out,
         )
-        self._move(resolution)
+        self.steering.move(resolution, self.window)
         self.resolver.close_window(resolution)
         self.record.add(resolution)
         self._start_window()
@@ -346,8 +331,8 @@ class BucketMOO:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs, as plain JSON values; alike on all ranks."""
-        mixture = {} if self._mixture is None else {"mixture": self._mixture.state_dict()}
-        return self.record.state_dict() | self.resolver.memory.state_dict() | self.resolver.reuse.state_dict() | mixture
+        kept = (self.record, self.resolver.memory, self.resolver.reuse, self.steering)
+        return {name: value for each in kept for name, value in each.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
@@ -360,9 +345,7 @@ class BucketMOO:
         if not self.resolver.memory.load_state_dict(state):
             self.record.warn(NO_MEMORY.format(self.config.aggregator))
         self.resolver.start_window()
-        self._saved_mixture = state.get("mixture")
-        if self._mixture is not None and self._saved_mixture is not None:
-            self.steer(self._mixture)
+        self.steering.load_state_dict(state)
 
     def describe(self) -> str:
         """Returns the line that is logged at start-up."""
@@ -385,7 +368,7 @@ class BucketMOO:
 
     @property
     def _gram_every(self) -> str:
-        every = choose_gram_every(self.config, automatic=1)
+        every = self.resolver.reuse.every
         return f", Grams every {every} windows" if every > 1 else ""
 
     @property
@@ -404,16 +387,6 @@ class BucketMOO:
         if self._goes_by_node:
             how = f"in two stages ({self.exchange.nodes} nodes of {self.exchange.ranks_per_node} ranks)"
         return f"exchange {how} {'once a window' if self.window.once_a_window else 'every micro-step'}"
-
-    def _move(self, resolution: Resolution) -> None:
-        """Moves the mixture by a window's rows, each language's mean per token."""
-        if self._mixture is None or not resolution.fresh or resolution.nonfinite:
-            return
-        units = torch.zeros(len(self.config.languages), dtype=torch.float64)
-        units[resolution.present,] = 1.0 / torch.tensor(self.window.units(), dtype=torch.float64)
-        gram = resolution.gram.sum(0) * units.outer(units)
-        noisy = self.window.of_one_half if self.config.gram == "cross" else resolution.present
-        self._mixture.move(gram.tolist(), resolution.present, noisy)
 
     # --- how it is done -----------------------------------------------------------------------------------------
 

@@ -23,12 +23,15 @@ class Reuse:
     Args:
         config: the settings.
         every: R, the windows from one solve to the next.
+
+    Attributes:
+        every: the argument.
     """
 
     def __init__(self, config: BucketMOOConfig, every: int) -> None:
         self._languages = list(config.languages)
         self._preference = torch.tensor(config.preference, dtype=torch.float64)
-        self._every = every
+        self.every = every
         self._used = 0  # windows that have used them
         self._known: Tensor | None = None  # [B, K] bool, of what they were solved
         self._gram = self._shares = torch.empty(0, dtype=torch.float64)
@@ -36,11 +39,11 @@ class Reuse:
     @property
     def due(self) -> bool:
         """Whether the next window is to be solved."""
-        return self._known is None or self._used >= self._every
+        return self._known is None or self._used >= self.every
 
     def take(self, gram: Tensor, weights: Tensor, mask: Tensor) -> None:
         """Takes what a window has solved, `[B, K, K]` and `[B, K]`, and which languages took part, `[B, K]` bool."""
-        if self._every > 1:
+        if self.every > 1:
             self._gram, self._shares, self._known = gram, weights / self._even(mask), mask
             self._used = 1
 
@@ -75,7 +78,7 @@ class Reuse:
             ConfigError: they are of other languages.
         """
         self._known, saved = None, state.get("weights")
-        if saved is None or self._every == 1:
+        if saved is None or self.every == 1:
             return
         if saved["languages"] != self._languages:
             raise ConfigError(

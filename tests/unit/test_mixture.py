@@ -254,7 +254,7 @@ def test_a_probe_steers_and_is_not_trained_on(aggregator: str, gram: str, weight
         shards: dict[int, Any] = {}
         moo = pipeline(exchange, settings, shards)
         made = Mixture(settings.languages, np.ones(4), 4, 0, settings.schedule)
-        moo.steer(made)
+        moo.steering.follow(made)
         run_window(moo, window)
         # The same without it: its micro-batch has no target token.
         alone: dict[int, Any] = {}
@@ -286,7 +286,7 @@ def test_a_probe_steers_and_is_not_trained_on(aggregator: str, gram: str, weight
 def test_a_run_that_was_loaded_before_the_sampler_followed_goes_on() -> None:
     settings = config(schedule=DOGE)
     moo, made = pipeline(Exchange(), settings, None, 3), Mixture(NAMES, np.ones(4), 4, 0, settings.schedule)
-    moo.steer(made)
+    moo.steering.follow(made)
     run_window(moo, table([[(0, 9)], [(1, 5)], [(2, 5)]], SEED))
     state, p = json.loads(json.dumps(moo.state_dict())), made.probabilities
     assert p != Mixture(NAMES, np.ones(4), 4, 0, settings.schedule).probabilities
@@ -294,7 +294,7 @@ def test_a_run_that_was_loaded_before_the_sampler_followed_goes_on() -> None:
         again, fresh = pipeline(Exchange(), settings), Mixture(NAMES, np.ones(4), 4, 0, settings.schedule)
         if first == "load":
             again.load_state_dict(state)
-        again.steer(fresh)
+        again.steering.follow(fresh)
         if first == "steer":
             again.load_state_dict(state)
         assert fresh.probabilities == p
@@ -304,7 +304,7 @@ def test_a_run_that_was_loaded_before_the_sampler_followed_goes_on() -> None:
 def test_a_probe_that_comes_between_two_solves_is_not_trained_on() -> None:
     settings = config(schedule=DOGE | {"probe": "l2"}, gram_every=2, aggregator="mgda")
     moo, made = pipeline(Exchange(), settings), mixture()
-    moo.steer(made)
+    moo.steering.follow(made)
     run_window(moo, table([[(0, 9)], [(1, 5)]], SEED))
     before = made.state_dict()
     run_window(moo, table([[(0, 9)], [(2, 5)]], SEED))
@@ -327,7 +327,7 @@ def test_on_windows_of_another_size_only_the_shares_go_on() -> None:
 def test_windows_that_are_not_finite_or_given_up_move_nothing() -> None:
     settings = config(schedule=DOGE)
     moo, made = pipeline(Exchange(), settings), Mixture(NAMES, np.ones(4), 4, 0, settings.schedule)
-    moo.steer(made)
+    moo.steering.follow(made)
     before = made.state_dict()
     window = table([[(0, 9)], [(1, 5)]], SEED)
     window[0][0].gradient["embed.weight"].fill_(math.inf)
@@ -341,7 +341,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"schedule.adapt = \"doge\": no LanguageBatchSampler follows"):
         run_window(pipeline(Exchange(), config(schedule=DOGE)), table([[(0, 9)], [(1, 5)]], SEED))
     probed = pipeline(Exchange(), config(schedule=DOGE | {"probe": "l1"}))
-    probed.steer(mixture())
+    probed.steering.follow(mixture())
     with pytest.raises(LanguageError, match="beside the probe, l1"):
         run_window(probed, table([[(1, 9)], [(1, 5)]], SEED))
     with pytest.raises(ConfigError, match="one place of a window"):
