@@ -8,9 +8,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import step_table
-
 from bucketmoo_ds.apps.bench import provenance
+from bucketmoo_ds.apps.markdown import table
 
 CUT = (
     "Cut for two shared cores: a model, sequences, a vocabulary and steps smaller than the quickstart's; one learning "
@@ -85,7 +84,7 @@ def _table(values: dict[str, Any], plain: dict[str, Any]) -> list[str]:
             )
         )
     head = ("arm", "bits per byte", "minus averaging, paired", "better in", "largest weight", "above 1")
-    return step_table.table(head, rows)
+    return table(head, rows)
 
 
 def _place(name: str) -> tuple[Any, ...]:

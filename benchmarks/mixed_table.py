@@ -8,6 +8,7 @@ from typing import Any
 import step_table
 
 from bucketmoo_ds.apps.bench import provenance
+from bucketmoo_ds.apps.markdown import table
 
 EVERY = 8  # windows from one Gram to the next, by default
 
@@ -29,7 +30,7 @@ def render(result: dict[str, Any]) -> str:
             f"{EVERY}). Peak memory, of windows with Grams, and bytes of gradients are ratios to plain too; the rest "
             "is what a rank sends besides in a window with Grams, the Grams and what ranks tell each other.",
             "",
-            *step_table.table(head, _rows(result)),
+            *table(head, _rows(result)),
         ]
     )
 

@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from step_table import table
-
 from bucketmoo_ds.apps.bench import provenance
+from bucketmoo_ds.apps.markdown import table
 
 
 def render(result: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rules.py --out benchmarks/results/rules-speed-cpu.json
 
-One thread. Grams are those of random rows with a common part, as languages have. Calls take turns, so that the same
-noise meets all of them.
+One thread. It needs `torchjd[cagrad,quadprog_projector]`. Grams are those of random rows with a common part, as
+languages have. Calls take turns, so that the same noise meets all of them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from bucketmoo_ds import aggregate
-from bucketmoo_ds.aggregate.torchjd import find_member
 from bucketmoo_ds.apps.bench import provenance
 from bucketmoo_ds.apps.bench.timing import Stopwatch, take_turns
-from bucketmoo_ds.errors import ConfigError
+from bucketmoo_ds.apps.markdown import table
 
 # What TorchJD calls the same method.
 PEERS = {
     "mgda": "MGDA", "upgrad": "UPGrad", "dualproj": "DualProj", "pcgrad": "PCGrad", "imtl_g": "IMTLG",
-    "aligned_mtl": "AlignedMTL", "mean": "Mean", "cagrad": "CAGrad",
+    "aligned_mtl": "AlignedMTL", "fairgrad": "FairGrad", "cagrad": "CAGrad",
 }  # fmt: skip
 CLOSED = ("mean", "static", "random", "adasum", "pcgrad", "gradvac", "imtl_g", "config", "stch", "famo")
 GOALS = {True: 2.0, False: 20.0}  # milliseconds: a closed form, a quadratic problem
@@ -62,17 +61,19 @@ def main() -> None:
 
 def render(result: dict[str, Any]) -> str:
     """Returns the table with where it comes from."""
-    lines = [
-        f"{provenance.headline(result['made_by'])}; one thread, B = {result['blocks']}, K = {result['languages']}.",
-        "",
-        "| rule | ms, all blocks | goal | ms, one block | TorchJD block by block |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, found in sorted(result["rules"].items(), key=lambda item: item[1]["ms"]):
-        peer = f"{found['torchjd']:.0f} times" if "torchjd" in found else ""
-        goal = f"{found['goal']:.0f}" + ("" if found["ms"] <= found["goal"] else ", missed")
-        lines.append(f"| `{name}` | {found['ms']:.2f} | {goal} | {found['one']:.2f} | {peer} |")
-    return "\n".join(lines)
+    rows = (
+        (
+            f"`{name}`",
+            f"{found['ms']:.2f}",
+            f"{found['goal']:.0f}" + ("" if found["ms"] <= found["goal"] else ", missed"),
+            f"{found['one']:.2f}",
+            f"{found['torchjd']:.0f} times" if "torchjd" in found else "",
+        )
+        for name, found in sorted(result["rules"].items(), key=lambda item: item[1]["ms"])
+    )
+    where = f"one thread, B = {result['blocks']}, K = {result['languages']}"
+    head = ("rule", "ms, all blocks", "goal", "ms, one block", "TorchJD block by block")
+    return "\n".join([f"{provenance.headline(result['made_by'])}; {where}.", "", *table(head, rows)])
 
 
 def _call(name: str, gram: Tensor) -> Any:
@@ -86,14 +87,14 @@ def _call(name: str, gram: Tensor) -> Any:
 
 
 def _peer(name: str, gram: Tensor) -> Any:
+    """TorchJD's rule with our options, block by block; `None` where it has none for a Gram alone."""
+    from torchjd import aggregation
+
     if name not in PEERS:
         return None
-    options = {"c": 0.5} if name == "cagrad" else {}
-    try:
-        weighting = find_member(PEERS[name])(**options)._weighting()  # type: ignore[attr-defined]
-    except (ConfigError, ImportError):
-        return None
-    return lambda: [weighting(block) for block in gram]
+    options = {"cagrad": {"c": 0.5}, "fairgrad": {"alpha": 1.0}}.get(name, {})
+    made = getattr(aggregation, PEERS[name])(**options)
+    return lambda: [made.gramian_weighting(block) for block in gram]
 
 
 def _row(name: str, times: dict[str, Any], alone: float) -> dict[str, float]:

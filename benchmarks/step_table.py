@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bucketmoo_ds.apps.bench import provenance
+from bucketmoo_ds.apps.markdown import table
 
 MEBI = 2**20
 
@@ -91,12 +92,6 @@ def ratios(result: dict[str, Any], where: Sequence[str]) -> Iterable[tuple[str, 
         if settings["dtype"] == "fp32" and arm["arm"]["aggregator"] == "mgda":
             _, time, _, peak, _ = _time_row(*pair)
             yield (*_place(*pair, where), time, peak, _bytes_row(*pair)[1])
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 Entry = dict[str, Any]

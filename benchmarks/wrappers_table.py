@@ -7,6 +7,7 @@ from typing import Any
 import step_table
 
 from bucketmoo_ds.apps.bench import provenance
+from bucketmoo_ds.apps.markdown import table
 
 PLACE = {"wrapper": "wrapper", **step_table.PLACE}
 
@@ -34,4 +35,4 @@ def summary(result: dict[str, Any]) -> str:
     """Returns one short table: what MGDA costs over the plain wrapper, in float32."""
     head = ("wrapper", "W", "arm (K languages, M micro-steps)", *step_table.RATIOS)
     rows = step_table.ratios(result, ("wrapper", "world_size"))
-    return "\n".join([f"{provenance.headline(result)}.", "", *step_table.table(head, rows)])
+    return "\n".join([f"{provenance.headline(result)}.", "", *table(head, rows)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketmoo_ds.apps.corpus.pages import ENGLISH
+from bucketmoo_ds.apps.training.models import small_model
 from bucketmoo_ds.apps.training.settings import TrainingSettings
 
 BASELINE = "averaging"
@@ -68,18 +69,7 @@ class QuickstartSettings:
 
     def model_config(self, vocabulary: int) -> dict[str, Any]:
         """Returns the transformers configuration of the model: 1.3 million parameters at the defaults."""
-        return {
-            "model_type": "gpt_neox",  # of the small architectures, the fastest on a CPU
-            "vocab_size": vocabulary,
-            "hidden_size": self.hidden,
-            "intermediate_size": 4 * self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": 4,
-            "max_position_embeddings": self.sequence_length,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
+        return small_model(vocabulary, self.hidden, self.layers, self.sequence_length)
 
     def deepspeed(self, method: str, languages: tuple[str, ...], micro_steps: int) -> dict[str, Any]:
         """Returns the DeepSpeed JSON of a method; `averaging` is plain DeepSpeed."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import rich.table
 
+from bucketmoo_ds.apps import markdown
 from bucketmoo_ds.apps.bench.provenance import headline
 
 READ = (
@@ -19,8 +20,8 @@ SMALL = 1e-2  # of runs that end after so many steps
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Returns the table with where it comes from. Args: what `simulate.json` holds."""
     head, rows = columns(result)
-    body = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n\n".join([f"{headline(result['made_by'])}; `{result['command']}`. {READ}", "\n".join(body)])
+    body = "\n".join(markdown.table(head, rows))
+    return f"{headline(result['made_by'])}; `{result['command']}`. {READ}\n\n{body}"
 
 
 def to_rich(result: Mapping[str, Any]) -> rich.table.Table:

@@ -89,8 +89,7 @@ def load(scenario: Scenario, folder: Path, cache: Path) -> tuple[text.Text, nn.M
 def _made(scenario: Scenario, cache: Path) -> tuple[text.Text, dict[str, Tensor]]:
     root = fetch(cache)
     tokens = AutoTokenizer.from_pretrained(root, gguf_file=FILE)
-    corpus = text.corpus_of(scenario, scenario.languages, cache)
-    sequences, languages, held_out = text.tensors(corpus, scenario.languages, tokens, scenario)
+    sequences, languages, held_out = text.tensors(text.split(scenario, scenario.languages, cache), tokens, scenario)
     whole = text.Text(sequences, languages, held_out, len(tokens))
     kept = [row for language in scenario.languages for row in whole.rows(language)[:SEQUENCES]]
     used = [sequences[kept], *(each.inputs for each in held_out.values())]

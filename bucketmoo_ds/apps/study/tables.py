@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bucketmoo_ds.apps.bench.provenance import headline
+from bucketmoo_ds.apps.markdown import table
 from bucketmoo_ds.apps.study.analysis import MEAN, ArmResult, Difference, analyse, base_values
 from bucketmoo_ds.apps.study.design import BASELINE, SCENARIOS, TUNING_SEEDS, Scenario
 from bucketmoo_ds.apps.study.runner import Runs, mean
@@ -15,7 +16,7 @@ from bucketmoo_ds.apps.study.runner import Runs, mean
 
 def markdown(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> str:
     """Returns where the runs were made, a summary, and a table a scenario."""
-    tables = (table for scenario in scenarios if (table := scenario_table(runs, scenario)))
+    tables = (made for scenario in scenarios if (made := scenario_table(runs, scenario)))
     commits = sorted({str(head["commit"])[:12] for head in runs.heads})
     made = f"{headline(runs.heads[-1])}; {len(runs.values)} runs" if runs.heads else "no runs"
     more = f" by commits {', '.join(commits)}" if len(commits) > 1 else ""
@@ -24,7 +25,7 @@ def markdown(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values(
 
 def summary(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> str:
     """Returns a row a scenario and measure: the arms clearly better than averaging, worse, and neither."""
-    lines = ["| scenario | measure | better than averaging | worse | no clear difference |", "| --- |" + " --- |" * 4]
+    rows = []
     for scenario in scenarios:
         results = [each for each in analyse(runs, scenario)[1:] if each.differences]
         for measure in results[0].differences if results else ():
@@ -32,9 +33,8 @@ def summary(runs: Runs, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values()
             better = [f"{arm} {found.mean:+.3f}" for arm, found in judged if found.clear and found.mean < 0]
             worse = [f"{arm} {found.mean:+.3f}" for arm, found in judged if found.clear and found.mean > 0]
             unclear = [arm for arm, found in judged if not found.clear]
-            cells = (scenario.name, measure, *("; ".join(each) for each in (better, worse, unclear)))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append((scenario.name, measure, *("; ".join(each) for each in (better, worse, unclear))))
+    return "\n".join(table(("scenario", "measure", "better than averaging", "worse", "no clear difference"), rows))
 
 
 def scenario_table(runs: Runs, scenario: Scenario) -> str:
@@ -47,15 +47,12 @@ def scenario_table(runs: Runs, scenario: Scenario) -> str:
     head = ["arm", "rate", *(f"{name}, minus averaging" for name in measures), "seeds", "cos mean", "cos step", "s"]
     values = ", ".join(f"{name} {plain.values[name]:.3f}" for name in measures)
     base = "; ".join(f"{name} {value:.3f}" for name, value in base_values(runs, scenario).items())
-    lines = [
+    told = (
         f"**{scenario.name}**: {scenario.summary}. Averaging, at its best rate {plain.rate:g}"
-        f"{_variant(scenario, plain)}, has {values} bits per byte" + (f" (base model: {base})." if base else "."),
-        "",
-        f"| {' | '.join(head)} |",
-        "| --- |" + " --- |" * (len(head) - 1),
-    ]
-    for each in results[1:]:
-        cells = [
+        f"{_variant(scenario, plain)}, has {values} bits per byte" + (f" (base model: {base})." if base else ".")
+    )
+    rows = (
+        (
             each.arm + _variant(scenario, each),
             f"{each.rate:g}",
             *(_cell(each.differences.get(name)) for name in measures),
@@ -63,9 +60,10 @@ def scenario_table(runs: Runs, scenario: Scenario) -> str:
             _number(each.looks.get("cosine_mean")),
             _number(each.looks.get("cosine_update")),
             f"{each.seconds:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        )
+        for each in results[1:]
+    )
+    return "\n".join([told, "", *table(head, rows)])
 
 
 def plot_differences(runs: Runs, path: Path, scenarios: Sequence[Scenario] = tuple(SCENARIOS.values())) -> bool:

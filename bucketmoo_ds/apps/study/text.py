@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from bucketmoo_ds.apps.corpus import evaluate, gnome, libreoffice, pages, tokenizer
 from bucketmoo_ds.apps.corpus.packing import pack
-from bucketmoo_ds.apps.corpus.pages import Corpus
 from bucketmoo_ds.apps.study.design import LIBREOFFICE, Scenario
 
 HELD_OUT = 0.1
@@ -49,33 +48,32 @@ def load(scenario: Scenario, folder: Path, cache: Path) -> Text:
     return kept(made, lambda: _made(scenario, names, cache))
 
 
-def corpus_of(scenario: Scenario, names: Sequence[str], cache: Path) -> Corpus:
-    """Returns the pages of some languages."""
+def split(scenario: Scenario, names: Sequence[str], cache: Path) -> pages.Split:
+    """Returns the pages of some languages, to train on and held out."""
     if scenario.corpus == LIBREOFFICE:
-        fetched = [name for name in names if name != pages.ENGLISH]
-        return libreoffice.read(libreoffice.fetch(cache, fetched), names)
-    return gnome.read(gnome.fetch(cache), names)
+        corpus = libreoffice.read(libreoffice.fetch(cache, names), names)
+    else:
+        corpus = gnome.read(gnome.fetch(cache), names)
+    return pages.split({name: corpus[name] for name in names}, HELD_OUT)
 
 
 def tensors(
-    corpus: Corpus, names: Sequence[str], tokens: PreTrainedTokenizerBase, scenario: Scenario
+    parts: pages.Split, tokens: PreTrainedTokenizerBase, scenario: Scenario
 ) -> tuple[Tensor, list[str], dict[str, evaluate.EvaluationSet]]:
     """Returns sequences, their languages, and held-out text: see `Text`."""
-    split = pages.split({name: corpus[name] for name in names}, HELD_OUT)
-    packed = pack(pages.texts(split.training, names), tokens, scenario.sequence_length)
+    packed = pack(pages.texts(parts.training), tokens, scenario.sequence_length)
     held_out = {
         name: evaluate.prepare(name, texts, tokens, scenario.sequence_length, EVALUATION_BYTES)
-        for name, texts in pages.texts(split.held_out, names).items()
+        for name, texts in pages.texts(parts.held_out).items()
     }
     sequences = packed.with_format("torch")["input_ids"][:].to(torch.int64)
     return sequences, list(packed["language"]), held_out
 
 
 def _made(scenario: Scenario, names: Sequence[str], cache: Path) -> Text:
-    corpus = corpus_of(scenario, names, cache)
-    training = pages.texts(pages.split({name: corpus[name] for name in names}, HELD_OUT).training, names)
-    tokens = tokenizer.train(training, scenario.vocabulary)
-    return Text(*tensors(corpus, names, tokens, scenario), len(tokens))
+    parts = split(scenario, names, cache)
+    tokens = tokenizer.train(pages.texts(parts.training), scenario.vocabulary)
+    return Text(*tensors(parts, tokens, scenario), len(tokens))
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
