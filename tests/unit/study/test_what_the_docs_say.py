@@ -1,4 +1,4 @@
-"""What docs/study.md, docs/choosing.md and the README say came out, held by the committed runs: a run that is added, and
+"""What docs/study.md, docs/choosing.md and the README say came out, held by the committed runs: one that is added, and
 makes a sentence wrong, fails here."""
 
 import statistics
