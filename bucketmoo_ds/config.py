@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "row_storage": ("float32", "bfloat16", "host"),
 }
 
+BY_LOSS = ("loss", "loss_l2")  # the values of `normalize` that need each language's loss
+
 # Settings for which "auto" is a value; it is an error for all others.
 AUTOMATIC = ("mode", "gram_every", "exchange", "backend", "shift_labels")
 

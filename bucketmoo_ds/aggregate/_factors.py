@@ -7,9 +7,7 @@ from torch import Tensor
 
 from bucketmoo_ds.aggregate._scaling import ZERO_ROW
 from bucketmoo_ds.aggregate.mean import uniform
-
-NORMALIZE = ("none", "l2", "loss", "loss_l2")
-BY_LOSS = ("loss", "loss_l2")
+from bucketmoo_ds.config import BY_LOSS
 
 
 def factors(

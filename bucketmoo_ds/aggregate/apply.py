@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bucketmoo_ds.aggregate._factors import BY_LOSS, NORMALIZE, averaging, factors, mean_one
+from bucketmoo_ds.aggregate._factors import averaging, factors, mean_one
 from bucketmoo_ds.aggregate.base import Aggregator, State, create
+from bucketmoo_ds.config import BY_LOSS, CHOICES
 from bucketmoo_ds.errors import ConfigError, did_you_mean, one_of
 from bucketmoo_ds.transfer import to_device
 
-RESCALE = ("none", "mean")
 WEIGHTS = "weights"  # the entry of a state that `weight_smoothing` keeps
 
 # `rescale="mean"` leaves a combined row alone whose norm is below this times the sum of the norms of its parts: what
@@ -73,7 +73,8 @@ def solve(
     Raises:
         ConfigError: an unknown `normalize` or `rescale`, or no losses where they are needed.
     """
-    for option, value, known in (("normalize", normalize, NORMALIZE), ("rescale", rescale, RESCALE)):
+    for option, value in (("normalize", normalize), ("rescale", rescale)):
+        known = CHOICES[option]
         if value not in known:
             raise ConfigError(f'{option} = "{value}": unknown, expected {one_of(known)}{did_you_mean(value, known)}')
     if losses is None and (aggregator.uses_losses or normalize in BY_LOSS):

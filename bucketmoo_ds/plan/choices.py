@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from bucketmoo_ds import aggregate
 from bucketmoo_ds.comm.exchange import Exchange, control_group
-from bucketmoo_ds.config import SECTION, BucketMOOConfig
+from bucketmoo_ds.config import BY_LOSS, SECTION, BucketMOOConfig
 from bucketmoo_ds.errors import ConfigError
 from bucketmoo_ds.plan.blocks import BlockPlan
 
@@ -38,7 +38,7 @@ def create_aggregator(config: BucketMOOConfig) -> aggregate.Aggregator:
 
 def needs_losses(config: BucketMOOConfig) -> bool:
     """Returns whether a window has to know each language's loss."""
-    return config.normalize in ("loss", "loss_l2") or aggregate.find(config.aggregator).uses_losses
+    return config.normalize in BY_LOSS or aggregate.find(config.aggregator).uses_losses
 
 
 def named(config: BucketMOOConfig) -> str:

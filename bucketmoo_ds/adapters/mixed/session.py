@@ -26,7 +26,7 @@ from bucketmoo_ds.adapters.mixed.passes import Pass
 from bucketmoo_ds.adapters.whole import BUCKET_BYTES
 from bucketmoo_ds.comm.agreement import check_equal, digest, tell_ranks
 from bucketmoo_ds.comm.exchange import Exchange
-from bucketmoo_ds.config import BucketMOOConfig
+from bucketmoo_ds.config import BY_LOSS, BucketMOOConfig
 from bucketmoo_ds.data import switched_on
 from bucketmoo_ds.data.batch import Passage
 from bucketmoo_ds.data.row_tracker import MixedBatch, MixedSlot, RowTracker
@@ -458,7 +458,7 @@ def check_mode(config: BucketMOOConfig) -> None:
     if config.mode not in ("auto", "mixed"):
         raise ConfigError(f'bucket_moo.mode = "{config.mode}": mixed.register resolves in mode "mixed"; leave it out')
     if needs_losses(config):
-        setting = "normalize" if config.normalize in ("loss", "loss_l2") else "aggregator"
+        setting = "normalize" if config.normalize in BY_LOSS else "aggregator"
         raise ConfigError(
             f'bucket_moo.{setting} = "{getattr(config, setting)}": needs each language\'s loss of the window whose '
             'weights it decides, and in mode "mixed" these are decided before; use placed micro-batches of one '

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bucketmoo_ds.aggregate import Aggregator, create, first_state, names, solve
-from bucketmoo_ds.aggregate.apply import NORMALIZE, RESCALE
+from bucketmoo_ds.config import CHOICES
 
 READS = (
     "_local_scalar_dense", "equal", "is_nonzero", "item", "masked_select", "nonzero", "nonzero_static", "unique",
@@ -53,7 +53,10 @@ class Watch(TorchDispatchMode):
 # What `solve` does around a rule is the same for all.
 @pytest.mark.parametrize(
     ("rule", "normalize", "rescale"),
-    [*((rule, "none", "none") for rule in RULES), *itertools.product(["mean"], NORMALIZE, RESCALE)],
+    [
+        *((rule, "none", "none") for rule in RULES),
+        *itertools.product(["mean"], CHOICES["normalize"], CHOICES["rescale"]),
+    ],
 )
 def test_no_rule_asks_the_device(rule: str, normalize: str, rescale: str) -> None:
     gram = torch.empty(3, 4, 4, dtype=torch.float64, device="meta")
